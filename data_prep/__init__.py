@@ -1,0 +1,1 @@
+"""From CIFAR's pickles, or a procedural stand-in for them, to `.beton` files."""

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""CIFAR's official pickles enter; `train.beton`, `test.beton` and their manifests leave, verified byte for byte.
+
+python data_prep/write_beton.py                          # finds the data, or downloads it, or makes the stand-in
+python data_prep/write_beton.py --source DIR --out data/beton
+python data_prep/write_beton.py --dataset cifar100
+python data_prep/write_beton.py --synthetic              # the stand-in: ten drawn shapes
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from data_prep import cifar_pickles, synthetic
+from data_prep.cifar_pickles import LAYOUTS, Layout
+from fastcifar import __version__
+from fastcifar.beton import Manifest, parse, read_beton
+from fastcifar.errors import InputError, run_command
+from fastcifar.files import atomic_path
+from fastcifar.versions import installed
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+DATA = Path("data")  # where pickles are looked for and downloaded to
+PAGE = 1 << 23  # bytes; FFCV's default page, at most one of them is left partly empty at either end
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write CIFAR's pickles as FFCV .beton files with manifests; an intact, matching beton is left alone."""
+
+    source: Path | None = None  # folder with the official pickles; default: $CIFAR_DIR, then data/, then a download
+    out: Path = Path("data/beton")  # folder for train.beton, test.beton and their manifests
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"  # which official layout the pickles have
+    name: str | None = None  # what reports call this data; default: the dataset's name, and whether it is the official archive
+    synthetic: bool = False  # write the procedural stand-in instead of CIFAR: accuracy means nothing
+    train_images: int = 50_000  # size of the stand-in's training split, a multiple of 5
+    test_images: int = 10_000  # size of the stand-in's test split
+    force: bool = False  # write again even when an intact beton is there, and replace one made from other data
+
+    def __post_init__(self) -> None:
+        if self.synthetic and self.dataset != "cifar10":
+            raise InputError("the stand-in has ten classes: use --synthetic without --dataset cifar100")
+        if self.train_images < 5 or self.train_images % 5:
+            raise InputError(f"train_images must be a positive multiple of 5 (five pickles), got {self.train_images}")
+        if self.test_images < 1:
+            raise InputError(f"test_images must be at least 1, got {self.test_images}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with a complete set of pickles."""
+
+    folder: Path
+    synthetic: bool = False
+
+
+def main() -> None:
+    """Find the pickles, then write both splits."""
+    options = tyro.cli(Options)
+    layout = LAYOUTS[options.dataset]
+    console = Console(soft_wrap=True, highlight=False)
+    source = find_source(options, layout, console)
+    if source is None:
+        console.print(f"{options.out} holds intact betons and no source was named: left alone")
+        return
+    for split in ("train", "test"):
+        write_split(options, layout, source, split, console)
+
+
+def find_source(options: Options, layout: Layout, console: Console) -> Source | None:
+    """Return the pickles by order of preference; None when intact betons are there and nothing else is at hand."""
+    if options.synthetic:
+        return make_stand_in(options, console)
+    named = options.source or (Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None)
+    if named is not None:
+        return Source(cifar_pickles.find_pickles(named, layout))
+    if (DATA / layout.folder).is_dir():
+        return Source(cifar_pickles.find_pickles(DATA, layout))
+    if not options.force and all(existing(options.out / f"{split}.beton", options.dataset) for split in layout.splits):
+        return None
+    if download(options.dataset, console):
+        return Source(cifar_pickles.find_pickles(DATA, layout))
+    if options.dataset != "cifar10":
+        raise InputError(f"{TITLES[options.dataset]} cannot be downloaded here: name its folder with --source")
+    return make_stand_in(options, console)
+
+
+def download(dataset: str, console: Console) -> bool:
+    """Fetch and unpack the official archive into data/ (torchvision checks its md5); False when there is no network."""
+    import torchvision.datasets  # here, since it takes seconds and only a download needs it
+
+    console.print(f"downloading {TITLES[dataset]} into {DATA}/ (170 MB)")
+    socket.setdefaulttimeout(20)  # seconds without a byte; a dropped connection must not hang the command
+    try:
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+        kind(root=str(DATA), download=True)
+    except (OSError, RuntimeError) as error:  # no network, a proxy's refusal, or an archive with the wrong md5
+        console.print(f"no download: {' '.join(str(error).split())}")
+        return False
+    return True
+
+
+def make_stand_in(options: Options, console: Console) -> Source:
+    """Draw the stand-in's pickles under data/synthetic-*/ unless they are there already."""
+    console.print(f"[bold yellow]{synthetic.NAME}[/]")
+    sizes = {"train": options.train_images, "test": options.test_images}
+    folder = DATA / f"synthetic-{sizes['train']}-{sizes['test']}"
+    if options.force or not (folder / "batches.meta").is_file():  # it is written last
+        with progress(console) as bar:
+            task = bar.add_task("drawing the stand-in", total=sum(sizes.values()))
+            for drawn in synthetic.write_pickles(folder, train=sizes["train"], test=sizes["test"]):
+                bar.advance(task, drawn)
+    return Source(folder, synthetic=True)
+
+
+def existing(path: Path, dataset: str | None = None) -> Manifest | None:
+    """The manifest of an intact beton (of `dataset`), None when there is none."""
+    try:
+        manifest = read_beton(path).manifest
+    except InputError:
+        return None
+    return manifest if dataset in (None, manifest.dataset) else None
+
+
+def write_split(options: Options, layout: Layout, source: Source, split: str, console: Console) -> None:
+    """Write one split's beton and manifest, unless an intact one of the same source is there.
+
+    Raises InputError when the file there is intact, was made from other data and is no stand-in, since that would be lost.
+    """
+    path = options.out / f"{split}.beton"
+    md5 = cifar_pickles.source_md5(source.folder, layout, split)
+    official = cifar_pickles.is_official(md5, layout)
+    name = options.name or _default_name(options.dataset, official, source.synthetic)
+    there = existing(path)
+    if there is not None and not options.force:
+        if there.source_md5 == md5 and there.dataset == options.dataset and there.name == name:
+            console.print(f"{path}: intact, left alone ({there.count:,} images, {there.name})")
+            return
+        if there.source_md5 != md5 and not there.synthetic:
+            raise InputError(f"{path} holds other data ({there.name}): choose another --out, or --force to replace it")
+    if not official and not source.synthetic:
+        console.print(f"{source.folder}: not the official archive (md5 differs); going on", style="yellow")
+
+    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and an intact beton needs none of it
+
+    data = cifar_pickles.read_split(source.folder, layout, split)
+    mean, std = channel_statistics(data.images)
+    _require_space(options.out, data.images.nbytes)
+    with atomic_path(path) as partial:
+        with progress(console) as bar:
+            task = bar.add_task(f"writing {path.name}", total=len(data.images))
+            ffcv_writer.write(partial, data.images, data.labels, lambda: bar.advance(task))
+        sha256 = verify(partial, data)
+        manifest = Manifest(
+            dataset=options.dataset,
+            split=split,
+            name=name,
+            count=len(data.images),
+            class_names=data.class_names,
+            mean=mean,
+            std=std,
+            sha256=sha256,
+            official=official,
+            synthetic=source.synthetic,
+            source_md5=md5,
+            versions={"fastcifar": __version__, **installed("ffcv", "numpy")},
+        )
+    manifest.save(path)
+    console.print(f"{path}: {manifest.count:,} images, {manifest.name}, read back byte for byte")
+
+
+def verify(path: Path, data: cifar_pickles.Split) -> str:
+    """Read the file just written, compare every byte with the source, return its sha256."""
+    content = path.read_bytes()
+    images, labels, index = parse(content, path)
+    same = np.array_equal(images, data.images) and np.array_equal(labels, data.labels)
+    if not same or not np.array_equal(index, np.arange(len(labels))):
+        raise InputError(f"{path} does not read back as it was written: check the disk, then run again")
+    return hashlib.sha256(content).hexdigest()
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation per channel, in 0..1, of uint8 images [N, 32, 32, 3]; exact, from histograms."""
+    values = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(3):
+        share = np.bincount(images[..., channel].reshape(-1), minlength=256) / (images.size // 3)
+        mean.append(float(share @ values))
+        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
+    return mean, std
+
+
+def progress(console: Console) -> Progress:
+    """A bar with counts and time; on anything but a terminal it stays silent."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _default_name(dataset: str, official: bool, is_synthetic: bool) -> str:
+    if is_synthetic:
+        return synthetic.NAME
+    return TITLES[dataset] if official else f"{TITLES[dataset]} (not the official archive)"
+
+
+def _require_space(folder: Path, pixels: int) -> None:
+    """Raise InputError when the disk has no room for `pixels` bytes of images with tables and page padding."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = pixels + pixels // 40 + 2 * PAGE, shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {needed >> 20} MB are needed and {free >> 20} MB are free: free some space or choose another --out"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,73 @@
+"""Command-line arguments enter; the complete description of a run leaves: architecture, recipe, options."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import tyro
+
+from fastcifar.errors import InputError
+from fastcifar.models import architecture
+from fastcifar.recipes import Recipe, RunOptions, reported
+from fastcifar.run_folder import RunFolder
+
+DEFAULT_ARCH = "se_resnet18"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a residual network on CIFAR by its report's recipe; every field of the recipe can be overridden.
+
+    The defaults shown are those of the recipe that --arch (or --recipe) names.
+    """
+
+    arch: str = DEFAULT_ARCH  # architecture; `python -m fastcifar.models` lists them
+    recipe: str | None = None  # whose recipe to train by, an arch's name; default: the arch's own
+    settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=lambda: reported(DEFAULT_ARCH).recipe)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    @property
+    def recipe_name(self) -> str:
+        """The row of the table of recipes this run began from."""
+        return self.recipe or self.arch
+
+
+def parse_command(arguments: list[str]) -> Command:
+    """Return the command: defaults from the arch's recipe, or from the run folder to go on with. Raises InputError."""
+    resume = _early(arguments, "resume")
+    if resume is not None:
+        began = resumed(Path(resume))
+        command = tyro.cli(Command, args=arguments, default=began)
+        _require_same(began, command)
+        return command
+    arch = _early(arguments, "arch") or DEFAULT_ARCH
+    architecture(arch)
+    recipe = _early(arguments, "recipe")
+    return tyro.cli(Command, args=arguments, default=Command(arch=arch, settings=reported(recipe or arch).recipe))
+
+
+def resumed(path: Path) -> Command:
+    """The command with which the run in folder `path` began, set to go on."""
+    arch, recipe_name, recipe, run = RunFolder(path).read_config()
+    return Command(arch, recipe_name, recipe, replace(run, resume=path))
+
+
+def _require_same(began: Command, command: Command) -> None:
+    """Raise InputError when a resumed run is given anything that would make it another run."""
+    free = {"data", "plots", "verify", "resume"}  # where the data is, and what comes before and after training
+    changed = [name for name in ("arch", "recipe") if getattr(began, name) != getattr(command, name)]
+    for part in ("settings", "run"):
+        before, now = getattr(began, part), getattr(command, part)
+        names = [entry.name for entry in fields(before) if entry.name not in free]
+        changed += [name for name in names if getattr(before, name) != getattr(now, name)]
+    if changed:
+        raise InputError(f"--resume goes on exactly where the run stood: leave out what changes it ({', '.join(changed)})")
+
+
+def _early(arguments: list[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE` before the real parse, which needs it for its defaults."""
+    for position, argument in enumerate(arguments):
+        if argument == f"--{name}" and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+    return None

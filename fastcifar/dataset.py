@@ -1,0 +1,104 @@
+"""Betons enter; sets that live on the device as uint8 leave, with each epoch's order and what to hold out from training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastcifar.beton import Manifest, read_beton
+from fastcifar.errors import InputError
+from kernels.philox import Purpose, philox
+
+# Normalisation all five reports use on CIFAR-10, per channel R, G, B in 0..1. Other data use their own statistics.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class ResidentSet:
+    """Images on the device, stored once; batches are positions into it."""
+
+    images: Tensor  # [N, 32, 32, 3] uint8
+    labels: Tensor  # [N] int64
+    index: Tensor  # [N] int64, each sample's number in its source: the key of its randomness
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, positions: Tensor) -> "ResidentSet":
+        """The samples at `positions`, which keep their numbers and so their randomness."""
+        return ResidentSet(self.images[positions], self.labels[positions], self.index[positions])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The sets of a run on its device."""
+
+    train: ResidentSet
+    select: ResidentSet  # what best.pt is chosen on: images held out from training, or the test set
+    select_name: str  # "held-out" or "test"
+    test: ResidentSet
+    manifest: Manifest  # of the training split
+    mean: Tensor  # [3] float32, of normalisation, 0..1
+    std: Tensor
+
+    @property
+    def classes(self) -> int:
+        return len(self.manifest.class_names)
+
+
+def load_splits(
+    folder: Path, device: torch.device, *, limit_train: int, limit_test: int, val_fraction: float, seed: int, verify: bool
+) -> Splits:
+    """Read `train.beton` and `test.beton` of a folder onto `device`.
+
+    limit_train, limit_test: only the first so many images, 0 = all. val_fraction: share of the training images held out, 0..1;
+    0 selects on the test set, as the reports do. Raises InputError for anything unsound.
+    """
+    full, manifest = load_resident(folder / "train.beton", device, limit=limit_train, verify=verify)
+    test, test_manifest = load_resident(folder / "test.beton", device, limit=limit_test, verify=verify)
+    if (manifest.dataset, manifest.class_names) != (test_manifest.dataset, test_manifest.class_names):
+        raise InputError(f"{folder}: train.beton and test.beton are of different data: write them again with --force")
+    select, select_name = test, "test"
+    if val_fraction:
+        full, select = hold_out(full, val_fraction, seed)
+        select_name = "held-out"
+        if not len(full) or not len(select):
+            raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
+    mean, std = (torch.tensor(values, device=device) for values in normalisation(manifest))
+    return Splits(full, select, select_name, test, manifest, mean, std)
+
+
+def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
+    """Read a beton onto `device`. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
+    beton = read_beton(path, verify=verify)
+    if limit > len(beton.labels):
+        raise InputError(f"{path} holds {len(beton.labels):,} images, {limit:,} were asked for: lower the limit")
+    part = slice(limit or None)
+    tensors = (torch.from_numpy(array[part]).to(device) for array in (beton.images, beton.labels, beton.index))
+    return ResidentSet(*tensors), beton.manifest
+
+
+def normalisation(manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel for a training split: the reports' for CIFAR-10, the data's own for any other."""
+    if manifest.dataset == "cifar10" and not manifest.synthetic:
+        return CIFAR10_MEAN, CIFAR10_STD
+    return tuple(manifest.mean), tuple(manifest.std)
+
+
+def epoch_order(index: Tensor, seed: int, epoch: int) -> Tensor:
+    """The permutation of an epoch: positions sorted by each sample's 63-bit key, drawn at (seed, epoch, sample) alone."""
+    return _keyed_order(index, seed, epoch, Purpose.ORDER)
+
+
+def hold_out(full: ResidentSet, fraction: float, seed: int) -> tuple[ResidentSet, ResidentSet]:
+    """Split into (training, held-out) sets; `fraction` in 0..1 is held out, the same samples for the same seed and set."""
+    order = _keyed_order(full.index, seed, 0, Purpose.HOLD_OUT)
+    held = round(len(full) * fraction)
+    return full.subset(order[held:].sort().values), full.subset(order[:held].sort().values)
+
+
+def _keyed_order(index: Tensor, seed: int, epoch: int, purpose: Purpose) -> Tensor:
+    high, low, _, _ = philox(seed, index, epoch, purpose)
+    return torch.argsort(high << 31 | low >> 1, stable=True)

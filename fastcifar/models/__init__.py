@@ -1,0 +1,117 @@
+"""An architecture's name enters, a `ResNet` leaves. Every variant is one row of `ARCHITECTURES`; adding one is adding a row.
+
+The rows specify the models of five student reports on CIFAR-10 (A to E, see the README) and the field's ResNet-18.
+Parameter counts are exact and tested: a row that misses its count is a different model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastcifar.errors import InputError, unknown
+from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from fastcifar.models.resnet import ResNet
+
+BUDGET = 5_000_000  # trainable parameters a report was allowed
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: what distinguishes a residual network from its sisters."""
+
+    report: str  # A to E, "-" for the field's baseline
+    parameters: int  # trainable, with 10 classes
+    widths: tuple[int, ...]  # channels of each stage; the stem has the first
+    blocks: tuple[int, ...]  # residual blocks of each stage; every stage but the first halves the map
+    block: type[BasicBlock] | type[PreActivationBlock] = BasicBlock
+    shortcut: str = "conv1x1_bn"  # where the shape changes: conv1x1_bn, conv3x3_bn or conv1x1
+    activation: Callable[[], nn.Module] = nn.ReLU
+    se_stages: tuple[int, ...] = ()  # stages (from 1) whose blocks have squeeze-excitation
+    se_reduction: int = 16  # channels per unit of the squeeze's bottleneck
+
+    @property
+    def stages(self) -> str:
+        """For tables: `32x2 64x2`."""
+        return " ".join(f"{width}x{count}" for width, count in zip(self.widths, self.blocks, strict=True))
+
+
+def _light_resnet18(parameters: int, widths: tuple[int, ...]) -> Architecture:
+    """Report C's LightResNet18 family. Reduction 24 without biases is the one ratio that gives all three reported counts."""
+    return Architecture(
+        "C", parameters, widths, (2, 2, 2, 2), PreActivationBlock, "conv1x1", se_stages=(1, 2, 3, 4), se_reduction=24
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "dropout_resnet24": Architecture("A", 1_177_130, (32, 64, 128), (4, 4, 3)),
+    # Only 3x3 shortcut convolutions give report B's count.
+    "resnet42": Architecture("B", 4_907_445, (32, 64, 96, 128, 185), (4, 4, 4, 4, 4), shortcut="conv3x3_bn"),
+    "light_resnet18": _light_resnet18(2_810_154, (32, 64, 128, 256)),
+    "light_resnet18_v2_40": _light_resnet18(4_389_170, (40, 80, 160, 320)),
+    "light_resnet18_v2_45": _light_resnet18(4_999_535, (45, 90, 170, 340)),
+    "robust_resnet64": Architecture("C", 3_799_978, (32, 64, 128), (10, 10, 10), PreActivationBlock, "conv1x1"),
+    "se_resnet18": Architecture("D", 2_818_090, (32, 64, 128, 256), (2, 2, 2, 2), se_stages=(3, 4)),
+    "mish_se_resnet18": Architecture(
+        "E", 4_569_642, (32, 64, 256, 256), (2, 2, 2, 2), activation=nn.Mish, se_stages=(1, 2, 3, 4)
+    ),
+    "resnet18": Architecture("-", 11_173_962, (64, 128, 256, 512), (2, 2, 2, 2)),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """Return a row by name. Raises InputError with the nearest name when there is none."""
+    if name not in ARCHITECTURES:
+        raise unknown("arch", name, ARCHITECTURES)
+    return ARCHITECTURES[name]
+
+
+def build_model(
+    name: str,
+    num_classes: int = 10,
+    *,
+    block_dropout: float = 0.0,
+    head_dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    squeeze_excitation: bool = True,
+) -> ResNet:
+    """Build an architecture by name; input [N, 3, 32, 32], output logits [N, num_classes].
+
+    block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability of
+    dropping the last block's branch, falling linearly to 0 towards the first. squeeze_excitation: False leaves it out, for
+    ablations. The three probabilities change neither parameters nor `state_dict` names.
+    """
+    row = architecture(name)
+    return ResNet(
+        widths=row.widths,
+        blocks=row.blocks,
+        block=row.block,
+        shortcut=row.shortcut,
+        activation=row.activation,
+        se_stages=row.se_stages if squeeze_excitation else (),
+        se_reduction=row.se_reduction,
+        num_classes=num_classes,
+        block_dropout=block_dropout,
+        head_dropout=head_dropout,
+        stochastic_depth=stochastic_depth,
+    )
+
+
+def place(model: ResNet, device: torch.device) -> ResNet:
+    """Move a model to its device with channels_last weights, which every convolution here is fastest with."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def require_budget(name: str, parameters: int, maximum: int) -> None:
+    """Raise InputError when a model exceeds `maximum` trainable parameters; 0 lifts the limit."""
+    if maximum and parameters > maximum:
+        raise InputError(
+            f"{name} has {parameters:,} parameters, the limit is {maximum:,}: "
+            "choose a smaller arch, or lift it with --max-parameters 0"
+        )

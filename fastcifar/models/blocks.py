@@ -1,0 +1,86 @@
+"""A feature map enters a residual block, another leaves, half as large where the stride is 2: y = shortcut(x) + branch(x)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastcifar.models.layers import SqueezeExcitation, StochasticDepth, conv, dropout
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """All that distinguishes one block of a network from another."""
+
+    inputs: int  # channels
+    outputs: int
+    stride: int
+    shortcut: str  # conv1x1_bn, conv3x3_bn or conv1x1; used where the shape changes
+    activation: Callable[[], nn.Module]
+    se_reduction: int  # 0: no squeeze-excitation
+    dropout: float
+    drop_path: float  # stochastic depth: probability of dropping this block's branch
+
+    @property
+    def changes_shape(self) -> bool:
+        return self.stride != 1 or self.inputs != self.outputs
+
+
+class BasicBlock(nn.Module):
+    """Conv, BN, act, dropout, conv, BN, dropout, [squeeze-excitation], add, act (He et al., CVPR 2016; dropout: report A)."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.conv1 = conv(spec.inputs, spec.outputs, 3, spec.stride)
+        self.bn1 = nn.BatchNorm2d(spec.outputs)
+        self.act1 = spec.activation()
+        self.dropout1 = dropout(spec.dropout)
+        self.conv2 = conv(spec.outputs, spec.outputs, 3)
+        self.bn2 = nn.BatchNorm2d(spec.outputs)
+        self.dropout2 = dropout(spec.dropout)
+        self.se = _squeeze_excitation(spec)
+        self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.shortcut = _shortcut(spec)
+        self.act2 = spec.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.dropout1(self.act1(self.bn1(self.conv1(x))))
+        branch = self.se(self.dropout2(self.bn2(self.conv2(branch))))
+        return self.act2(self.shortcut(x) + self.drop_path(branch))
+
+
+class PreActivationBlock(nn.Module):
+    """BN, act, conv, BN, act, dropout, conv, [squeeze-excitation], [stochastic depth], add (He et al., ECCV 2016; report C).
+
+    Where the shape changes, the shortcut's convolution takes the activated input; elsewhere the input passes untouched.
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(spec.inputs)
+        self.act1 = spec.activation()
+        self.conv1 = conv(spec.inputs, spec.outputs, 3, spec.stride)
+        self.bn2 = nn.BatchNorm2d(spec.outputs)
+        self.act2 = spec.activation()
+        self.dropout = dropout(spec.dropout)
+        self.conv2 = conv(spec.outputs, spec.outputs, 3)
+        self.se = _squeeze_excitation(spec)
+        self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.shortcut = _shortcut(spec)
+        self.projects = spec.changes_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.act1(self.bn1(x))
+        branch = self.conv2(self.dropout(self.act2(self.bn2(self.conv1(activated)))))
+        return self.shortcut(activated if self.projects else x) + self.drop_path(self.se(branch))
+
+
+def _squeeze_excitation(spec: BlockSpec) -> nn.Module:
+    return SqueezeExcitation(spec.outputs, spec.se_reduction, spec.activation) if spec.se_reduction else nn.Identity()
+
+
+def _shortcut(spec: BlockSpec) -> nn.Module:
+    if not spec.changes_shape:
+        return nn.Identity()
+    projection = conv(spec.inputs, spec.outputs, 3 if spec.shortcut == "conv3x3_bn" else 1, spec.stride)
+    return projection if spec.shortcut == "conv1x1" else nn.Sequential(projection, nn.BatchNorm2d(spec.outputs))

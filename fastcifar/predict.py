@@ -1,0 +1,144 @@
+"""A checkpoint and unlabelled images enter; a CSV with the columns ID,Labels leaves, as the class competition wants it.
+
+python -m fastcifar.predict --checkpoint runs/se_resnet18-seed0/best.pt --input cifar_test_nolabel.pkl --out submission.csv
+"""
+
+import csv
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, UnidentifiedImageError
+
+from fastcifar.beton import read_beton
+from fastcifar.checkpoint import load_model
+from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.errors import InputError, require, run_command
+from fastcifar.files import write_bytes
+from fastcifar.inference import TTA, class_probabilities
+from fastcifar.safe_pickle import load_pickle
+
+SIDE = 32  # pixels
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict the class of every image of a pickle, a beton or a folder of PNGs."""
+
+    checkpoint: Path  # last.pt or best.pt of a run folder
+    input: Path  # pickle (dict with data, and ids or none), .beton file, or folder of 32x32 PNGs
+    out: Path = Path("submission.csv")  # CSV with the columns ID,Labels
+    tta: TTA = "flip"  # test-time augmentation: views whose softmax outputs are averaged
+    batch_size: int = 500  # images per batch
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
+    force: bool = False  # replace --out when it exists
+
+    def __post_init__(self) -> None:
+        require(self, self.batch_size >= 1, "batch_size", "at least 1")
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images to predict, with the IDs to report them under."""
+
+    images: np.ndarray  # [N, 32, 32, 3] uint8
+    ids: list[str]
+
+
+def main() -> None:
+    """Predict and write the CSV."""
+    options = tyro.cli(Options)
+    if options.out.exists() and not options.force:
+        raise InputError(f"{options.out} exists: choose another --out, or replace it with --force")
+    labels, unlabelled = predict(options)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["ID", "Labels"])
+    writer.writerows(zip(unlabelled.ids, labels, strict=True))
+    write_bytes(options.out, text.getvalue().encode())
+    print(f"{options.out}: {len(labels):,} predictions")
+
+
+def predict(options: Options) -> tuple[list[int], Unlabelled]:
+    """Return the predicted class numbers and what they were predicted for. Raises InputError."""
+    device = choose_device(options.device)
+    set_up_process(device, deterministic=True)
+    unlabelled = read_unlabelled(options.input)
+    model, checkpoint = load_model(options.checkpoint, device)
+    mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
+    batches = class_probabilities(
+        model,
+        torch.from_numpy(unlabelled.images).to(device),
+        mean,
+        std,
+        batch_size=options.batch_size,
+        tta=options.tta,
+        autocast_dtype=choose_precision(options.precision, device),
+    )
+    return torch.cat([probabilities.argmax(1) for probabilities in batches]).tolist(), unlabelled
+
+
+def read_unlabelled(path: Path) -> Unlabelled:
+    """Read a folder of PNGs, a beton or a pickle. Raises InputError naming what does not fit."""
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise InputError(f"{path} is missing: name a pickle, a .beton file or a folder of PNGs")
+    if path.suffix == ".beton":
+        beton = read_beton(path)
+        return Unlabelled(beton.images, [str(number) for number in beton.index.tolist()])
+    return _read_pickle(path)
+
+
+def _read_folder(path: Path) -> Unlabelled:
+    """PNGs in the order of the numbers in their names; the ID is the name without `.png`."""
+    files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".png"), key=_natural)
+    if not files:
+        raise InputError(f"{path} holds no .png file: name a folder of 32x32 PNGs")
+    images = np.empty((len(files), SIDE, SIDE, 3), np.uint8)
+    for number, file in enumerate(files):
+        try:
+            with Image.open(file) as image:
+                if image.size != (SIDE, SIDE):
+                    width, height = image.size
+                    raise InputError(f"{file} is {width}x{height} pixels: images must be {SIDE}x{SIDE}, resize it first")
+                images[number] = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise InputError(f"{file} is not a sound PNG ({' '.join(str(error).split())}): get it again") from None
+    return Unlabelled(images, [file.stem for file in files])
+
+
+def _natural(file: Path) -> list[Any]:
+    """`img2` before `img10`: text and numbers compared each in their own way."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", file.stem) if part]
+
+
+def _read_pickle(path: Path) -> Unlabelled:
+    """The competition's dict: `data` uint8 [N, 32, 32, 3], [N, 3, 32, 32] or rows [N, 3072] channel first; `ids`, or 0..N-1."""
+    content = load_pickle(path)
+    data = content.get("data")
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim < 2 or not len(data):
+        raise InputError(f"{path} has no entry data of uint8 images: is it the competition's pickle?")
+    if data.shape[1:] == (SIDE, SIDE, 3):
+        images = data
+    elif data.shape[1:] in ((3 * SIDE * SIDE,), (3, SIDE, SIDE)):
+        images = data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    else:
+        raise InputError(f"{path}: data has shape {list(data.shape)}, not [N, 32, 32, 3] or [N, 3072]: is it the right file?")
+    ids = content.get("ids")
+    ids = list(range(len(images))) if ids is None else list(ids)
+    if len(ids) != len(images):
+        raise InputError(f"{path}: {len(images)} images but {len(ids)} ids: is the file whole?")
+    return Unlabelled(
+        np.array(images, order="C"), [entry.decode("latin1") if isinstance(entry, bytes) else str(entry) for entry in ids]
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

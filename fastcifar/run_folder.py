@@ -1,0 +1,130 @@
+"""What a run produces enters; a folder that is complete, readable and never half-written leaves.
+
+config.json   arch, recipe, options, versions, hardware, command      metrics.jsonl   one object an epoch
+last.pt       the state after the last finished epoch                 best.pt         the best by the selection split
+summary.json  the figures of the whole run                            *.png, events.* plots and TensorBoard
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcifar import __version__, files
+from fastcifar.checkpoint import Checkpoint, save_checkpoint
+from fastcifar.device import device_name
+from fastcifar.errors import InputError
+from fastcifar.recipes import Recipe, RunOptions, recipe_from_dict, run_options_from_dict, to_dict
+from fastcifar.versions import installed
+
+Metrics = dict[str, Any]  # one epoch's record, plain JSON values
+
+NOT_A_RUN = "name a run folder that `python -m fastcifar.train` made"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's files, and how they are written."""
+
+    path: Path
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.pt"
+
+    def create(self) -> None:
+        """Make the folder. Raises InputError when it exists with something in it."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path} exists: go on with it by --resume {self.path}, or choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, arch: str, recipe_name: str, recipe: Recipe, run: RunOptions, facts: dict[str, Any]) -> None:
+        config = {"arch": arch, "recipe_name": recipe_name, "recipe": to_dict(recipe), "run": to_dict(run), **facts}
+        files.write_json(self.path / "config.json", config)
+
+    def read_config(self) -> tuple[str, str, Recipe, RunOptions]:
+        """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no sound config."""
+        values = files.read_json(self.path / "config.json", remedy=NOT_A_RUN)
+        try:
+            recipe, run = recipe_from_dict(values["recipe"]), run_options_from_dict(values["run"])
+            return values["arch"], values["recipe_name"], recipe, run
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self.path / 'config.json'} is not a run's config ({error}): {NOT_A_RUN}") from None
+
+    def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint) -> None:
+        """Write an epoch: best.pt if it is the best, the metrics, and last.pt, in this order.
+
+        A kill in between repeats the epoch, and the line of metrics that was too early is dropped then.
+        """
+        if checkpoint.best_epoch == checkpoint.epoch:
+            save_checkpoint(self.best, checkpoint)
+        self.write_metrics(rows)
+        save_checkpoint(self.last, checkpoint)
+
+    def write_metrics(self, rows: list[Metrics]) -> None:
+        """Write all epochs so far; the whole file each time, since it is small and must never end in half a line."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        files.write_bytes(self.path / "metrics.jsonl", text.encode())
+
+    def read_metrics(self) -> list[Metrics]:
+        """Return one dict an epoch. Raises InputError naming the file and line that is not sound."""
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: {NOT_A_RUN}") from None
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                rows.append({**row, "epoch": int(row["epoch"])})
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(f"{path}, line {number} is not an epoch's metrics: {NOT_A_RUN}") from None
+        return rows
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        files.write_json(self.path / "summary.json", summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        summary = files.read_json(self.path / "summary.json", remedy="the run has not finished: go on with it by --resume")
+        if not isinstance(summary, dict):
+            raise InputError(f"{self.path / 'summary.json'} is not a run's summary: {NOT_A_RUN}")
+        return summary
+
+
+def environment_facts(device: torch.device) -> dict[str, Any]:
+    """What a figure needs beside it: hardware, versions, commit and command."""
+    return {
+        "hardware": device_name(device),
+        "versions": {
+            "fastcifar": __version__,
+            "python": platform.python_version(),
+            **installed("torch", "torchvision", "triton", "numpy", "ffcv"),
+        },
+        "commit": _commit(),
+        "command": shlex.join(
+            ["python", *(["-m", "fastcifar.train"] if "fastcifar" in sys.argv[0] else sys.argv[:1]), *sys.argv[1:]]
+        ),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with `-dirty` where it was changed; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

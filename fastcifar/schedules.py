@@ -1,0 +1,80 @@
+"""A schedule and a step number enter, a learning rate leaves: a pure function of the step, with nothing to save or restore.
+
+Epochs in a schedule are those of the report it comes from (`schedule_epochs` in all). A run of another length stretches
+them: three epochs of a 250-epoch recipe with 15 epochs of warm-up spend the same 6 % of their steps warming up.
+"""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fastcifar.errors import require
+
+Kind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate runs from the first step to the last."""
+
+    schedule: Kind = "warmup_cosine"  # shape of the learning rate over training
+    schedule_epochs: float = 200  # length in epochs in which the next fields are given; --epochs stretches them
+    peak_lr: float = 0.1  # highest learning rate
+    initial_lr: float = 0.0  # learning rate from which the warm-up rises
+    final_lr: float = 0.0  # learning rate at the end of a cosine
+    warmup_epochs: float = 0.0  # linear rise from initial_lr (one_cycle: a cosine one), in epochs of schedule_epochs
+    milestones: tuple[float, ...] = ()  # multi_step: epochs at which the rate is multiplied by lr_factor
+    lr_factor: float = 0.1  # multi_step: factor at each milestone, above 0, at most 1
+    restart_epochs: float = 10.0  # cosine_restarts: length of the first cycle, in epochs of schedule_epochs
+    restart_growth: float = 2.0  # cosine_restarts: each cycle is this many times as long as the one before, 1 or more
+
+    def __post_init__(self) -> None:
+        require(self, self.schedule in get_args(Kind), "schedule", f"one of {', '.join(get_args(Kind))}")
+        require(self, self.schedule_epochs > 0, "schedule_epochs", "above 0")
+        require(self, 0 < self.peak_lr < math.inf, "peak_lr", "above 0")
+        require(self, 0 <= self.initial_lr <= self.peak_lr, "initial_lr", f"0..peak_lr ({self.peak_lr})")
+        require(self, 0 <= self.final_lr <= self.peak_lr, "final_lr", f"0..peak_lr ({self.peak_lr})")
+        require(
+            self,
+            0 <= self.warmup_epochs < self.schedule_epochs,
+            "warmup_epochs",
+            f"0 to below {self.schedule_epochs} epochs",
+        )
+        require(self, list(self.milestones) == sorted(self.milestones), "milestones", "in rising order")
+        require(self, 0 < self.lr_factor <= 1, "lr_factor", "above 0, at most 1")
+        require(self, self.restart_epochs > 0, "restart_epochs", "above 0")
+        require(self, self.restart_growth >= 1, "restart_growth", "1 or more")
+
+
+def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
+    """Return the learning rate of step `step` in 0..total_steps-1.
+
+    The first step of a warm-up already moves: step t has the share (t + 1) / warm-up steps, so that none is wasted at 0.
+    """
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    epoch = step / total_steps * schedule.schedule_epochs
+    warmup_steps = schedule.warmup_epochs / schedule.schedule_epochs * total_steps
+    if step < warmup_steps:
+        share = min(1.0, (step + 1) / warmup_steps)
+        if schedule.schedule == "one_cycle":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return schedule.initial_lr + (schedule.peak_lr - schedule.initial_lr) * share
+    if schedule.schedule == "multi_step":
+        return schedule.peak_lr * schedule.lr_factor ** bisect_right(schedule.milestones, epoch)
+    since_warmup = epoch - schedule.warmup_epochs
+    if schedule.schedule == "cosine_restarts":
+        return _cosine(schedule, _share_of_cycle(since_warmup, schedule.restart_epochs, schedule.restart_growth))
+    return _cosine(schedule, since_warmup / (schedule.schedule_epochs - schedule.warmup_epochs))
+
+
+def _cosine(schedule: Schedule, share: float) -> float:
+    """Half a cosine from peak_lr at share 0 to final_lr at share 1 (Loshchilov and Hutter, "SGDR", ICLR 2017)."""
+    return schedule.final_lr + (schedule.peak_lr - schedule.final_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _share_of_cycle(epoch: float, length: float, growth: float) -> float:
+    """How far `epoch` lies inside its cycle, 0..1; cycle k is length * growth^k epochs long."""
+    while epoch >= length:
+        epoch, length = epoch - length, length * growth
+    return epoch / length

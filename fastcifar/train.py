@@ -1,0 +1,184 @@
+"""An architecture's name and a folder of betons enter; a trained network in a complete run folder leaves.
+
+python -m fastcifar.train --arch se_resnet18 --epochs 200
+python -m fastcifar.train --resume runs/se_resnet18-seed0
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+from rich.console import Console
+
+from fastcifar.augmentation import mix_plan
+from fastcifar.command import Command, parse_command
+from fastcifar.curves import Curves
+from fastcifar.dataset import Splits, epoch_order, load_splits
+from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.errors import InputError, run_command
+from fastcifar.progress import TrainingProgress
+from fastcifar.recipes import Recipe
+from fastcifar.run_folder import Metrics, RunFolder, environment_facts
+from fastcifar.schedules import learning_rate
+from fastcifar.state import TrainingState, build_state, restore, snapshot
+from fastcifar.step import EpochTally, StepSettings, TrainStep
+from fastcifar.summary import announce, report_end, summarise
+from kernels.philox import Purpose, philox
+
+RATES_PER_EPOCH = 20  # points of the learning rate kept in an epoch's metrics
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    command = parse_command(sys.argv[1:])
+    try:
+        train(command, Console(soft_wrap=True, highlight=False))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with: python -m fastcifar.train --resume {run_path(command)}") from None
+
+
+def train(command: Command, console: Console) -> RunFolder:
+    """Train to the end, or go on from where the run stood; return the complete run folder. Raises InputError."""
+    recipe, run = command.settings, command.run
+    device = choose_device(run.device)
+    set_up_process(device, deterministic=run.deterministic)
+    dtype = choose_precision(run.precision, device)
+    data = load_splits(
+        run.data,
+        device,
+        limit_train=run.limit_train,
+        limit_test=run.limit_test,
+        val_fraction=run.val_fraction,
+        seed=run.seed,
+        verify=run.verify,
+    )
+    steps = steps_per_epoch(data, recipe.batch_size)
+    state = build_state(command.arch, recipe, run, data, device)
+    folder, rows = RunFolder(run_path(command)), []
+    if run.resume is not None:
+        rows = restore(state, folder, device)
+    else:
+        folder.create()
+        folder.write_config(command.arch, command.recipe_name, recipe, run, environment_facts(device))
+    announce(console, command, data, state, folder, dtype)
+
+    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile)
+    train_step = TrainStep(
+        state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average
+    )
+    curves = Curves(folder.path)
+    with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
+        while state.epoch < recipe.epochs:
+            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress)
+            state.epoch += 1
+            if state.epoch % run.eval_every == 0 or state.epoch == recipe.epochs:
+                record |= select_best(state, data, run.eval_batch_size, dtype)
+            record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
+            rows.append(record)
+            folder.save_epoch(rows, snapshot(state, recipe, data))
+            curves.log(record)
+            progress.epoch(record, seconds_left=(recipe.epochs - state.epoch) * median(map(epoch_seconds, rows)))
+
+    curves.close()
+
+    summary = summarise(command, data, state, rows, dtype)
+    folder.write_summary(summary)
+    if run.plots:
+        from fastcifar import plots  # here, since matplotlib takes a second to import and training does not need it
+
+        plots.draw([plots.read_run(folder)], folder.path)
+    report_end(console, summary, folder)
+    return folder
+
+
+def run_path(command: Command) -> Path:
+    """Where the run's folder is."""
+    return command.run.resume or command.run.out or Path("runs") / f"{command.arch}-seed{command.run.seed}"
+
+
+def steps_per_epoch(data: Splits, batch_size: int) -> int:
+    """Whole batches in an epoch; the few images left over differ from epoch to epoch. Raises InputError when there is none."""
+    if batch_size > len(data.train):
+        raise InputError(
+            f"batch_size {batch_size:,} is larger than the training set of {len(data.train):,} images: lower --batch-size"
+        )
+    return len(data.train) // batch_size
+
+
+def train_epoch(
+    train_step: TrainStep, data: Splits, recipe: Recipe, epoch: int, steps: int, progress: TrainingProgress
+) -> Metrics:
+    """Train epoch `epoch` (from 0); return its record. Raises InputError, with nothing saved, when the loss is not finite."""
+    device, seed, batch_size = data.mean.device, train_step.settings.seed, recipe.batch_size
+    started = time.perf_counter()
+    order = epoch_order(data.train.index, seed, epoch)
+    plan = mix_plan(recipe.augmentation, seed, epoch, steps, epoch / max(1, recipe.epochs - 1), device)
+    rates = [learning_rate(recipe.schedule, epoch * steps + step, recipe.epochs * steps) for step in range(steps)]
+    tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.int64, device=device))
+    epoch_number = torch.tensor(epoch, device=device)
+    seed_torch(seed, epoch)
+    train_step.model.train()
+    first_step_at = 0.0
+    for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
+        train_step(positions, epoch_number, step, rates[step], plan, tally)
+        progress.advance(batch_size)
+        if step == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # host sync, once an epoch: the first step counts when done, not when launched
+            first_step_at = time.time()
+        if device.type == "cpu" and not math.isfinite(tally.losses[step]):  # free here; a GPU is asked at the end
+            break
+    losses = tally.losses.tolist()  # host sync: the epoch ends here
+    require_finite(losses, rates, epoch)
+    seconds = time.perf_counter() - started
+    return {
+        "epoch": epoch + 1,
+        "data_name": data.manifest.name,
+        "train_loss": sum(losses) / steps,
+        "train_accuracy": int(tally.hits) / (steps * batch_size),  # on augmented images, against the heavier label
+        "eval_loss": None,
+        "eval_accuracy": None,
+        "eval_seconds": None,
+        "learning_rates": rates[:: max(1, steps // RATES_PER_EPOCH)],
+        "images_per_second": steps * batch_size / seconds,
+        "train_seconds": seconds,
+        "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
+    }
+
+
+def require_finite(losses: list[float], rates: list[float], epoch: int) -> None:
+    """Raise InputError naming the first step of epoch `epoch` (from 0) whose loss is NaN or infinite."""
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss became {loss} in epoch {epoch + 1}, step {step + 1} of {len(losses)} "
+                """Seed torch, which serves dropout and stochastic depth, by (seed, epoch): a resume needs no saved state."""
+            )
+
+
+def seed_torch(seed: int, epoch: int) -> None:
+    """Seed PyTorch's generators, which serve dropout and stochastic depth, by (seed, epoch): nothing to save for a resume."""
+    high, low, _, _ = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, Purpose.TORCH)
+    torch.manual_seed(int(high) << 31 | int(low) >> 1)
+
+
+def select_best(state: TrainingState, data: Splits, batch_size: int, dtype: torch.dtype | None) -> Metrics:
+    """Evaluate on the selection split, note the best so far in `state`, return the record's part."""
+    started = time.perf_counter()
+    result = state.measure(data, data.select, batch_size, dtype)
+    if result.top1 > state.best_accuracy:
+        state.best_accuracy, state.best_epoch = result.top1, state.epoch
+    return {"eval_loss": result.loss, "eval_accuracy": result.top1, "eval_seconds": time.perf_counter() - started}
+
+
+def epoch_seconds(record: Metrics) -> float:
+    """What an epoch took, evaluation included."""
+    return float(record["train_seconds"] + (record["eval_seconds"] or 0.0))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""The numerical core: keyed randomness now; fused Mish, squeeze-excitation and augmentation kernels as they land."""
