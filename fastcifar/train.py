@@ -154,14 +154,13 @@ def require_finite(losses: list[float], rates: list[float], epoch: int) -> None:
     """Raise InputError naming the first step of epoch `epoch` (from 0) whose loss is NaN or infinite."""
     for step, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss became {loss} in epoch {epoch + 1}, step {step + 1} of {len(losses)} "
-                """Seed torch, which serves dropout and stochastic depth, by (seed, epoch): a resume needs no saved state."""
-            )
+            where = f"epoch {epoch + 1}, step {step + 1} of {len(losses)} (learning rate {rates[step]:.4g})"
+            kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no checkpoint was written yet"
+            raise InputError(f"the loss became {loss} in {where}; {kept}: lower --peak-lr, or set --clip-gradient-norm")
 
 
 def seed_torch(seed: int, epoch: int) -> None:
-    """Seed PyTorch's generators, which serve dropout and stochastic depth, by (seed, epoch): nothing to save for a resume."""
+    """Seed PyTorch's generators, which serve dropout and stochastic depth, by (seed, epoch): a resume restores nothing."""
     high, low, _, _ = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, Purpose.TORCH)
     torch.manual_seed(int(high) << 31 | int(low) >> 1)
 
