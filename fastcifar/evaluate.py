@@ -87,14 +87,13 @@ def measure(options: Options) -> dict[str, Any]:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the figures for people."""
     warn_synthetic(console, result["synthetic"], result["data"])
-    console.print(
-        f"[bold]{result['arch']}[/] after epoch {result['epoch']}, {result['data']}, {result['split']} split, TTA {result['tta']}"
-    )
-    console.print(
-        f"top-1 [bold]{result['top1']:.2%}[/], top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images"
-    )
+    measured = f"{result['data']}, {result['split']} split, TTA {result['tta']}"
+    console.print(f"[bold]{result['arch']}[/] after epoch {result['epoch']}: {measured}")
+    figures = f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images"
+    console.print(f"top-1 [bold]{result['top1']:.2%}[/], {figures}")
     names = list(result["per_class"])
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="rows: true class; columns: predicted class; images")
+    caption = "rows: true class; columns: predicted class; images"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("class", no_wrap=True)
     table.add_column("accuracy", justify="right")
     if len(names) <= 20:
