@@ -1,0 +1,1 @@
+"""Measurements, with the protocol that makes them worth publishing."""

@@ -128,7 +128,7 @@ def best_figure(runs: list[Run]) -> Figure:
         )
         axes.step(epochs, 100 * best, where="post", color=colour, label=label, **_marker(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter())
-    axes.legend(loc="lower right")
+    axes.legend()
     return figure
 
 
@@ -137,7 +137,7 @@ def learning_rate_figure(runs: list[Run]) -> Figure:
     figure, axes = _epoch_axes(runs, "Learning rate", "learning rate")
     for run, colour in _coloured(runs):
         rates = np.concatenate([row["learning_rates"] for row in run.rows])
-        epochs = np.concatenate([row["epoch"] - 1 + np.linspace(0, 1, len(row["learning_rates"])) for row in run.rows])
+        epochs = np.concatenate([row["epoch"] - 1 + np.linspace(0, 1, len(row["learning_rates"]), endpoint=False) for row in run.rows])
         axes.plot(epochs, rates, color=colour, label=run.label)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -147,7 +147,7 @@ def learning_rate_figure(runs: list[Run]) -> Figure:
 
 
 def confusion_figure(run: Run) -> Figure:
-    """Share of each true class predicted as each class; counts are in the summary."""
+    """Percent of each true class predicted as each class, from 1 % on; the counts are in the summary."""
     assert run.summary is not None
     final = run.summary["final"]
     names, counts = run.summary["class_names"], np.array(final["confusion"])
@@ -160,7 +160,7 @@ def confusion_figure(run: Run) -> Figure:
     if len(names) <= 20:
         for true, predicted in np.ndindex(share.shape):
             value = 100 * share[true, predicted]
-            if value >= 0.5:
+            if value >= 1:
                 colour = "white" if value > 55 else "black"
                 axes.text(predicted, true, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")

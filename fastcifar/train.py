@@ -143,11 +143,17 @@ def train_epoch(
         "eval_loss": None,
         "eval_accuracy": None,
         "eval_seconds": None,
-        "learning_rates": rates[:: max(1, steps // RATES_PER_EPOCH)],
+        "learning_rates": spaced(rates, RATES_PER_EPOCH),
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
     }
+
+
+def spaced(values: list[float], count: int) -> list[float]:
+    """At most `count` values, evenly spaced from the first on."""
+    count = min(count, len(values))
+    return [values[position * len(values) // count] for position in range(count)]
 
 
 def require_finite(losses: list[float], rates: list[float], epoch: int) -> None:

@@ -1,0 +1,61 @@
+# Every target sets up what it needs first; the second time that takes a second or two.
+# `make train` is the whole way: data, training, plots. On a CPU it is a short real run, with CUDA the full recipe.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+ARCH ?= se_resnet18
+RUN ?= runs/$(ARCH)-$(shell date +%Y%m%d-%H%M%S)
+# A CPU trains about 300 images a second: 4 epochs of 8,000 images leave room within five minutes.
+CPU_OPTIONS ?= --epochs 4 --limit-train 8000 --limit-test 2000 --batch-size 64
+# What FFCV builds with.
+DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
+BIN := .venv/bin
+
+.PHONY: help setup data train test test-slow gpu-check bench-pipeline lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready  ## prepare the environment: Debian packages FFCV builds with, uv, the locked Python packages
+
+.venv/.ready: pyproject.toml uv.lock setup.sh
+	@PYTHON=$(PYTHON) DEBIAN="$(DEBIAN)" bash setup.sh
+	@touch $@
+
+data: setup  ## write data/beton from $$CIFAR_DIR, data/, a download, or the synthetic stand-in
+	@$(BIN)/python data_prep/write_beton.py
+
+train: data  ## train (ARCH=..., RUN=..., OPTIONS='--seed 1'): a real run that ends with plots in runs/
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options=; else options='$(CPU_OPTIONS)'; fi; \
+	$(BIN)/python -m fastcifar.train --arch $(ARCH) --out $(RUN) $$options $(OPTIONS)
+
+test: setup  ## lint, types, import contracts and the tests, in a few minutes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest
+
+test-slow: setup  ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow
+
+gpu-check: setup  ## on a machine with CUDA: every test that needs one
+	@$(BIN)/python -m pytest -m gpu
+
+bench-pipeline: data  ## training step and time to the first step, measured on this machine
+	@$(BIN)/python bench/pipeline.py
+
+lint: setup  ## ruff, mypy and the import contracts only
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup  ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and caches; data and runs stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

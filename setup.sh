@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A machine with Debian, Python 3.11 or newer and pip enters; .venv with the locked packages leaves. Run by `make setup`.
+set -euo pipefail
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $("$python" --version) is too old: install Python 3.11 or newer, or set PYTHON=/path/to/it" >&2
+  exit 2
+}
+
+# FFCV is built from source and needs these; they are installed only when missing, and only when we may.
+missing=()
+for package in ${DEBIAN:-pkg-config libopencv-dev libturbojpeg0-dev build-essential}; do
+  dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+  missing+=(python3-dev)
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  else
+    echo "error: FFCV needs packages that are missing: sudo apt-get install ${missing[*]}" >&2
+    exit 2
+  fi
+fi
+
+# uv: the one on PATH, or our own in .uv. (--target needs no venv module and touches no managed environment.)
+if ! command -v uv >/dev/null; then
+  [ -x .uv/bin/uv ] || "$python" -m pip install --quiet --disable-pip-version-check --target .uv uv
+  PATH="$PWD/.uv/bin:$PATH"
+fi
+uv sync --locked --quiet --python "$("$python" -c 'import sys; print(sys.executable)')"

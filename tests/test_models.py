@@ -1,0 +1,135 @@
+"""The table of architectures: exact counts, shapes, the layers the reports describe, and the command that prints it."""
+
+import json
+
+import pytest
+import torch
+from tests.conftest import assert_user_error, run_cli
+from torch import nn
+
+from fastcifar.errors import InputError
+from fastcifar.models import ARCHITECTURES, architecture, build_model, count_parameters, require_budget
+from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from fastcifar.models.layers import SqueezeExcitation, StochasticDepth
+from fastcifar.models.summary import flops_per_image, trace_layers
+
+# From the specification of the five reports.
+COUNTS = {
+    "dropout_resnet24": 1_177_130,
+    "resnet42": 4_907_445,
+    "light_resnet18": 2_810_154,
+    "light_resnet18_v2_40": 4_389_170,
+    "light_resnet18_v2_45": 4_999_535,
+    "robust_resnet64": 3_799_978,
+    "se_resnet18": 2_818_090,
+    "mish_se_resnet18": 4_569_642,
+    "resnet18": 11_173_962,
+}
+
+
+def test_json_lists_every_architecture_with_its_exact_count():
+    process = run_cli("-m", "fastcifar.models", "--json")
+    rows = json.loads(process.stdout)
+    assert {row["arch"]: row["parameters"] for row in rows} == COUNTS
+    assert all(row["flops_per_image"] > 0 and row["budget_share"] == row["parameters"] / 5_000_000 for row in rows)
+
+
+def test_an_unknown_arch_suggests_the_nearest():
+    process = run_cli("-m", "fastcifar.models", "--summary", "se_resnet81")
+    assert_user_error(process, "se_resnet81", "did you mean se_resnet18")
+    with pytest.raises(InputError, match="robust_resnet64"):
+        architecture("robustresnet")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_rows_agree_with_the_models_they_describe(name):
+    assert ARCHITECTURES[name].parameters == count_parameters(build_model(name)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_forward_and_backward_reach_every_parameter(name, classes):
+    torch.manual_seed(0)
+    model = build_model(name, classes, block_dropout=0.1, head_dropout=0.1, stochastic_depth=0.1)
+    logits = model(torch.randn(4, 3, 32, 32))
+    assert logits.shape == (4, classes)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_ablation_without_squeeze_excitation_has_report_ds_count():
+    assert count_parameters(build_model("se_resnet18", squeeze_excitation=False)) == 2_797_610
+
+
+def test_probabilities_change_neither_parameters_nor_names():
+    plain = build_model("light_resnet18").state_dict()
+    dropped = build_model("light_resnet18", block_dropout=0.2, head_dropout=0.3, stochastic_depth=0.1).state_dict()
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in dropped.items()}
+
+
+def test_weight_layers_are_those_in_the_names():
+    def main_path(model):
+        return sum(
+            isinstance(m, (nn.Conv2d, nn.Linear)) and "shortcut" not in n and ".se." not in n for n, m in model.named_modules()
+        )
+
+    assert main_path(build_model("resnet42")) == 42
+    assert main_path(build_model("robust_resnet64")) == 62
+    assert main_path(build_model("dropout_resnet24")) == 24
+    assert main_path(build_model("se_resnet18")) == main_path(build_model("resnet18")) == 18
+
+
+def test_blocks_are_what_the_reports_describe():
+    def squeezed(name):
+        return [n for n, m in build_model(name).named_modules() if isinstance(m, SqueezeExcitation)]
+
+    assert squeezed("se_resnet18") == ["stages.2.0.se", "stages.2.1.se", "stages.3.0.se", "stages.3.1.se"]
+    assert len(squeezed("mish_se_resnet18")) == len(squeezed("light_resnet18")) == 8
+    assert squeezed("robust_resnet64") == []
+    assert all(isinstance(b, PreActivationBlock) for s in build_model("robust_resnet64").stages for b in s)
+    assert all(isinstance(b, BasicBlock) for s in build_model("dropout_resnet24").stages for b in s)
+    assert not any(isinstance(m, nn.ReLU) for m in build_model("mish_se_resnet18").modules())
+    depths = [
+        m.drop_probability
+        for m in build_model("light_resnet18", stochastic_depth=0.1).modules()
+        if isinstance(m, StochasticDepth)
+    ]
+    assert depths == pytest.approx([0.1 * k / 8 for k in range(1, 9)])
+
+
+def test_a_basic_block_computes_the_residual_sum():
+    torch.manual_seed(0)
+    block = build_model("se_resnet18").stages[3][0].eval()
+    x = torch.randn(2, 128, 8, 8)
+    branch = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+    squeezed = branch.mean((2, 3))
+    scale = torch.sigmoid(torch.relu(squeezed @ block.se.reduce.weight.T) @ block.se.expand.weight.T)
+    expected = torch.relu(branch * scale[..., None, None] + block.shortcut(x))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer = StochasticDepth(0.25)
+    out = layer(torch.ones(20_000, 2, 1, 1))
+    per_sample = out.flatten(1)
+    assert (per_sample[:, 0] == per_sample[:, 1]).all()
+    assert set(out.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert out.mean() == pytest.approx(1, abs=0.02)
+    assert torch.equal(layer.eval()(out), out)
+
+
+def test_flops_of_a_layer_counted_by_hand():
+    rows = {row.name: row for row in trace_layers(build_model("se_resnet18"))}
+    assert rows["stem.0"].flops == 2 * 32 * 32 * 32 * 27
+    assert rows["classifier"].flops == 2 * 256 * 10
+    assert rows["stages.3.0.shortcut.0"].output == (256, 4, 4)
+    assert sum(row.parameters for row in rows.values()) == COUNTS["se_resnet18"]
+    assert flops_per_image(build_model("se_resnet18")) == sum(row.flops for row in rows.values())
+
+
+def test_the_budget_is_kept_unless_lifted():
+    with pytest.raises(InputError, match=r"11,173,962.*--max-parameters 0"):
+        require_budget("resnet18", COUNTS["resnet18"], 5_000_000)
+    require_budget("resnet18", COUNTS["resnet18"], 0)
+    require_budget("light_resnet18_v2_45", COUNTS["light_resnet18_v2_45"], 5_000_000)

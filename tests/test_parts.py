@@ -1,0 +1,208 @@
+"""The smaller parts: losses, optimizers, averages, recipes, held-out split, metrics, inference, checkpoints, progress."""
+
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from fastcifar.dataset import ResidentSet, hold_out
+from fastcifar.errors import InputError
+from fastcifar.inference import class_probabilities, evaluate, views
+from fastcifar.losses import mixed_cross_entropy
+from fastcifar.metrics import EvaluationTally
+from fastcifar.models import build_model
+from fastcifar.optimizers import build_optimizer
+from fastcifar.progress import clock, epoch_line
+from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
+from fastcifar.step import AveragedModel
+
+CPU = torch.device("cpu")
+
+
+def checkpoint_of(arch="se_resnet18", classes=10):
+    model = build_model(arch, classes)
+    names = [f"class {c}" for c in range(classes)]
+    return Checkpoint(arch, True, names, [0.5] * 3, [0.2] * 3, "data", 1, model.state_dict(), None, {}, 0.5, 1)
+
+
+def test_mixed_loss_is_cross_entropy_against_the_mixed_smoothed_target():
+    torch.manual_seed(0)
+    logits, a, b = torch.randn(8, 10), torch.arange(8), torch.arange(8).roll(-1)
+    share, smoothing = torch.tensor(0.3), 0.1
+    target = 0.3 * F.one_hot(a, 10) + 0.7 * F.one_hot(b, 10)
+    target = target * (1 - smoothing) + smoothing / 10
+    torch.testing.assert_close(target.sum(1), torch.ones(8))
+    expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(mixed_cross_entropy(logits, a, b, share, smoothing), expected)
+
+
+def test_optimizers_are_what_they_say():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    sgd = build_optimizer(model, "sgd", momentum=0.9, weight_decay=0.1, decay_norm_and_bias=True)
+    assert len(sgd.param_groups) == 1
+    assert not sgd.param_groups[0]["nesterov"]
+    nesterov = build_optimizer(model, "nesterov", momentum=0.9, weight_decay=0.1, decay_norm_and_bias=False)
+    assert nesterov.param_groups[0]["nesterov"]
+    assert [p.ndim for p in nesterov.param_groups[0]["params"]] == [2]
+    assert [p.ndim for p in nesterov.param_groups[1]["params"]] == [1, 1, 1]
+    assert [g["weight_decay"] for g in nesterov.param_groups] == [0.1, 0.0]
+    adamw = build_optimizer(model, "adamw", momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+def test_the_average_follows_its_formula():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = AveragedModel(model, 0.9)
+    start = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+        model[1].running_mean.fill_(2.0)
+        model[1].num_batches_tracked.fill_(7)
+    average.update(model)
+    torch.testing.assert_close(average.model[0].weight, start + 0.1)
+    torch.testing.assert_close(average.model[1].running_mean, torch.full((2,), 0.2))
+    assert average.model[1].num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_and_options_survive_json(name):
+    recipe = RECIPES[name].recipe
+    assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    options = RunOptions(seed=3)
+    assert run_options_from_dict(json.loads(json.dumps(to_dict(options)))) == options
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch_size", 1), ("label_smoothing", 1.0), ("head_dropout", -0.1), ("epochs", 0)]
+)
+def test_bad_recipe_values_are_refused_by_name(field, value):
+    with pytest.raises(InputError, match=rf"{field} must be .*got {value}"):
+        Recipe(**{field: value})
+
+
+def test_a_recipe_of_another_version_is_refused():
+    values = to_dict(RECIPES["se_resnet18"].recipe)
+    with pytest.raises(InputError, match="not a recipe"):
+        recipe_from_dict({**values, "warp": 9})
+    with pytest.raises(InputError, match="did you mean resnet42"):
+        reported("resnet_42")
+
+
+def test_held_out_images_are_no_longer_trained_on_and_the_same_every_time():
+    full = ResidentSet(torch.zeros(100, 32, 32, 3, dtype=torch.uint8), torch.arange(100) % 10, torch.arange(100))
+    train, held = hold_out(full, 0.2, seed=1)
+    assert sorted(train.index.tolist() + held.index.tolist()) == list(range(100))
+    assert len(held) == 20
+    assert torch.equal(hold_out(full, 0.2, seed=1)[1].index, held.index)
+    assert not torch.equal(hold_out(full, 0.2, seed=2)[1].index, held.index)
+    assert torch.equal(held.labels, held.index % 10)
+
+
+def test_evaluation_counts_by_hand():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    tally = EvaluationTally(3, CPU)
+    tally.add(probabilities[:3], torch.tensor([0, 1, 1]))
+    tally.add(probabilities[3:], torch.tensor([0]))
+    result = tally.read()
+    assert result.confusion == [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
+    assert result.top1 == 0.5
+    assert result.top5 == 1.0  # three classes: the top five are all of them
+    assert result.loss == pytest.approx(-torch.tensor([0.7, 0.8, 0.3, 0.2]).log().mean().item())
+    assert result.per_class == [0.5, 0.5, None]
+
+
+def test_views_of_test_time_augmentation():
+    x = torch.arange(1024.0).reshape(1, 1, 32, 32)
+    assert len(views(x, "none")) == 1
+    mirrored = views(x, "flip")
+    assert torch.equal(mirrored[1], x.flip(3))
+    six = views(x, "flip_translate")
+    assert len(six) == 6
+    assert torch.equal(six[1][..., 1:, 1:], x[..., :-1, :-1])  # looks up-left: content moves down-right
+    assert torch.equal(six[2][..., :-1, :-1], x[..., 1:, 1:])
+    for view, mirror in zip(six[:3], six[3:], strict=True):
+        assert torch.equal(mirror, view.flip(3))
+
+
+def test_probabilities_are_the_mean_of_the_views_whatever_the_batch_size():
+    torch.manual_seed(0)
+    model = build_model("se_resnet18").train()
+    images = torch.randint(0, 256, (10, 32, 32, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
+
+    def probabilities(batch_size, tta):
+        return torch.cat(
+            list(class_probabilities(model, images, mean, std, batch_size=batch_size, tta=tta, autocast_dtype=None))
+        )
+
+    whole = probabilities(10, "flip")
+    assert model.training  # left as it was found
+    torch.testing.assert_close(whole, probabilities(3, "flip"))
+    torch.testing.assert_close(whole.sum(1), torch.ones(10))
+    x = ((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = (model.eval()(x).softmax(1) + model(x.flip(3)).softmax(1)) / 2
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
+    data = ResidentSet(images, whole.argmax(1), torch.arange(10))
+    assert evaluate(model, data, 10, mean, std, batch_size=4, tta="flip").top1 == 1.0
+
+
+def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of())
+    loaded = load_checkpoint(path, CPU, arch="se_resnet18")
+    assert loaded.class_names[3] == "class 3"
+    assert not load_model(path, CPU)[0].training
+    with pytest.raises(InputError, match=r"last\.pt is of arch se_resnet18, not resnet42"):
+        load_checkpoint(path, CPU, arch="resnet42")
+    content = path.read_bytes()
+    for kept in (0, 10, 1000, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(InputError, match=r"last\.pt is damaged"):
+            load_checkpoint(path, CPU)
+    with pytest.raises(InputError, match="is missing"):
+        load_checkpoint(tmp_path / "none.pt", CPU)
+    torch.save({"format": 0}, path)
+    with pytest.raises(InputError, match="not a checkpoint of this version"):
+        load_checkpoint(path, CPU)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    for name, save in (("zip.pt", torch.save), ("plain.pt", lambda value, path: path.write_bytes(pickle.dumps(value)))):
+        path = tmp_path / name
+        save({"format": 1, "model": Payload()}, path)
+        marker.unlink(missing_ok=True)
+        with pytest.raises(InputError, match=name):
+            load_checkpoint(path, CPU)
+        assert not marker.exists()
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
+    checkpoint = checkpoint_of("resnet42")
+    save_checkpoint(tmp_path / "x.pt", Checkpoint(**{**vars(checkpoint), "arch": "se_resnet18"}))
+    with pytest.raises(InputError, match="does not fit arch se_resnet18"):
+        load_model(tmp_path / "x.pt", CPU)
+
+
+def test_lines_and_clocks_people_read():
+    record = {
+        "epoch": 3, "train_loss": 1.5, "train_accuracy": 0.5, "eval_accuracy": 0.6, "eval_loss": 1.2, "eval_split": "test",
+        "best_accuracy": 0.6, "images_per_second": 1234.0,
+    }  # fmt: skip
+    assert epoch_line(record, 200, 3725) == (
+        "epoch   3/200 | train loss 1.500 acc 50.00% | test loss 1.200 acc 60.00% best 60.00% | 1,234 img/s | left 1:02:05"
+    )
+    assert "test" not in epoch_line({**record, "eval_accuracy": None}, 200, 0)
+    assert clock(59.6) == "1:00"

@@ -1,0 +1,212 @@
+"""Training end to end on small data: it learns, resumes to the bit, keeps a complete folder, and refuses what is wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from tests.conftest import assert_user_error, run_cli
+
+from fastcifar.checkpoint import load_checkpoint
+from fastcifar.command import parse_command
+from fastcifar.errors import InputError
+from fastcifar.recipes import RECIPES
+from fastcifar.run_folder import RunFolder
+from fastcifar.train import train
+
+CPU = torch.device("cpu")
+FILES = {
+    "config.json", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "loss.png", "accuracy.png", "best_accuracy.png",
+    "learning_rate.png", "confusion_matrix.png",
+}  # fmt: skip
+
+
+# Any size, no mixing (which hides a falling loss on so few images), one evaluation.
+PLAIN = ("--max-parameters", "0", "--mix-probability", "0", "--eval-every", "4")
+# Everything a resume has to bring back besides weights and momentum.
+WITH_AVERAGE = ["--arch", "light_resnet18", "--ema-decay", "0.9", "--optimizer", "adamw", "--val-fraction", "0.25"]
+
+
+def run(betons, out, *arguments, console=None):
+    """Train in this process on the small data; --no-plots unless a test is about them."""
+    command = parse_command(["--data", str(betons), "--out", str(out), "--batch-size", "50", "--no-plots", *arguments])
+    return train(command, console or Console(quiet=True))
+
+
+def weights(folder, name="last.pt"):
+    return load_checkpoint(folder / name, CPU).model
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_every_architecture_learns_by_its_own_recipe(betons, tmp_path, arch):
+    folder = run(
+        betons,
+        tmp_path / "run",
+        "--arch",
+        arch,
+        "--epochs",
+        "4",
+        "--max-parameters",
+        "0",
+        "--mix-probability",
+        "0",
+        "--eval-every",
+        "4",
+    )
+    losses = [row["train_loss"] for row in folder.read_metrics()]
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
+def test_a_run_folder_is_complete_and_says_what_it_is(betons, tmp_path):
+    process = run_cli(
+        "-m", "fastcifar.train", "--data", str(betons), "--out", str(tmp_path / "run"), "--epochs", "2", "--batch-size", "50"
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= FILES
+    assert len(names - FILES) == 1  # and one file of TensorBoard events
+    assert "epoch 2/2" in process.stdout
+    assert "not yet applied" in process.stdout  # the recipe names colour jitter
+    assert "\x1b" not in process.stdout  # plain lines where there is no terminal
+    summary = RunFolder(tmp_path / "run").read_summary()
+    assert summary["arch"] == "se_resnet18"
+    assert summary["parameters"] == 2_818_090
+    assert "reports' habit" in summary["best_chosen_on"]
+    assert sum(map(sum, summary["final"]["confusion"])) == summary["final"]["images"] == 50
+    assert summary["versions"]["torch"].startswith("2.")
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert 0 < rows[0]["first_step_seconds"] < 60
+    again = run_cli("-m", "fastcifar.train", "--data", str(betons), "--out", str(tmp_path / "run"), "--epochs", "2")
+    assert_user_error(again, str(tmp_path / "run"), "--resume")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(betons, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(betons, tmp_path / name, "--epochs", "1", "--seed", seed)
+    assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not torch.equal(weights(tmp_path / "a")["classifier.weight"], weights(tmp_path / "c")["classifier.weight"])
+
+
+@pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
+    options = ["--epochs", "4", *arguments]
+    whole = run(betons, tmp_path / "whole", *options)
+
+    original = RunFolder.save_epoch
+
+    def save_epoch(self, rows, checkpoint):
+        if len(rows) == 3:
+            self.write_metrics(rows)  # what a kill between the two files leaves
+            raise KeyboardInterrupt
+        original(self, rows, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_epoch", save_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            run(betons, tmp_path / "cut", *options)
+    assert load_checkpoint(tmp_path / "cut" / "last.pt", CPU).epoch == 2
+    resumed = train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True))
+
+    before, after = (load_checkpoint(folder.last, CPU) for folder in (whole, resumed))
+    assert_equal_weights(before.model, after.model)
+    if before.average is not None:
+        assert_equal_weights(before.average, after.average)
+    assert (before.best_accuracy, before.best_epoch) == (after.best_accuracy, after.best_epoch)
+    timeless = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "learning_rates", "epoch")
+    a, b = ([{key: row[key] for key in timeless} for row in folder.read_metrics()] for folder in (whole, resumed))
+    assert a == b
+    assert resumed.read_summary()["final"] == whole.read_summary()["final"]
+
+
+def test_resume_refuses_what_would_change_the_run_and_accepts_a_finished_one(betons, tmp_path):
+    folder = run(betons, tmp_path / "run", "--epochs", "1")
+    with pytest.raises(InputError, match=r"leave out what changes it \(epochs\)"):
+        parse_command(["--resume", str(folder.path), "--epochs", "2"])
+    before = folder.last.read_bytes()
+    train(parse_command(["--resume", str(folder.path)]), Console(quiet=True))
+    assert folder.last.read_bytes() == before
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        parse_command(["--resume", str(tmp_path / "nowhere")])
+
+
+def test_best_is_chosen_on_held_out_images_when_asked(betons, tmp_path):
+    folder = run(betons, tmp_path / "run", "--epochs", "2", "--val-fraction", "0.25")
+    summary, rows = folder.read_summary(), folder.read_metrics()
+    assert summary["best_chosen_on"] == "images held out from training"
+    assert summary["train_images"] == 150
+    assert rows[0]["eval_split"] == "held-out"
+    best = max(rows, key=lambda row: (row["eval_accuracy"], -row["epoch"]))
+    assert (summary["best_epoch"], summary["best_accuracy"]) == (best["epoch"], best["eval_accuracy"])
+    assert load_checkpoint(folder.best, CPU).epoch == best["epoch"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(betons, tmp_path, monkeypatch):
+    saved = RunFolder.save_epoch
+
+    def save_then_poison(self, rows, checkpoint):
+        saved(self, rows, checkpoint)
+        if len(rows) == 1:
+            checkpoint.model["classifier.weight"].fill_(math.inf)  # the state's own tensors
+
+    monkeypatch.setattr(RunFolder, "save_epoch", save_then_poison)
+    with pytest.raises(InputError, match=r"epoch 2, step 1 of 4 .*checkpoint of epoch 1 is kept"):
+        run(betons, tmp_path / "run", "--epochs", "3")
+    kept = load_checkpoint(tmp_path / "run" / "last.pt", CPU)
+    assert kept.epoch == 1
+    assert all(tensor.isfinite().all() for tensor in kept.model.values())
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_unreasonable_options_are_refused_with_one_line(betons, tmp_path):
+    process = run_cli("-m", "fastcifar.train", "--data", str(betons), "--out", str(tmp_path / "x"), "--batch-size", "5000")
+    assert_user_error(process, "batch_size 5,000", "200 images", "--batch-size")
+    process = run_cli("-m", "fastcifar.train", "--arch", "se_resnet81")
+    assert_user_error(process, "se_resnet81", "did you mean se_resnet18")
+    process = run_cli("-m", "fastcifar.train", "--cutout", "40")
+    assert_user_error(process, "cutout must be 0..32 pixels, got 40")
+    process = run_cli("-m", "fastcifar.train", "--data", str(tmp_path / "nothing"))
+    assert_user_error(process, "train.beton is missing", "write_beton.py")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_over_the_budget_is_refused(betons, tmp_path):
+    with pytest.raises(InputError, match=r"11,173,962 parameters.*--max-parameters 0"):
+        run(betons, tmp_path / "run", "--arch", "resnet18")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(betons, tmp_path, monkeypatch):
+    folder = run(betons, tmp_path / "run", "--epochs", "1")
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    from fastcifar import files
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    checkpoint = load_checkpoint(folder.last, CPU)
+    monkeypatch.setattr(files, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.save_epoch(folder.read_metrics(), checkpoint)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_recipe_fields_reach_the_run(betons, tmp_path):
+    folder = run(
+        betons, tmp_path / "run", "--epochs", "1", "--recipe", "mish_se_resnet18", "--clip-gradient-norm", "0.5",
+        "--no-decay-norm-and-bias", "--precision", "fp32", "--no-squeeze-excitation",
+    )  # fmt: skip
+    config = json.loads((folder.path / "config.json").read_text())
+    assert config["recipe"]["weight_decay"] == 1e-3  # report E's
+    assert config["recipe"]["batch_size"] == 50  # overridden
+    assert config["arch"] == "se_resnet18"
+    groups = load_checkpoint(folder.last, CPU).optimizer["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [1e-3, 0.0]
+    assert folder.read_summary()["parameters"] == 2_797_610
