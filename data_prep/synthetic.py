@@ -1,7 +1,8 @@
 """A folder enters; the procedural stand-in for CIFAR-10 leaves, as pickles of the official layout.
 
-Ten shapes, each drawn at a random place, size, angle and pair of colours over a shaded background with noise: a small net
-tells them apart, but needs some epochs for it. It serves machines without network or data; accuracy on it means nothing.
+Ten shapes, each drawn at a random place, size and angle, in a colour its class prefers without owning it, over a shaded
+background with noise: a small net soon learns the colours and then, over some epochs, the shapes. It serves machines without
+network or data; accuracy on it means nothing.
 """
 
 import pickle
@@ -14,9 +15,16 @@ from fastcifar import files
 
 NAME = "synthetic stand-in: accuracy means nothing"
 BATCH = 10_000  # images in a pickle, as in the official archive
-NOISE = 0.08  # standard deviation per pixel and channel, in units of the full range
+NOISE = 0.05  # standard deviation per pixel and channel, in units of the full range
+HUE_SPREAD = 0.15  # standard deviation of a class's hue, in turns; classes are a tenth of a turn apart
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _colour(hue: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Saturated colours [N, 1, 1, 3] in 0..1 of hues in turns and brightnesses in 0..1."""
+    phase = hue[:, None] + np.array([0, 1 / 3, 2 / 3], np.float32)
+    return ((0.5 + 0.5 * np.cos(2 * np.pi * phase)) * value[:, None])[:, None, None, :]
 
 
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -49,10 +57,11 @@ SHAPES: dict[str, Distance] = {
 def draw(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return images [count, 32, 32, 3] uint8 and labels [count] int64, classes equally likely."""
     labels = rng.integers(len(SHAPES), size=count)
-    place = rng.uniform(-5, 5, (2, count, 1, 1)).astype(np.float32)  # pixels from the centre
+    place = rng.uniform(-4, 4, (2, count, 1, 1)).astype(np.float32)  # pixels from the centre
     angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
-    radius = rng.uniform(6, 12, (count, 1, 1)).astype(np.float32)  # pixels
-    ink = rng.uniform(0, 1, (count, 1, 1, 3)).astype(np.float32)
+    radius = rng.uniform(8, 13, (count, 1, 1)).astype(np.float32)  # pixels
+    hue = (labels / len(SHAPES) + HUE_SPREAD * rng.standard_normal(count)).astype(np.float32)
+    ink = _colour(hue, rng.uniform(0.4, 1, count).astype(np.float32))
     # The background differs from the ink by at least 0.25 in every channel, modulo 1, so that the shape can be seen.
     paper = (ink + rng.uniform(0.25, 0.75, ink.shape).astype(np.float32)) % 1
     shade = rng.uniform(-0.02, 0.02, (2, count, 1, 1)).astype(np.float32)  # brightness gained per pixel, down and right

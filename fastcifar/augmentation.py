@@ -175,7 +175,7 @@ def mix_plan(settings: Augmentation, seed: int, epoch: int, steps: int, progress
     """
     batch = np.arange(steps, dtype=np.int64)
     chosen, which, row, column = philox(seed, batch, epoch, Purpose.MIX)
-    mixed = uniform(chosen) < settings.mix_probability
+    mixed = (uniform(chosen) < settings.mix_probability) & settings.mixes
     both = settings.mixup_alpha > 0 and settings.cutmix_alpha > 0
     use_cutmix = below(which, 2) == 1 if both else np.full(steps, settings.cutmix_alpha > 0)
 

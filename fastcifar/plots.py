@@ -137,7 +137,8 @@ def learning_rate_figure(runs: list[Run]) -> Figure:
     figure, axes = _epoch_axes(runs, "Learning rate", "learning rate")
     for run, colour in _coloured(runs):
         rates = np.concatenate([row["learning_rates"] for row in run.rows])
-        epochs = np.concatenate([row["epoch"] - 1 + np.linspace(0, 1, len(row["learning_rates"]), endpoint=False) for row in run.rows])
+        inside = [np.linspace(0, 1, len(row["learning_rates"]), endpoint=False) for row in run.rows]
+        epochs = np.concatenate([row["epoch"] - 1 + part for row, part in zip(run.rows, inside, strict=True)])
         axes.plot(epochs, rates, color=colour, label=run.label)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

@@ -133,6 +133,17 @@ def test_mixup_and_cutmix_shares_pixels_and_labels_agree():
     assert torch.equal(mix(x, plan.blend[step], plan.box[step]), x)
 
 
+@pytest.mark.parametrize(
+    "settings", [Augmentation(), Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.0)], ids=["no alpha", "never"]
+)
+def test_without_mixing_every_label_is_its_own(settings):
+    plan = mix_plan(settings, 0, 0, 1000, 0.0, torch.device("cpu"))
+    assert not settings.mixes
+    assert (plan.share == 1).all()
+    assert (plan.blend == 1).all()
+    assert (plan.box[:, 0] == plan.box[:, 1]).all()
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
 def test_shares_follow_beta(alpha):
     drawn = np.sort(augmentation.beta(0, np.arange(50_000), 0, np.full(50_000, alpha)))
@@ -157,8 +168,8 @@ def test_mixup_alpha_falls_over_training():
     ("field", "value"),
     [
         ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("cutout", -1), ("cutout", 33),
-        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2), ("rotation", 181),
-        ("rand_augment", -1), ("random_erasing", 1.5), ("brightness", -0.2),
+        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
+        ("rotation", 181), ("rand_augment", -1), ("random_erasing", 1.5), ("brightness", -0.2),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):

@@ -23,7 +23,7 @@ FILES = {
 
 
 # Any size, no mixing (which hides a falling loss on so few images), one evaluation.
-PLAIN = ("--max-parameters", "0", "--mix-probability", "0", "--eval-every", "4")
+PLAIN = ("--max-parameters", "0", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--eval-every", "4")
 # Everything a resume has to bring back besides weights and momentum.
 WITH_AVERAGE = ["--arch", "light_resnet18", "--ema-decay", "0.9", "--optimizer", "adamw", "--val-fraction", "0.25"]
 
