@@ -22,7 +22,6 @@ from rich.console import Console
 from torch import nn
 
 from bench.timing import interleaved
-from fastcifar.augmentation import mix_plan
 from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import require, run_command
@@ -107,12 +106,11 @@ def our_step(options: Options, device: torch.device) -> Callable[[], None]:
     settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, 0, choose_precision("auto", device), run.compile)
     step = TrainStep(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings)
     positions = epoch_order(data.train.index, 0, 0)[: options.batch_size]
-    plan = mix_plan(recipe.augmentation, 0, 0, 1, 0.0, device)
+    plan = step.plan(0, 1, progress=0.0)
     tally = EpochTally(torch.zeros(1, device=device), torch.zeros((), dtype=torch.int64, device=device))
-    epoch = torch.tensor(0, device=device)
 
     def run_once() -> None:
-        step(positions, epoch, 0, 0.01, plan, tally)
+        step(positions, 0, 0.01, plan, tally)
         synchronise(device)
 
     return run_once

@@ -111,7 +111,9 @@ def _read_batch(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         what = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
         raise InputError(f"{path}: data is {what}, not uint8 [N, {ROW}]: get the file again")
     listed = _entry(batch, layout.labels_key, path)
-    if not isinstance(listed, (list, np.ndarray)) or not all(isinstance(label, (int, np.integer)) for label in listed):
+    if isinstance(listed, np.ndarray):
+        listed = listed.tolist()
+    if not isinstance(listed, list) or not all(isinstance(label, (int, np.integer)) for label in listed):
         raise InputError(f"{path}: {layout.labels_key} is not a list of whole numbers: get the file again")
     if len(rows) == 0 or len(rows) != len(listed):
         raise InputError(f"{path}: {len(rows)} images but {len(listed)} labels: get the file again")

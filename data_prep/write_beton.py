@@ -67,7 +67,7 @@ def main() -> None:
     """Find the pickles, then write both splits."""
     options = tyro.cli(Options)
     layout = LAYOUTS[options.dataset]
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)  # a name or path may hold brackets
     source = find_source(options, layout, console)
     if source is None:
         console.print(f"{options.out} holds intact betons and no source was named: left alone")
@@ -111,7 +111,7 @@ def download(dataset: str, console: Console) -> bool:
 
 def make_stand_in(options: Options, console: Console) -> Source:
     """Draw the stand-in's pickles under data/synthetic-*/ unless they are there already."""
-    console.print(f"[bold yellow]{synthetic.NAME}[/]")
+    console.print(synthetic.NAME, style="bold yellow")
     sizes = {"train": options.train_images, "test": options.test_images}
     folder = DATA / f"synthetic-{sizes['train']}-{sizes['test']}"
     if options.force or not (folder / "batches.meta").is_file():  # it is written last
@@ -150,11 +150,12 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
     if not official and not source.synthetic:
         console.print(f"{source.folder}: not the official archive (md5 differs); going on", style="yellow")
 
-    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and an intact beton needs none of it
-
     data = cifar_pickles.read_split(source.folder, layout, split)
     mean, std = channel_statistics(data.images)
     _require_space(options.out, data.images.nbytes)
+
+    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and only writing needs it
+
     with atomic_path(path) as partial:
         with progress(console) as bar:
             task = bar.add_task(f"writing {path.name}", total=len(data.images))

@@ -78,7 +78,7 @@ class Manifest:
             and isinstance(manifest.sha256, str)
             and isinstance(manifest.class_names, list)
             and all(isinstance(name, str) for name in manifest.class_names)
-            and len(manifest.mean) == len(manifest.std) == 3
+            and all(_is_colour(value) for value in (manifest.mean, manifest.std))
         )
         if not sound:
             raise InputError(f"{path} has fields of the wrong type: {REWRITE}")
@@ -93,6 +93,10 @@ class Beton:
     labels: np.ndarray  # [N] int64
     index: np.ndarray  # [N] int64, each sample's number in the source, which keys its randomness
     manifest: Manifest
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) and 0 <= v <= 1 for v in value)
 
 
 def manifest_path(beton: Path) -> Path:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         error.filename = str(path)  # the user knows the final name, not the temporary one
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # its own error would hide the one that matters, and name the temporary file
+            partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -47,5 +48,5 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {remedy}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers or nesting
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None

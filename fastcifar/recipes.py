@@ -107,8 +107,7 @@ _AUGMENTATION_C = Augmentation(
     saturation=0.2,
     hue=0.05,
     rotation=15.0,
-    rand_augment=2,
-    rand_augment_magnitude=9,
+    policy="rand_augment",
     random_erasing=0.25,
 )
 

@@ -1,12 +1,14 @@
 """A pickle file enters; byte strings, strings, numbers, lists, dicts and NumPy arrays leave. It cannot run code.
 
-Pickle runs code through one door, `find_class`: every other opcode builds plain containers. Here the door knows a few
-names, and each leads to a function of ours or to `numpy.dtype`, so that not even `numpy.ndarray` can be called with a shape
-of its choosing.
+Two doors lead out of plain containers, and both are guarded. `find_class` knows a few names, each of which stands for
+something of ours: NumPy trusts the state it unpickles (a forged dtype or a short list of objects sends it to any address),
+so the stream never gets hold of a real dtype or array. BUILD, which sets attributes, works on those stand-ins only.
+The unpickler is Python's own in Python: the one in C hashes keys of any depth and makes room for any memo number.
 """
 
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,49 @@ import numpy as np
 
 from fastcifar.errors import InputError
 
+NUMBERS = {f"{kind}{size}" for kind, sizes in (("u", "1248"), ("i", "1248"), ("f", "248")) for size in sizes} | {"b1"}
+
 
 class _NdarrayType:
     """Stands where the stream says `numpy.ndarray`: an inert argument of `_reconstruct`."""
 
 
-def _reconstruct(array_type: object, shape: object, type_code: object) -> np.ndarray:
-    """NumPy's own first step of unpickling an array: an empty one, which the stream's state then fills."""
+class _Dtype:
+    """Stands where the stream says `numpy.dtype`: whole numbers, floats and booleans only."""
+
+    def __init__(self, code: Any, align: object = False, copy: object = False) -> None:
+        name = _text(code).lstrip("|=<>")
+        if name not in NUMBERS:
+            raise pickle.UnpicklingError(f"arrays of dtype {name!r} are not allowed")
+        self.dtype: np.dtype[Any] = np.dtype(_text(code))
+
+    def __setstate__(self, state: Any) -> None:
+        order: Any = _text(state[1])
+        self.dtype = self.dtype.newbyteorder(order)  # the rest describes fields and flags, which numbers lack
+
+
+class _Array:
+    """Stands for an array, which its state then makes."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        self.array = _frombuffer(content, dtype, shape, "F" if fortran else "C")
+
+
+def _reconstruct(array_type: object, shape: object, type_code: object) -> _Array:
+    """NumPy's own first step of unpickling an array."""
     if array_type is not _NdarrayType:
         raise pickle.UnpicklingError("only plain NumPy arrays are allowed")
-    return np.ndarray((0,), np.uint8)
+    return _Array()
 
 
-def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None) -> np.ndarray:
+def _frombuffer(buffer: Any, dtype: _Dtype, shape: Any, order: Any, axis_order: Any = None) -> np.ndarray:
     """Protocol 5's arrays: a view of bytes in the stream; a shape that does not fit raises ValueError."""
-    return np.frombuffer(buffer, np.dtype(dtype)).reshape(shape, order=order)
+    if any(length < 0 for length in shape):
+        raise ValueError(f"shape {shape}")
+    return np.frombuffer(buffer, dtype.dtype).reshape(shape, order=order)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -38,28 +68,72 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _scalar(dtype: np.dtype[Any], value: bytes) -> Any:
-    return np.frombuffer(value, dtype)[0].item()
+def _bytes() -> bytes:
+    return b""
 
 
-ALLOWED = {
+def _scalar(dtype: _Dtype, value: bytes) -> Any:
+    return np.frombuffer(value, dtype.dtype)[0].item()
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _bytes,  # how Python 3 writes b"" for protocol 2
+    ("builtins", "bytes"): _bytes,
     ("numpy", "ndarray"): _NdarrayType,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """An unpickler that refuses every global outside `ALLOWED`."""
+PythonUnpickler: Any = pickle._Unpickler  # Any, since typeshed does not know its opcode methods
+
+
+class SafeUnpickler(PythonUnpickler):  # type: ignore[misc]
+    """An unpickler that refuses every global outside `ALLOWED`, state for anything but arrays, and keys that are not plain."""
+
+    dispatch: dict[int, Callable[..., None]] = dict(PythonUnpickler.dispatch)  # noqa: RUF012  # opcode -> method
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it wants to use {module}.{name}, which data has no need of") from None
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], _Dtype | _Array):
+            raise pickle.UnpicklingError(f"it wants to change a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    def load_setitem(self) -> None:
+        _require_plain(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _require_plain(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        _require_plain(self.stack[::2])
+        super().load_dict()
+
+    for opcode, method in (
+        (pickle.BUILD, load_build),
+        (pickle.SETITEM, load_setitem),
+        (pickle.SETITEMS, load_setitems),
+        (pickle.DICT, load_dict),
+    ):
+        dispatch[opcode[0]] = method
+    for opcode in (pickle.ADDITEMS, pickle.FROZENSET):  # sets hash what they hold
+        del dispatch[opcode[0]]
+
+
+def _require_plain(keys: list[Any]) -> None:
+    for key in keys:
+        if not isinstance(key, bytes | str):
+            raise pickle.UnpicklingError(f"a key is a {type(key).__name__}, not text")
 
 
 def load_pickle(path: Path) -> dict[str, Any]:
@@ -73,14 +147,14 @@ def load_pickle(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing: name the folder that holds the pickles") from None
     try:
         value = SafeUnpickler(io.BytesIO(content), encoding="bytes").load()
+        if isinstance(value, dict):
+            return {_text(key): entry.array if isinstance(entry, _Array) else entry for key, entry in value.items()}
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: {error}; get the file again from a source you trust") from None
     except Exception as error:  # a malformed stream can raise almost anything: all of it means "not a sound pickle"
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): get the file again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a dict: it is not a CIFAR pickle")
-    return {_text(key): entry for key, entry in value.items()}
+    raise InputError(f"{path} holds a {type(value).__name__}, not a dict: it is not a CIFAR pickle")
 
 
-def _text(key: object) -> str:
-    return key.decode("latin1") if isinstance(key, bytes) else str(key)
+def _text(key: bytes | str) -> str:
+    return key.decode("latin1") if isinstance(key, bytes) else key

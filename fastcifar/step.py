@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastcifar.augmentation import Augmentation, MixPlan, augment, mix, partner
+from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.augmentation.draws import Draws
+from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.dataset import ResidentSet
 from fastcifar.losses import mixed_cross_entropy
 
@@ -25,6 +27,14 @@ class StepSettings:
     seed: int
     autocast_dtype: torch.dtype | None  # None: float32 throughout
     compile: bool
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What an epoch drew beforehand: every sample's augmentation, every batch's mixing."""
+
+    draws: Draws
+    mixing: MixPlan
 
 
 @dataclass
@@ -62,14 +72,20 @@ class TrainStep:
                 torch.compile(self.loss, dynamic=False),
             )
 
-    def __call__(self, positions: Tensor, epoch: Tensor, step: int, rate: float, plan: MixPlan, tally: EpochTally) -> None:
+    def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
+        """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
+        seed, device = self.settings.seed, self.mean.device
+        mixing = self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
+        return EpochPlan(draw(self.augmentation, self.data.index, seed, epoch), mixing)
+
+    def __call__(self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally) -> None:
         """Train on the samples at `positions` [B].
 
-        epoch: 0-d int64 on the device. step: number of the batch in its epoch. rate: the learning rate. `tally` takes the
-        loss and the hits.
+        step: number of the batch in its epoch. rate: the learning rate. `tally` takes the loss and the hits.
         """
-        images, labels, partner_labels = self._prepare(positions, epoch, plan.blend[step], plan.box[step])
-        share = plan.share[step]
+        mixing = plan.mixing
+        images, labels, partner_labels = self._prepare(positions, plan.draws, mixing.blend[step], mixing.box[step])
+        share = mixing.share[step]
         loss, logits = self._loss(images, labels, partner_labels, share)
         loss.backward()
         if self.settings.clip_gradient_norm:
@@ -84,10 +100,10 @@ class TrainStep:
             tally.losses[step] = loss
             tally.hits += (logits.argmax(1) == torch.where(share < 0.5, partner_labels, labels)).sum()
 
-    def prepare(self, positions: Tensor, epoch: Tensor, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, positions: Tensor, draws: Draws, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
         data = self.data
-        images = augment(self.augmentation, data.images, positions, data.index, self.mean, self.std, self.settings.seed, epoch)
+        images = augment(self.augmentation, data.images, positions, draws, self.mean, self.std)
         labels = data.labels[positions]
         if self.augmentation.mixes:
             images = mix(images, blend, box)

@@ -31,9 +31,6 @@ def announce(
     how = [data.mean.device.type, "fp32" if dtype is None else "bf16 autocast", "channels_last"]
     how += ["compiled"] if command.run.compile else []
     console.print(f"{', '.join(how)}; {recipe.epochs} epochs of batch {recipe.batch_size}; into {folder.path}")
-    if recipe.augmentation.not_applied:
-        names = ", ".join(recipe.augmentation.not_applied)
-        console.print(f"[yellow]named by the recipe, not yet applied by this version: {names}[/]")
     if state.epoch:
         console.print(f"going on after epoch {state.epoch}")
 
@@ -52,7 +49,6 @@ def summarise(
         "synthetic": data.manifest.synthetic,
         "recipe_source": row.source,
         "reported": row.claim,
-        "not_applied": recipe.augmentation.not_applied,
         "epochs": recipe.epochs,
         "train_images": len(data.train),
         "seed": command.run.seed,

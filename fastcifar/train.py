@@ -14,7 +14,6 @@ import psutil
 import torch
 from rich.console import Console
 
-from fastcifar.augmentation import mix_plan
 from fastcifar.command import Command, parse_command
 from fastcifar.curves import Curves
 from fastcifar.dataset import Splits, epoch_order, load_splits
@@ -116,15 +115,14 @@ def train_epoch(
     device, seed, batch_size = data.mean.device, train_step.settings.seed, recipe.batch_size
     started = time.perf_counter()
     order = epoch_order(data.train.index, seed, epoch)
-    plan = mix_plan(recipe.augmentation, seed, epoch, steps, epoch / max(1, recipe.epochs - 1), device)
+    plan = train_step.plan(epoch, steps, progress=epoch / max(1, recipe.epochs - 1))
     rates = [learning_rate(recipe.schedule, epoch * steps + step, recipe.epochs * steps) for step in range(steps)]
     tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.int64, device=device))
-    epoch_number = torch.tensor(epoch, device=device)
     seed_torch(seed, epoch)
     train_step.model.train()
     first_step_at = 0.0
     for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
-        train_step(positions, epoch_number, step, rates[step], plan, tally)
+        train_step(positions, step, rates[step], plan, tally)
         progress.advance(batch_size)
         if step == 0:
             if device.type == "cuda":

@@ -34,6 +34,12 @@ class Purpose(IntEnum):
     MIX = 3  # per batch (counter word 0 = batch number): whether, which, lambda and box of mixup and cutmix
     TORCH = 4  # word 0, 1: the epoch's seed of PyTorch's own generator, which serves dropout and stochastic depth
     HOLD_OUT = 5  # words 0, 1: sort key that decides which training samples are held out for validation
+    FIRST_MIRROR = 6  # word 0: whether an alternating flip mirrors the even epochs or the odd ones; the counter's epoch is 0
+    JITTER = 7  # words 0..3: brightness, contrast, saturation, hue
+    JITTER_ORDER = 8  # word 0: which of the 24 orders of the four; word 1: grey or not
+    ROTATION = 9  # word 0: angle
+    POLICY = 10  # block = place in the sequence; word 0: operation, word 1: sign, word 2: bin or whether applied at all
+    ERASING = 11  # block 0, word 0: whether; block k > 0, the k-th try: words 0..3 area, ratio, row, column
 
 
 def philox(seed: int, sample: Words, epoch: int | Words, purpose: int, block: int = 0) -> tuple[Words, ...]:

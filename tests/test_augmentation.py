@@ -1,57 +1,153 @@
-"""Augmentation against plain per-image references, and its independence of everything but the key."""
+"""Augmentation: every operation against torchvision's on the same parameters, parameters that depend on the key alone."""
 
-import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as V
 
-from fastcifar import augmentation
-from fastcifar.augmentation import Augmentation, augment, crop_and_flip, cutout, mix, mix_plan, normalise, partner
+from fastcifar.augmentation import Augmentation, augment, clear_box, colour, draw, geometry, jitter, normalise, policies
+from fastcifar.augmentation.draws import ORDERS, draw_erasing
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order
 from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
-from kernels.philox import Purpose, below, philox
 
-N = 64
-EPOCH = torch.tensor(5)
+N = 48
 MEAN, STD = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
-EVERYTHING = Augmentation(crop_padding=4, crop_mode="reflect", cutout=12)
+EVERYTHING = Augmentation(
+    crop_mode="reflect", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, policy="rand_augment",
+    rotation=15.0, rotation_interpolation="bilinear", random_erasing=0.5, cutout=12,
+)  # fmt: skip
+SAMPLES = torch.arange(20_000)
 
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), np.uint8))
+    """Pictures with structure: smooth, noisy, of one level, of two, with a flat channel."""
+    rng = np.random.default_rng(0)
+    wave = np.sin(np.linspace(0, 6, 32))[:, None, None] * np.cos(np.linspace(0, 5, 32))[None, :, None]
+    smooth = 127 + 120 * wave[None] * rng.uniform(-1, 1, (N, 1, 1, 3)) + rng.uniform(-8, 8, (N, 32, 32, 3))
+    pictures = smooth.clip(0, 255).astype(np.uint8)
+    pictures[:8] = rng.integers(0, 256, (8, 32, 32, 3))
+    pictures[8] = 77
+    pictures[9] = np.where(rng.random((32, 32, 1)) < 0.5, 3, 250)
+    pictures[10, ..., 1] = 0
+    return torch.from_numpy(pictures)
+
+
+@pytest.fixture
+def planes(images):
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def one_by_one(planes, operation):
+    return torch.stack([operation(planes[i], i) for i in range(len(planes))]).float()
+
+
+def assert_same_levels(ours, theirs, exact=False):
+    """Whole levels 0..255; equal, or within one level for 99.9 % of them."""
+    assert torch.equal(ours, ours.round())
+    assert ours.min() >= 0
+    assert ours.max() <= 255
+    if exact:
+        assert torch.equal(ours, theirs)
+    else:
+        assert ((ours - theirs).abs() <= 1).float().mean() >= 0.999
+
+
+# Operations
 
 
 @pytest.mark.parametrize("mode", ["zero", "reflect"])
 @pytest.mark.parametrize("padding", [0, 1, 4, 31])
-@pytest.mark.parametrize("flip", [False, True])
-def test_crop_and_flip_equal_torchvision_pixel_for_pixel(images, mode, padding, flip):
+def test_crop_and_flip_equal_torchvision_pixel_for_pixel(images, mode, padding):
+    torch.manual_seed(padding)
     positions = torch.arange(N).flip(0)
-    samples = positions + 1000
-    drawn = crop_and_flip(images, positions, samples, 3, EPOCH, padding, mode, flip)
-    down, right, mirror, _ = philox(3, samples, 5, Purpose.CROP_FLIP)
-    mirrored = 0
+    down, right = (torch.randint(-padding, padding + 1, (N,)) for _ in range(2))
+    mirrored = torch.rand(N) < 0.5
+    ours = geometry.crop_and_flip(images, positions, down, right, mirrored, mode)
     for i in range(N):
-        image = images[positions[i]].permute(2, 0, 1)
-        padded = V.pad(image, [padding] * 4, padding_mode="reflect" if mode == "reflect" else "constant")
-        top, left = int(below(down[i], 2 * padding + 1)), int(below(right[i], 2 * padding + 1))
-        expected = V.crop(padded, top, left, 32, 32)
-        if flip and below(mirror[i], 2) == 1:
-            expected, mirrored = V.horizontal_flip(expected), mirrored + 1
-        assert torch.equal(drawn[i].permute(2, 0, 1), expected)
-    assert mirrored == 0 if not flip else N / 4 < mirrored < 3 * N / 4
+        padded = V.pad(
+            images[positions[i]].permute(2, 0, 1), [padding] * 4, padding_mode="constant" if mode == "zero" else mode
+        )
+        expected = V.crop(padded, int(down[i]) + padding, int(right[i]) + padding, 32, 32)
+        expected = V.horizontal_flip(expected) if mirrored[i] else expected
+        assert torch.equal(ours[i].permute(2, 0, 1), expected)
 
 
-def test_crop_offsets_are_uniform_over_the_padded_image():
-    samples = torch.arange(100_000)
-    down, right, _, _ = philox(0, samples, 0, Purpose.CROP_FLIP)
-    for word in (down, right):
-        counts = torch.bincount(below(word, 9), minlength=9).double()
-        assert counts.shape == (9,)
-        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 8 + 5 * 4  # chi-square, 8 degrees of freedom
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high"),
+    [
+        (colour.brightness, V.adjust_brightness, 0, 2), (colour.contrast, V.adjust_contrast, 0, 2),
+        (colour.saturation, V.adjust_saturation, 0, 2), (colour.sharpness, V.adjust_sharpness, 0, 2),
+        (colour.hue, V.adjust_hue, -0.5, 0.5), (colour.solarize, lambda x, t: V.solarize(x, 255 * t), 0, 1),
+    ],
+    ids=["brightness", "contrast", "saturation", "sharpness", "hue", "solarize"],
+)  # fmt: skip
+def test_colour_operations_equal_torchvision(planes, ours, theirs, low, high):
+    torch.manual_seed(0)
+    strength = low + (high - low) * torch.rand(N)
+    strength[0], strength[1] = low, high
+    assert_same_levels(ours(planes.float(), strength), one_by_one(planes, lambda x, i: theirs(x, float(strength[i]))))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (colour.auto_contrast, V.autocontrast), (colour.equalize, V.equalize), (colour.invert, V.invert),
+        (lambda x: colour.grey(x).expand_as(x), lambda x: V.rgb_to_grayscale(x, 3)),
+        (lambda x: colour.posterize(x, torch.arange(N) % 9), None),
+    ],
+    ids=["auto_contrast", "equalize", "invert", "grey", "posterize"],
+)  # fmt: skip
+def test_table_operations_equal_torchvision_exactly(planes, ours, theirs):
+    expected = one_by_one(planes, (lambda x, i: theirs(x)) if theirs else (lambda x, i: V.posterize(x, i % 9)))
+    assert_same_levels(ours(planes.float()), expected, exact=True)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_rotation_equals_torchvision(planes, interpolation):
+    torch.manual_seed(0)
+    degrees = torch.rand(N) * 360 - 180
+    ours = geometry.affine(planes.float(), geometry.rotation_matrix(degrees), interpolation)
+    mode = T.InterpolationMode(interpolation)
+    assert_same_levels(ours, one_by_one(planes, lambda x, i: V.rotate(x, float(degrees[i]), interpolation=mode)))
+
+
+@pytest.mark.parametrize("name", policies.OPERATIONS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_policy_operations_equal_torchvisions_own_dispatch(planes, name, sign):
+    table = policies.magnitude_table(policies.WIDE, 31)[policies.NUMBER[name]]
+    magnitude = table[torch.arange(N) % 31] * (sign if policies.NUMBER[name] in policies.SIGNED else 1)
+    ours = policies.apply_operation(planes.float(), torch.full((N,), policies.NUMBER[name]), magnitude)
+    peer = T.RandAugment()
+
+    def theirs(x, i):
+        return peer._apply_image_or_video_transform(
+            x, name, float(magnitude[i]), T.InterpolationMode.NEAREST, {torch.Tensor: None}
+        )
+
+    assert_same_levels(
+        ours, one_by_one(planes, theirs), exact=name.startswith(("Translate", "Posterize", "Auto", "Equal", "Inv"))
+    )
+
+
+def test_colour_jitter_applies_each_images_own_order(planes):
+    torch.manual_seed(0)
+    factors = torch.stack([0.5 + torch.rand(N), 0.5 + torch.rand(N), 0.5 + torch.rand(N), torch.rand(N) - 0.5], 1)
+    order = torch.tensor(ORDERS)[torch.arange(N) % 24]
+    operations = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+
+    def theirs(x, i):
+        for number in order[i].tolist():
+            x = operations[number](x, float(factors[i, number]))
+        return x
+
+    ours = jitter(planes.float(), factors, order, (1.0, 1.0, 1.0, 0.5))
+    gap = (ours - one_by_one(planes, theirs)).abs()
+    assert (gap <= 2).float().mean() >= 0.999  # four operations, each within one level
 
 
 def test_normalise_equals_torchvision(images):
@@ -61,37 +157,151 @@ def test_normalise_equals_torchvision(images):
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("side", [1, 5, 16, 32])
-def test_cutout_clears_the_clipped_square_and_nothing_else(side):
+def test_boxes_are_cleared_clipped_and_nothing_else():
+    torch.manual_seed(0)
+    corner, size = torch.randint(-20, 33, (N, 2)), torch.randint(0, 40, (N, 2))
+    box = torch.stack([corner[:, 0], corner[:, 0] + size[:, 0], corner[:, 1], corner[:, 1] + size[:, 1]], 1)
     x = torch.ones(N, 3, 32, 32)
-    samples = torch.arange(N)
-    cut = cutout(x, samples, 0, EPOCH, side)
-    rows, columns, _, _ = philox(0, samples, 5, Purpose.CUTOUT)
-    for i in range(N):
-        top, left = int(below(rows[i], 32)) - side // 2, int(below(columns[i], 32)) - side // 2
+    cleared = clear_box(x, box)
+    for i, (top, bottom, left, right) in enumerate(box.clamp(min=0).tolist()):
         expected = torch.ones(3, 32, 32)
-        expected[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
-        assert torch.equal(cut[i], expected)
+        expected[:, top:bottom, left:right] = 0
+        assert torch.equal(cleared[i], expected)
     assert (x == 1).all()  # the input is not touched
+
+
+def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeypatch):
+    index = torch.arange(N)
+    for policy in ("rand_augment", "auto_augment", "trivial_augment"):
+        settings = Augmentation(**{**vars(EVERYTHING), "policy": policy})
+        arguments = (settings, images, index, draw(settings, index, 3, 1), MEAN, STD)
+        grouped = augment(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert torch.equal(augment(*arguments), grouped)
+
+
+@pytest.mark.slow
+def test_everything_compiles_into_one_graph(images):
+    index = torch.arange(N)
+    arguments = (EVERYTHING, images, index, draw(EVERYTHING, index, 3, 1), MEAN, STD)
+    compiled = torch.compile(augment, fullgraph=True, dynamic=False)(*arguments)
+    levels = (compiled - augment(*arguments)).abs() * 255 * STD.max()
+    assert (levels <= 1.5).float().mean() > 0.999  # the compiler fuses multiply and add, which rounds otherwise
+
+
+# Parameters
 
 
 def test_pixels_depend_on_seed_epoch_and_sample_alone(images):
     index = torch.arange(N) + 7
 
-    def pixels(positions, index=index, seed=1, epoch=EPOCH, images=images):
-        return augment(EVERYTHING, images, positions, index, MEAN, STD, seed, epoch)
+    def pixels(positions, index=index, seed=1, epoch=5, images=images):
+        return augment(EVERYTHING, images, positions, draw(EVERYTHING, index, seed, epoch), MEAN, STD)
 
-    whole = pixels(torch.arange(N))
-    assert torch.equal(torch.cat([pixels(part) for part in torch.arange(N).split(7)]), whole)  # batch size
-    assert torch.equal(pixels(torch.arange(N).flip(0)), whole.flip(0))  # batch position
+    everyone = torch.arange(N)
+    whole = pixels(everyone)
+    assert torch.equal(torch.cat([pixels(part) for part in everyone.split(7)]), whole)  # batch size
+    assert torch.equal(pixels(everyone.flip(0)), whole.flip(0))  # batch position
     subset = torch.tensor([3, 9, 40])
-    assert torch.equal(pixels(torch.arange(3), index=index[subset], images=images[subset]), whole[subset])  # other set
-    for other in (
-        pixels(torch.arange(N), seed=2),
-        pixels(torch.arange(N), epoch=EPOCH + 1),
-        pixels(torch.arange(N), index=index + 1),
-    ):
+    assert torch.equal(pixels(torch.arange(3), index=index[subset], images=images[subset]), whole[subset])  # another set
+    for other in (pixels(everyone, seed=2), pixels(everyone, epoch=6), pixels(everyone, index=index + 1)):
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
+
+
+def test_crop_offsets_are_uniform_and_half_are_mirrored():
+    drawn = draw(Augmentation(), SAMPLES, 0, 0)
+    for offset in (drawn.down, drawn.right):
+        counts = torch.bincount(offset + 4, minlength=9).double()
+        assert counts.shape == (9,)
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 8 + 5 * 4  # chi-square, 8 degrees of freedom
+    assert abs(drawn.mirrored.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(len(SAMPLES))
+    assert not draw(Augmentation(flip="off"), SAMPLES, 0, 0).mirrored.any()
+
+
+def test_alternating_flip_mirrors_every_other_epoch_after_a_first_draw():
+    settings = Augmentation(flip="alternating")
+    epochs = [draw(settings, SAMPLES, 0, epoch).mirrored for epoch in range(4)]
+    assert abs(epochs[0].float().mean() - 0.5) < 0.02
+    assert torch.equal(epochs[1], ~epochs[0])
+    assert torch.equal(epochs[2], epochs[0])
+    assert torch.equal(epochs[3], epochs[1])
+    assert not torch.equal(draw(settings, SAMPLES, 1, 0).mirrored, epochs[0])
+
+
+def test_jitter_follows_torchvisions_ranges_and_orders():
+    drawn = draw(Augmentation(brightness=0.2, contrast=1.0, saturation=0.5, hue=0.05), SAMPLES, 0, 0)
+    ranges = [(0.8, 1.2), (0.0, 2.0), (0.5, 1.5), (-0.05, 0.05)]
+    for column, (low, high) in zip(drawn.jitter.unbind(1), ranges, strict=True):
+        share = ((column - low) / (high - low)).sort().values
+        gap = (share - (torch.arange(len(share)) + 0.5) / len(share)).abs().max()
+        assert gap < 2.2 / math.sqrt(len(share))  # Kolmogorov-Smirnov, one in ten thousand
+    numbers = (drawn.jitter_order * torch.tensor([64, 16, 4, 1])).sum(1)
+    assert len(numbers.unique()) == 24
+    assert torch.equal(drawn.jitter_order.sort(1).values, torch.arange(4).expand(len(SAMPLES), 4))
+
+
+def test_policies_draw_what_torchvision_documents():
+    rand = draw(Augmentation(policy="rand_augment", policy_operations=3, policy_magnitude=9), SAMPLES, 0, 0)
+    assert rand.operations.shape == (len(SAMPLES), 3)
+    for name, (table, signed) in T.RandAugment._AUGMENTATION_SPACE.items():
+        chosen = rand.operations == policies.NUMBER[name]
+        assert abs(chosen.float().mean() - 1 / 14) < 0.005
+        expected = table(31, 32, 32)
+        expected = 0.0 if expected is None else float(expected[9])
+        sizes = rand.magnitudes[chosen]
+        torch.testing.assert_close(sizes.abs(), torch.full_like(sizes, expected))
+        assert not signed or abs((sizes < 0).float().mean() - 0.5) < 0.05
+    trivial = draw(Augmentation(policy="trivial_augment"), SAMPLES, 0, 0)
+    assert trivial.operations.shape == (len(SAMPLES), 1)
+    for name, (table, _) in T.TrivialAugmentWide._AUGMENTATION_SPACE.items():
+        expected = table(31, 32, 32)
+        sizes = trivial.magnitudes[trivial.operations == policies.NUMBER[name]].abs().unique()
+        expected = torch.zeros(1) if expected is None else expected.float().unique()
+        torch.testing.assert_close(sizes, expected)
+
+
+def test_auto_augment_has_torchvisions_cifar10_policy_and_probabilities():
+    peer = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)
+    theirs = [tuple((name, chance, size or 0) for name, chance, size in pair) for pair in peer._policies]
+    assert theirs == list(policies.AUTO_AUGMENT_CIFAR10)
+    table = policies.magnitude_table(policies.USUAL, 10)
+    for name, (magnitudes, signed) in peer._AUGMENTATION_SPACE.items():
+        expected = magnitudes(10, 32, 32)
+        torch.testing.assert_close(table[policies.NUMBER[name]], torch.zeros(10) if expected is None else expected.float())
+        assert signed == (policies.NUMBER[name] in policies.SIGNED)
+    drawn = draw(Augmentation(policy="auto_augment"), SAMPLES, 0, 0)
+    share = sum(chance for pair in theirs for name, chance, _ in pair if name == "Equalize") / 25 / 2
+    assert abs((drawn.operations == policies.NUMBER["Equalize"]).float().mean() - share) < 0.01
+
+
+def test_random_erasing_follows_torchvision():
+    box = draw_erasing(SAMPLES, 0, 0, 0.5)
+    erased = box[:, 1] > box[:, 0]
+    assert abs(erased.float().mean() - 0.5) < 0.02
+    top, bottom, left, right = box[erased].unbind(1)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (bottom <= 32).all()
+    assert (right <= 32).all()
+    peer = T.RandomErasing(p=1.0, value=0)
+    torch.manual_seed(0)
+    theirs = [peer.make_params([torch.zeros(3, 32, 32)]) for _ in range(4000)]
+    for ours, key in ((bottom - top, "h"), (right - left, "w"), (top, "i"), (left, "j")):
+        a, b = np.sort(ours.numpy()), np.sort([p[key] for p in theirs])
+        gap = np.abs(np.searchsorted(a, range(33), "right") / len(a) - np.searchsorted(b, range(33), "right") / len(b)).max()
+        assert gap < 2.2 * math.sqrt(1 / len(a) + 1 / len(b))
+
+
+def test_rotation_cutout_and_grey_follow_their_fields():
+    drawn = draw(Augmentation(rotation=15.0, cutout=16, grayscale=0.1), SAMPLES, 0, 0)
+    assert drawn.degrees.abs().max() <= 15
+    assert abs(drawn.degrees.var() - 15**2 / 3) < 2
+    assert abs(drawn.grey.float().mean() - 0.1) < 0.01
+    top, bottom, left, _ = drawn.cutout.unbind(1)
+    assert torch.equal(bottom - top, torch.full_like(top, 16))
+    assert (top.min(), top.max()) == (left.min(), left.max()) == (-8, 23)
+    assert draw(Augmentation(), SAMPLES[:2], 0, 0).cutout is None
 
 
 def test_each_epoch_is_a_permutation_of_its_own():
@@ -111,65 +321,13 @@ def test_order_of_a_subset_is_the_order_of_the_whole_with_the_rest_left_out():
     assert torch.equal(kept[epoch_order(kept, 0, 3)], whole[whole % 3 == 0])
 
 
-def test_mixup_and_cutmix_shares_pixels_and_labels_agree():
-    settings = Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.8)
-    steps = 4000
-    plan = mix_plan(settings, 0, 1, steps, 0.0, torch.device("cpu"))
-    area = (plan.box[:, 1] - plan.box[:, 0]) * (plan.box[:, 3] - plan.box[:, 2])
-    is_mixup, is_cutmix = plan.blend < 1, area > 0
-    assert not (is_mixup & is_cutmix).any()
-    assert abs(is_mixup.float().mean() - 0.4) < 0.05
-    assert abs(is_cutmix.float().mean() - 0.4) < 0.05
-    x = torch.stack([torch.full((3, 32, 32), float(i)) for i in range(4)])
-    for step in range(40):
-        mixed = mix(x, plan.blend[step], plan.box[step])
-        expected = plan.share[step] * x.mean((1, 2, 3)) + (1 - plan.share[step]) * partner(x).mean((1, 2, 3))
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), expected)  # the share is the share of the pixels
-        if is_cutmix[step]:
-            assert set(mixed[1].unique().tolist()) <= {1.0, 2.0}  # pasted, not blended
-    untouched = ~is_mixup & ~is_cutmix
-    assert (plan.share[untouched] == 1).all()
-    step = int(torch.nonzero(untouched)[0])
-    assert torch.equal(mix(x, plan.blend[step], plan.box[step]), x)
-
-
-@pytest.mark.parametrize(
-    "settings", [Augmentation(), Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.0)], ids=["no alpha", "never"]
-)
-def test_without_mixing_every_label_is_its_own(settings):
-    plan = mix_plan(settings, 0, 0, 1000, 0.0, torch.device("cpu"))
-    assert not settings.mixes
-    assert (plan.share == 1).all()
-    assert (plan.blend == 1).all()
-    assert (plan.box[:, 0] == plan.box[:, 1]).all()
-
-
-@pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 3.0])
-def test_shares_follow_beta(alpha):
-    drawn = np.sort(augmentation.beta(0, np.arange(50_000), 0, np.full(50_000, alpha)))
-    expected = np.sort(np.random.default_rng(0).beta(alpha, alpha, 50_000))
-    # Two-sample Kolmogorov-Smirnov statistic; 2.2 / sqrt(n / 2) is exceeded once in ten thousand.
-    grid = np.concatenate([drawn, expected])
-    gap = np.abs(np.searchsorted(drawn, grid, "right") - np.searchsorted(expected, grid, "right")).max() / 50_000
-    assert gap < 2.2 / np.sqrt(25_000)
-
-
-def test_mixup_alpha_falls_over_training():
-    settings = Augmentation(mixup_alpha=1.0, mixup_alpha_end=0.1)
-
-    def variance(progress):
-        return mix_plan(settings, 0, 0, 20_000, progress, torch.device("cpu")).share.var().item()
-
-    for progress, alpha in ((0.0, 1.0), (0.5, 0.55), (1.0, 0.1)):
-        assert variance(progress) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)  # variance of Beta(alpha, alpha)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("cutout", -1), ("cutout", 33),
+        ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("flip", "up"), ("cutout", -1), ("cutout", 33),
         ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
-        ("rotation", 181), ("rand_augment", -1), ("random_erasing", 1.5), ("brightness", -0.2),
+        ("rotation", 181), ("policy", "best"), ("policy_operations", 0), ("policy_magnitude", 31), ("random_erasing", 1.5),
+        ("brightness", -0.2),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):
@@ -177,9 +335,12 @@ def test_bad_values_are_refused_by_name(field, value):
         Augmentation(**{field: value})
 
 
-def test_recipes_say_what_is_not_applied_yet():
-    assert RECIPES["dropout_resnet24"].recipe.augmentation.not_applied == []
-    assert set(RECIPES["se_resnet18"].recipe.augmentation.not_applied) == {"brightness", "contrast", "saturation", "hue"}
-    assert "rand_augment" in RECIPES["robust_resnet64"].recipe.augmentation.not_applied
-    plain = dataclasses.replace(RECIPES["se_resnet18"].recipe.augmentation, brightness=0, contrast=0, saturation=0, hue=0)
-    assert plain.not_applied == []
+def test_recipes_have_what_their_reports_name():
+    c, d = RECIPES["robust_resnet64"].recipe.augmentation, RECIPES["se_resnet18"].recipe.augmentation
+    assert (c.policy, c.mix_probability, c.mixup_alpha, c.cutmix_alpha) == ("rand_augment", 0.5, 1.0, 1.0)
+    assert min(c.brightness, c.rotation, c.random_erasing) > 0
+    assert (d.brightness, d.contrast, d.saturation, d.hue, d.cutout) == (0.2, 0.2, 0.2, 0.05, 16)
+    assert (d.mixup_alpha, d.mixup_alpha_end, d.grayscale) == (0.4, 0.1, 0.0)
+    for name in ("dropout_resnet24", "resnet42", "mish_se_resnet18"):
+        plain = RECIPES[name].recipe.augmentation
+        assert (plain.crop_padding, plain.flip, plain.recolours, plain.mixes) == (4, "random", False, False)

@@ -79,7 +79,9 @@ def test_batches_follow_in_order(pickles: Path) -> None:
     assert split.images.flags.c_contiguous
     assert split.labels.dtype == np.int64
     assert split.labels.tolist() == [label for batch in batches for label in batch[b"labels"]]
-    np.testing.assert_array_equal(split.images[..., 1].reshape(200, -1), np.concatenate([b[b"data"] for b in batches])[:, 1024:2048])
+    np.testing.assert_array_equal(
+        split.images[..., 1].reshape(200, -1), np.concatenate([b[b"data"] for b in batches])[:, 1024:2048]
+    )
     assert split.class_names == CLASSES
 
 
@@ -209,8 +211,13 @@ def test_unsound_pixels_are_refused(folder: Path, data: Any) -> None:
     ids=lambda labels: f"{type(labels).__name__} {str(labels)[-12:]}",
 )
 def test_unsound_labels_are_refused(folder: Path, labels: Any) -> None:
-    change(folder / "test_batch", labels=labels)
-    assert str(folder / "test_batch") in refusal(folder, "test")
+    change(folder / "data_batch_4", labels=labels)
+    assert str(folder / "data_batch_4") in refusal(folder)
+
+
+def test_a_batch_without_images_is_refused(folder: Path) -> None:
+    change(folder / "data_batch_2", data=np.zeros((0, 3072), np.uint8), labels=[])
+    assert str(folder / "data_batch_2") in refusal(folder)
 
 
 def test_the_wrong_label_is_shown(folder: Path) -> None:
@@ -245,8 +252,8 @@ def test_the_official_md5_sums_are_torchvisions(dataset: str) -> None:
 
     theirs = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     ours = LAYOUTS[dataset]
-    assert ours.splits["train"] == {name: md5 for name, md5 in theirs.train_list}
-    assert ours.splits["test"] == {name: md5 for name, md5 in theirs.test_list}
+    assert ours.splits["train"] == dict(theirs.train_list)
+    assert ours.splits["test"] == dict(theirs.test_list)
     assert ours.meta == {theirs.meta["filename"]: theirs.meta["md5"]}
     assert ours.names_key == theirs.meta["key"]
     assert ours.folder == theirs.base_folder

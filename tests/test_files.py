@@ -33,7 +33,9 @@ def test_bytes_arrive_and_folders_are_made(tmp_path: Path) -> None:
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"a long first content")
-    write_bytes(path, b"second")
+    with open(path, "rb") as reader:
+        write_bytes(path, b"second")
+        assert reader.read() == b"a long first content"  # who had it open sees no mixture
     assert path.read_bytes() == b"second"
     assert names(tmp_path) == ["file"]
 
@@ -44,9 +46,14 @@ def test_a_failing_block_changes_nothing(tmp_path: Path, error: BaseException, o
     path = tmp_path / "file"
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(type(error)), atomic_path(path) as partial:
-        partial.write_bytes(b"half of the new cont")
-        raise error
+
+    def fail_halfway() -> None:
+        with atomic_path(path) as partial:
+            partial.write_bytes(b"half of the new cont")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail_halfway()
     assert (path.read_bytes() if path.exists() else None) == old
     assert names(tmp_path) == ([] if old is None else ["file"])
 

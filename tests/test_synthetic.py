@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import learnable_images
 
 from data_prep import synthetic
 from data_prep.cifar_pickles import LAYOUTS, find_pickles, is_official, read_split, source_md5
@@ -90,20 +91,28 @@ def test_any_size_is_written_whole(tmp_path: Path, train: int, test: int) -> Non
     assert len(read_split(tmp_path, LAYOUT, "test").labels) == test
 
 
-def test_pixels_alone_do_not_solve_it(drawn: tuple[np.ndarray, np.ndarray]) -> None:
-    """Neither the nearest class mean nor a linear classifier reaches 60 %: shapes move, turn and change colours."""
-    pixels, labels = drawn[0].reshape(len(drawn[0]), -1) / np.float32(255) - np.float32(0.5), drawn[1]
-    train, test = slice(0, 2000), slice(2000, None)
+def accuracies_on_pixels(images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """What nearest class mean and ridge regression learn from all but the last 500 images and reach on those."""
+    pixels = images.reshape(len(images), -1) / np.float32(255) - np.float32(0.5)
+    train, test = slice(0, -500), slice(-500, None)
 
     centroids = np.stack([pixels[train][labels[train] == label].mean(0) for label in range(10)])
     distance = np.square(centroids).sum(1) - 2 * pixels[test] @ centroids.T
-    assert (distance.argmin(1) == labels[test]).mean() < 0.6
 
     # Ridge regression to one-hot labels, in its dual form: as many unknowns as training images.
     kernel = pixels[train] @ pixels[train].T
-    weights = np.linalg.solve(kernel + 100 * np.eye(len(kernel), dtype=np.float32), np.eye(10, dtype=np.float32)[labels[train]])
+    weights = np.linalg.solve(kernel + 500 * np.eye(len(kernel), dtype=np.float32), np.eye(10, dtype=np.float32)[labels[train]])
     scores = pixels[test] @ (pixels[train].T @ weights)
-    assert (scores.argmax(1) == labels[test]).mean() < 0.6
+    return (distance.argmin(1) == labels[test]).mean(), (scores.argmax(1) == labels[test]).mean()
+
+
+def test_pixels_alone_do_not_solve_it(drawn: tuple[np.ndarray, np.ndarray]) -> None:
+    """Shapes move, turn and change colour: classifiers that solve fixed patterns stay below 60 %, though above chance."""
+    labels = np.arange(1000) % 10
+    assert min(accuracies_on_pixels(learnable_images(labels, np.random.default_rng(0)), labels)) > 0.95
+    reached = accuracies_on_pixels(*drawn)
+    assert max(reached) < 0.6
+    assert min(reached) > 0.15  # of two thousand images something can be learned: labels belong to their images
 
 
 def test_shapes_differ_where_colour_is_taken_away(drawn: tuple[np.ndarray, np.ndarray]) -> None:

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tests.conftest import assert_user_error, run_cli
 
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
@@ -14,6 +13,7 @@ from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
+from tests.conftest import assert_user_error, run_cli
 
 CPU = torch.device("cpu")
 FILES = {

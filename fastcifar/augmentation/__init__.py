@@ -1,0 +1,163 @@
+"""A batch of the resident uint8 set enters as positions; normalised, augmented images [B, 3, 32, 32] channels_last leave.
+
+Each sample's parameters are its own and come from Philox at (sample number, epoch, purpose): no generator, no loop over
+samples, no host sync. `draws` draws them, the other modules apply them, `python -m fastcifar.augmentation` shows them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastcifar.augmentation import colour, draws, geometry, policies
+from fastcifar.augmentation.draws import Draws
+from fastcifar.augmentation.geometry import SIDE, CropMode, Interpolation
+from fastcifar.augmentation.mixing import MixPlan, mix_plan
+from fastcifar.augmentation.policies import PolicyName
+from fastcifar.errors import require
+
+Flip = Literal["off", "random", "alternating"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image, in this order; every field in the units of its comment, 0 = off."""
+
+    crop_padding: int = 4  # pixels added on every side before a random 32x32 crop, 0..31
+    crop_mode: CropMode = "zero"  # what the padding shows: black, as torchvision's RandomCrop, or the mirrored image
+    flip: Flip = "random"  # mirror left-right: random, probability 1/2; alternating, every other epoch
+    brightness: float = 0.0  # colour jitter, in random order: factor drawn from 1 - x .. 1 + x, 0..1
+    contrast: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
+    saturation: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
+    hue: float = 0.0  # colour jitter: turn drawn from -x .. x, in turns, 0..0.5
+    grayscale: float = 0.0  # probability of a grey image, 0..1
+    policy: PolicyName = "none"  # a learned or random policy of operations on top
+    policy_operations: int = 2  # rand_augment: operations per image, 1..14
+    policy_magnitude: int = 9  # rand_augment: strength, 0..30
+    rotation: float = 0.0  # degrees; angle drawn from -x .. x, 0..180
+    rotation_interpolation: Interpolation = "nearest"  # how rotated pixels are read
+    random_erasing: float = 0.0  # probability that a rectangle (2 to 33 % of the image) is set to the mean colour, 0..1
+    cutout: int = 0  # side in pixels of a square set to the mean colour, 0..32; its centre is uniform, its edges clipped
+    mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the share in mixup at the start of training, 0..10
+    mixup_alpha_end: float | None = None  # alpha at the end of training, reached linearly; None: constant
+    cutmix_alpha: float = 0.0  # Beta(alpha, alpha) of the kept area in CutMix, 0..10; with mixup: either, equally likely
+    mix_probability: float = 1.0  # probability that a batch is mixed at all, 0..1
+
+    def __post_init__(self) -> None:
+        require(self, 0 <= self.crop_padding < SIDE, "crop_padding", "0..31 pixels")
+        named = {"crop_mode": CropMode, "flip": Flip, "policy": PolicyName, "rotation_interpolation": Interpolation}
+        for field, names in named.items():
+            require(self, getattr(self, field) in get_args(names), field, f"one of {', '.join(get_args(names))}")
+        for field in ("brightness", "contrast", "saturation", "grayscale", "random_erasing", "mix_probability"):
+            require(self, 0 <= getattr(self, field) <= 1, field, "0..1")
+        require(self, 0 <= self.hue <= 0.5, "hue", "0..0.5 turns")
+        require(self, 1 <= self.policy_operations <= 14, "policy_operations", "1..14 operations")
+        require(self, 0 <= self.policy_magnitude < policies.BINS, "policy_magnitude", "0..30")
+        require(self, 0 <= self.rotation <= 180, "rotation", "0..180 degrees")
+        require(self, 0 <= self.cutout <= SIDE, "cutout", "0..32 pixels")
+        for field in ("mixup_alpha", "cutmix_alpha"):
+            require(self, 0 <= getattr(self, field) <= 10, field, "0..10")
+        require(self, self.mixup_alpha_end is None or 0 < self.mixup_alpha_end <= 10, "mixup_alpha_end", "above 0, at most 10")
+
+    @property
+    def jitter(self) -> tuple[float, float, float, float]:
+        """Strengths of brightness, contrast, saturation, hue."""
+        return (self.brightness, self.contrast, self.saturation, self.hue)
+
+    @property
+    def recolours(self) -> bool:
+        """Whether anything works on grey levels between the crop and the normalisation."""
+        return any(self.jitter) or self.grayscale > 0 or self.policy != "none" or self.rotation > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any batch is mixed."""
+        return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    def plan_mixing(self, *, seed: int, epoch: int, steps: int, progress: float, device: torch.device) -> MixPlan:
+        """Draw how each batch of an epoch is mixed; `progress` is the share of training done, 0..1."""
+        end = self.mixup_alpha if self.mixup_alpha_end is None else self.mixup_alpha_end
+        alpha = self.mixup_alpha and self.mixup_alpha + (end - self.mixup_alpha) * progress
+        return mix_plan(alpha, self.cutmix_alpha, self.mix_probability, seed=seed, epoch=epoch, steps=steps, device=device)
+
+
+def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draws:
+    """Draw the parameters of every sample number in `samples` [N] int64 for an epoch."""
+    down, right, mirrored = draws.draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
+    jitter, order = draws.draw_jitter(samples, seed, epoch, settings.jitter) if any(settings.jitter) else (None, None)
+    operations, magnitudes = (
+        draws.draw_policy(samples, seed, epoch, settings.policy, settings.policy_operations, settings.policy_magnitude)
+        if settings.policy != "none"
+        else (None, None)
+    )
+    return Draws(
+        down=down,
+        right=right,
+        mirrored=mirrored,
+        jitter=jitter,
+        jitter_order=order,
+        grey=draws.draw_grey(samples, seed, epoch, settings.grayscale) if settings.grayscale else None,
+        degrees=draws.draw_rotation(samples, seed, epoch, settings.rotation) if settings.rotation else None,
+        operations=operations,
+        magnitudes=magnitudes,
+        cutout=draws.draw_cutout(samples, seed, epoch, settings.cutout) if settings.cutout else None,
+        erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing) if settings.random_erasing else None,
+    )
+
+
+def augment(settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the augmented, normalised float32 batch [B, 3, 32, 32] channels_last of the samples at `positions` [B].
+
+    images: [N, 32, 32, 3] uint8, the resident set. drawn: parameters of its N samples. mean, std: [3] float32 in 0..1.
+    """
+    batch = drawn.at(positions)
+    pixels = geometry.crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, settings.crop_mode)
+    if settings.recolours:
+        pixels = recolour(settings, pixels, batch)
+    x = normalise(pixels, mean, std)
+    for box in (batch.erased, batch.cutout):
+        if box is not None:
+            x = clear_box(x, box)
+    return x
+
+
+def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
+    """Everything that works on grey levels: uint8 [B, 32, 32, 3] in, whole float32 levels of the same layout out."""
+    levels = pixels.permute(0, 3, 1, 2).float().contiguous()  # [B, 3, 32, 32], planes, in which colour operations are fastest
+    if batch.jitter is not None and batch.jitter_order is not None:
+        levels = jitter(levels, batch.jitter, batch.jitter_order, settings.jitter)
+    if batch.grey is not None:
+        levels = colour.apply_where(levels, batch.grey, lambda some: colour.grey(some).expand_as(some))
+    if batch.operations is not None and batch.magnitudes is not None:
+        for operation, magnitude in zip(batch.operations.unbind(1), batch.magnitudes.unbind(1), strict=True):
+            levels = policies.apply_operation(levels, operation, magnitude)
+    if batch.degrees is not None:
+        levels = geometry.affine(levels, geometry.rotation_matrix(batch.degrees), settings.rotation_interpolation)
+    return levels.permute(0, 2, 3, 1).contiguous()
+
+
+def jitter(levels: Tensor, factors: Tensor, order: Tensor, strengths: tuple[float, float, float, float]) -> Tensor:
+    """Brightness, contrast, saturation and hue of levels [B, 3, 32, 32] by `factors` [B, 4], in each image's own `order`."""
+    operations = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
+    for place in range(4):
+        for number, operation in enumerate(operations):
+            if strengths[number]:
+                levels = colour.apply_where(levels, order[:, place] == number, operation, factors[:, number])
+    return levels
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Levels [B, 32, 32, 3] -> float32 [B, 3, 32, 32] channels_last, a view of NHWC: (x - 255 mean) / (255 std).
+
+    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit.
+    """
+    return ((pixels.float() - 255 * mean) * (1 / (255 * std))).permute(0, 3, 1, 2)
+
+
+def clear_box(x: Tensor, box: Tensor) -> Tensor:
+    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image to 0, the mean colour."""
+    place = torch.arange(SIDE, device=x.device)
+    rows = (place >= box[:, :1]) & (place < box[:, 1:2])
+    columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
+    return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)

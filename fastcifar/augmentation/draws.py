@@ -1,0 +1,159 @@
+"""Sample numbers, seed and epoch enter; every sample's augmentation parameters of that epoch leave, on their device.
+
+Drawn once an epoch for the whole set, so that a step only looks them up. A parameter depends on (seed, epoch, sample,
+purpose) alone.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcifar.augmentation.geometry import SIDE
+from fastcifar.augmentation.policies import (
+    AUTO_AUGMENT_CIFAR10,
+    BINS,
+    DRAWN,
+    NUMBER,
+    SIGNED,
+    USUAL,
+    WIDE,
+    PolicyName,
+    magnitude_table,
+)
+from kernels.philox import Purpose, below, philox, uniform
+
+ERASED_AREA = (0.02, 0.33)  # random erasing: share of the image, uniform (Zhong et al., AAAI 2020; torchvision's defaults)
+ERASED_RATIO = (0.3, 3.3)  # height to width, uniform in the logarithm
+ERASING_TRIES = 10
+ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Parameters of N samples, or of a batch; what a recipe does not use is None."""
+
+    down: Tensor  # [N] int64: where the crop's corner lies, pixels from the image's
+    right: Tensor
+    mirrored: Tensor  # [N] bool
+    jitter: Tensor | None = None  # [N, 4] float32: factors of brightness, contrast, saturation; turns of hue
+    jitter_order: Tensor | None = None  # [N, 4] int64: which of the four comes first, second, ...
+    grey: Tensor | None = None  # [N] bool
+    degrees: Tensor | None = None  # [N] float32: rotation, counter-clockwise
+    operations: Tensor | None = None  # [N, K] int64: a policy's operations
+    magnitudes: Tensor | None = None  # [N, K] float32
+    cutout: Tensor | None = None  # [N, 4] int64: top, bottom, left, right, not clipped
+    erased: Tensor | None = None  # [N, 4] int64: the same of random erasing, empty where nothing is erased
+
+    def at(self, positions: Tensor) -> "Draws":
+        """The parameters of the samples at `positions` [B]."""
+        values: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            values[entry.name] = None if value is None else value[positions]
+        return Draws(**values)
+
+
+def draw_geometry(samples: Tensor, seed: int, epoch: int, padding: int, flip: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Crop offsets [N], uniform in -padding..padding, and mirroring [N].
+
+    flip: off; random, with probability 1/2; alternating, every other epoch, beginning with a first draw of the sample's own.
+    """
+    down, right, mirror, _ = philox(seed, samples, epoch, Purpose.CROP_FLIP)
+    if flip == "alternating":
+        first, _, _, _ = philox(seed, samples, 0, Purpose.FIRST_MIRROR)
+        mirrored = (below(first, 2) + epoch) % 2 == 1
+    else:
+        mirrored = (below(mirror, 2) == 1) & (flip == "random")
+    return below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding, mirrored
+
+
+def draw_jitter(samples: Tensor, seed: int, epoch: int, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Factors [N, 4], uniform in 1 - x .. 1 + x (brightness, contrast, saturation) or -x .. x (hue), and their order [N, 4]."""
+    words = philox(seed, samples, epoch, Purpose.JITTER)
+    ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths[:3]] + [(-strengths[3], strengths[3])]
+    factors = [low + (high - low) * uniform(word) for word, (low, high) in zip(words, ranges, strict=True)]
+    which, _, _, _ = philox(seed, samples, epoch, Purpose.JITTER_ORDER)
+    orders = torch.tensor(ORDERS, device=samples.device)
+    return torch.stack(factors, 1), orders[below(which, len(ORDERS))]
+
+
+def draw_grey(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:
+    """Whether each image turns grey [N]."""
+    return uniform(philox(seed, samples, epoch, Purpose.JITTER_ORDER)[1]) < probability
+
+
+def draw_rotation(samples: Tensor, seed: int, epoch: int, largest: float) -> Tensor:
+    """Angles [N] in degrees, uniform in -largest..largest."""
+    return (2 * uniform(philox(seed, samples, epoch, Purpose.ROTATION)[0]) - 1) * largest
+
+
+def draw_policy(
+    samples: Tensor, seed: int, epoch: int, policy: PolicyName, operations: int, magnitude: int
+) -> tuple[Tensor, Tensor]:
+    """Operations [N, K] and signed magnitudes [N, K] of a policy's sequence.
+
+    operations, magnitude: RandAugment's N and its bin 0..30. AutoAugment applies two, TrivialAugment one.
+    """
+    if policy == "auto_augment":
+        return _draw_auto_augment(samples, seed, epoch)
+    table = magnitude_table(WIDE if policy == "trivial_augment" else USUAL, BINS).to(samples.device)
+    drawn, magnitudes = [], []
+    for place in range(1 if policy == "trivial_augment" else operations):
+        which, sign, size, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
+        operation = below(which, DRAWN)
+        chosen = below(size, BINS) if policy == "trivial_augment" else torch.full_like(operation, magnitude)
+        drawn.append(operation)
+        magnitudes.append(_signed(table[operation, chosen], operation, sign))
+    return torch.stack(drawn, 1), torch.stack(magnitudes, 1)
+
+
+def _draw_auto_augment(samples: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """One of the 25 pairs for each image; each operation of the pair is applied with its own probability."""
+    numbers = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
+    chances = torch.tensor([[chance for _, chance, _ in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
+    bins = torch.tensor([[size for _, _, size in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
+    table = magnitude_table(USUAL, 10).to(samples.device)
+    pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(AUTO_AUGMENT_CIFAR10))
+    drawn, magnitudes = [], []
+    for place in range(2):
+        _, sign, applied, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
+        operation = torch.where(uniform(applied) < chances[pair, place], numbers[pair, place], NUMBER["Identity"])
+        drawn.append(operation)
+        magnitudes.append(_signed(table[operation, bins[pair, place]], operation, sign))
+    return torch.stack(drawn, 1), torch.stack(magnitudes, 1)
+
+
+def _signed(magnitude: Tensor, operation: Tensor, word: Tensor) -> Tensor:
+    """Negate half of the magnitudes of operations that have a direction."""
+    has_sign = (operation >= SIGNED.start) & (operation < SIGNED.stop)
+    return torch.where(has_sign & (below(word, 2) == 1), -magnitude, magnitude)
+
+
+def draw_cutout(samples: Tensor, seed: int, epoch: int, side: int) -> Tensor:
+    """Boxes [N, 4] of `side` pixels around a uniform centre; an even side covers centre - side/2 .. centre + side/2 - 1."""
+    row, column, _, _ = philox(seed, samples, epoch, Purpose.CUTOUT)
+    top, left = below(row, SIDE) - side // 2, below(column, SIDE) - side // 2
+    return torch.stack([top, top + side, left, left + side], 1)
+
+
+def draw_erasing(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:
+    """Boxes [N, 4] of random erasing: area and ratio are tried until the box is smaller than the image, then placed in it."""
+    chosen = uniform(philox(seed, samples, epoch, Purpose.ERASING)[0]) < probability
+    box = torch.zeros(len(samples), 4, dtype=torch.int64, device=samples.device)
+    found = ~chosen
+    for attempt in range(1, ERASING_TRIES + 1):
+        area_word, ratio_word, row, column = philox(seed, samples, epoch, Purpose.ERASING, block=attempt)
+        area = SIDE**2 * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * uniform(area_word))
+        low, high = (math.log(ratio) for ratio in ERASED_RATIO)
+        ratio = torch.exp(low + (high - low) * uniform(ratio_word))
+        height, width = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
+        top, left = row * (SIDE - height + 1) >> 32, column * (SIDE - width + 1) >> 32
+        fits = (height < SIDE) & (width < SIDE) & ~found
+        box = torch.where(fits[:, None], torch.stack([top, top + height, left, left + width], 1), box)
+        found = found | fits
+    return box
