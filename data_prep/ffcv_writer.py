@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ffcv.fields import IntField, RGBImageField
-from ffcv.memory_allocator import MemoryAllocator
-from ffcv.writer import DatasetWriter
+import torch
+
+_threads = torch.get_num_threads()
+from ffcv.fields import IntField, RGBImageField  # noqa: E402
+from ffcv.memory_allocator import MemoryAllocator  # noqa: E402
+from ffcv.writer import DatasetWriter  # noqa: E402
+
+torch.set_num_threads(_threads)  # importing FFCV sets it to 1 for the whole process
 
 Sample = tuple[np.ndarray, int, int]
 

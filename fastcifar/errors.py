@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
-class InputError(ValueError):
-    """Something the user can mend. The message is one line: what is wrong, where, what to do."""
+class InputError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, what to do.
+
+    Not a ValueError: the parser of the command line would catch one raised by a field's check and frame it its own way.
+    """
 
 
 # What the operating system may refuse through no fault of the program, and what the user can do about it.
@@ -62,5 +65,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in REMEDIES:
-        return f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
-    return " ".join(str(error).split())
+        text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
+    else:
+        text = " ".join(str(error).split())
+    # A strange file's own words may stand in it: control characters would steer the terminal.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -47,7 +47,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        show(result, Console(soft_wrap=True, highlight=False))
+        show(result, Console(soft_wrap=True, highlight=False, markup=False))
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print the figures for people."""
     warn_synthetic(console, result["synthetic"], result["data"])
     measured = f"{result['data']}, {result['split']} split, TTA {result['tta']}"
-    console.print(f"[bold]{result['arch']}[/] after epoch {result['epoch']}: {measured}")
+    console.print(f"{result['arch']} after epoch {result['epoch']}: {measured}")
     figures = f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images"
-    console.print(f"top-1 [bold]{result['top1']:.2%}[/], {figures}")
+    console.print(f"top-1 {result['top1']:.2%}, {figures}")
     names = list(result["per_class"])
     caption = "rows: true class; columns: predicted class; images"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)

@@ -23,9 +23,7 @@ def announce(
     """Say what is about to happen."""
     recipe, row = command.settings, reported(command.recipe_name)
     warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
-    console.print(
-        f"[bold]{state.arch}[/], {count_parameters(state.model):,} parameters; {row.source}, which claims {row.claim}"
-    )
+    console.print(f"{state.arch}, {count_parameters(state.model):,} parameters; {row.source}, which claims {row.claim}")
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
     console.print(f"{data.manifest.name}: {sizes}; best.pt is chosen on {CHOSEN_ON[data.select_name]}")
     how = [data.mean.device.type, "fp32" if dtype is None else "bf16 autocast", "channels_last"]
@@ -71,7 +69,7 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
     """The last lines: what came out and where it is."""
     final = summary["final"]
     console.print(
-        f"test accuracy [bold]{final['top1']:.2%}[/] (top-5 {final['top5']:.2%}, "
+        f"test accuracy {final['top1']:.2%} (top-5 {final['top5']:.2%}, "
         f"with the mirror image {summary['final_flip_tta_top1']:.2%}), "
         f"trained in {clock(summary['train_seconds'])} at {summary['images_per_second']:,.0f} img/s"
     )
@@ -82,4 +80,4 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
 def warn_synthetic(console: Console, is_synthetic: bool, name: str) -> None:
     """The banner that must stand wherever a figure came from the stand-in."""
     if is_synthetic:
-        console.print(f"[bold yellow]{name}[/]")
+        console.print(name, style="bold yellow")

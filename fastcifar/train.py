@@ -35,7 +35,7 @@ def main() -> None:
     """Parse the command line and train."""
     command = parse_command(sys.argv[1:])
     try:
-        train(command, Console(soft_wrap=True, highlight=False))
+        train(command, Console(soft_wrap=True, highlight=False, markup=False))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with: python -m fastcifar.train --resume {run_path(command)}") from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -96,3 +97,11 @@ def betons(pickles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = run_cli("data_prep/write_beton.py", "--source", pickles, "--out", out)
     assert process.returncode == 0, process.stderr
     return out
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Importing FFCV sets PyTorch to one thread, with which sums come out in another order: not for the tests after it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

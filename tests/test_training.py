@@ -73,7 +73,8 @@ def test_a_run_folder_is_complete_and_says_what_it_is(betons, tmp_path):
     assert names >= FILES
     assert len(names - FILES) == 1  # and one file of TensorBoard events
     assert "epoch 2/2" in process.stdout
-    assert "not yet applied" in process.stdout  # the recipe names colour jitter
+    assert "report D" in process.stdout
+    assert "not yet applied" not in process.stdout
     assert "\x1b" not in process.stdout  # plain lines where there is no terminal
     summary = RunFolder(tmp_path / "run").read_summary()
     assert summary["arch"] == "se_resnet18"

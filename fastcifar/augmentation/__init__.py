@@ -126,7 +126,7 @@ def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
     """Everything that works on grey levels: uint8 [B, 32, 32, 3] in, whole float32 levels of the same layout out."""
     levels = pixels.permute(0, 3, 1, 2).float().contiguous()  # [B, 3, 32, 32], planes, in which colour operations are fastest
     if batch.jitter is not None and batch.jitter_order is not None:
-        levels = jitter(levels, batch.jitter, batch.jitter_order, settings.jitter)
+        levels = colour.jitter(levels, batch.jitter, batch.jitter_order, turns_hue=settings.hue > 0)
     if batch.grey is not None:
         levels = colour.apply_where(levels, batch.grey, lambda some: colour.grey(some).expand_as(some))
     if batch.operations is not None and batch.magnitudes is not None:
@@ -137,22 +137,15 @@ def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
     return levels.permute(0, 2, 3, 1).contiguous()
 
 
-def jitter(levels: Tensor, factors: Tensor, order: Tensor, strengths: tuple[float, float, float, float]) -> Tensor:
-    """Brightness, contrast, saturation and hue of levels [B, 3, 32, 32] by `factors` [B, 4], in each image's own `order`."""
-    operations = (colour.brightness, colour.contrast, colour.saturation, colour.hue)
-    for place in range(4):
-        for number, operation in enumerate(operations):
-            if strengths[number]:
-                levels = colour.apply_where(levels, order[:, place] == number, operation, factors[:, number])
-    return levels
-
-
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Levels [B, 32, 32, 3] -> float32 [B, 3, 32, 32] channels_last, a view of NHWC: (x - 255 mean) / (255 std).
 
-    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit.
+    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit. The constants are
+    repeated along a whole image row, since loops over three channels do not vectorise.
     """
-    return ((pixels.float() - 255 * mean) * (1 / (255 * std))).permute(0, 3, 1, 2)
+    rows = pixels.reshape(len(pixels), SIDE, SIDE * 3).float()  # [B, 32, 96]
+    rows = (rows - (255 * mean).repeat(SIDE)).mul_((1 / (255 * std)).repeat(SIDE))
+    return rows.reshape(pixels.shape).permute(0, 3, 1, 2)
 
 
 def clear_box(x: Tensor, box: Tensor) -> Tensor:

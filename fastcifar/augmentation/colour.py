@@ -5,25 +5,26 @@ images, so that each operation equals torchvision's on the same strength. Streng
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TOP = 255.0  # the brightest level
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as the columns of jitter's factors
 GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in a grey level (ITU-R BT.601, as torchvision)
 
 
 def grey(pixels: Tensor) -> Tensor:
     """Grey levels [B, 1, 32, 32] of a colour image."""
     red, green, blue = pixels.unbind(1)
-    return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).floor_()[:, None]
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_()[:, None]
 
 
 def blend(pixels: Tensor, other: Tensor, share: Tensor) -> Tensor:
     """share x + (1 - share) other, cut off at 0 and 255; a share above 1 extrapolates."""
-    share = share[:, None, None, None]
-    return (pixels * share + other * (1 - share)).clamp_(0, TOP).floor_()
+    return torch.lerp(other, pixels, share[:, None, None, None]).clamp_(0, TOP).floor_()
 
 
 def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -53,25 +54,51 @@ def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
 def hue(pixels: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by `turn` turns, -0.5..0.5, keeping HSV saturation and value.
 
-    With the hue h in sixths of a turn, value v, saturation s:  channel = v - v s max(0, min(k, 4 - k, 1)),  k = (n + h) mod 6,
-    n = 5, 3, 1 for R, G, B (Smith, "Color gamut transform pairs", SIGGRAPH 1978, without its case distinction).
+    With the hue h in sixths of a turn, 0..6, the least channel m and the chroma c = largest - least (Smith, "Color gamut
+    transform pairs", SIGGRAPH 1978, with its six cases folded into one line a channel):
+
+        R = m + c clamp(|h - 3| - 1, 0, 1)      G = m + c clamp(2 - |h - 2|, 0, 1)      B = m + c clamp(2 - |h - 4|, 0, 1)
     """
-    levels = pixels / TOP
-    red, green, blue = levels.unbind(1)
-    value, least = levels.amax(1), levels.amin(1)
-    chroma = value - least
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    sixths = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )
-    sixths = torch.remainder(sixths / 6 + 1 + turn[:, None, None], 1.0) * 6
-    channels = []
-    for n in (5.0, 3.0, 1.0):
-        k = torch.remainder(sixths + n, 6.0)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return (torch.stack(channels, 1).clamp_(0, 1) * (TOP + 1 - 1e-3)).floor_()
+    red, green, blue = pixels.unbind(1)
+    most, least = (pick(red, pick(green, blue)) for pick in (torch.maximum, torch.minimum))
+    chroma = most - least
+    is_red, is_green = most == red, most == green
+    slope = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    offset = torch.where(is_red, 0.0, torch.where(is_green, 2 / 6, 4 / 6))
+    turns = (slope / (6 * chroma).clamp_(min=1.0)).add_(offset).add_(turn[:, None, None])  # a grey's slope is 0
+    sixths = (turns - turns.floor()).mul_(6)
+    shares = ((sixths - 3).abs_().sub_(1), 2 - (sixths - 2).abs_(), 2 - (sixths - 4).abs_())
+    turned = torch.stack([torch.addcmul(least, chroma, share.clamp_(0, 1)) for share in shares], 1)
+    return turned.mul_((TOP + 1 - 1e-3) / TOP).floor_()  # torchvision's way from 0..1 back to 0..255
+
+
+def jitter(pixels: Tensor, factors: Tensor, order: Tensor, *, turns_hue: bool) -> Tensor:
+    """Brightness, contrast, saturation and hue by `factors` [B, 4], in each image's own `order` [B, 4]. May overwrite `pixels`.
+
+    The first three are blends and need no case distinction; images are told apart by the place of the hue alone.
+    turns_hue: False leaves the hue out.
+    """
+    place = (order == HUE).to(torch.int64).argmax(1)
+    kept = torch.arange(3, device=order.device).expand(len(order), 3)
+    kinds = order.gather(1, kept + (kept >= place[:, None]))  # the order with the hue left out
+    shares = factors.gather(1, kinds)
+    for at in range(4):
+        pixels = apply_where(pixels, place == at, partial(_blends_and_hue, at, turns_hue), kinds, shares, factors[:, HUE])
+    return pixels
+
+
+def _blends_and_hue(hue_at: int, turns_hue: bool, pixels: Tensor, kinds: Tensor, shares: Tensor, turn: Tensor) -> Tensor:
+    """Three blends of `kinds` [B, 3] with `shares` [B, 3], the hue before the blend number `hue_at`, or last."""
+    for at in range(4):
+        if at == hue_at and turns_hue:
+            pixels = hue(pixels, turn)
+        if at < 3:
+            levels = grey(pixels)
+            kind = kinds[:, at, None, None, None]
+            mean = levels.mean((1, 2, 3), keepdim=True)
+            other = torch.where(kind == SATURATION, levels, torch.where(kind == CONTRAST, mean, 0.0))
+            pixels = blend(pixels, other, shares[:, at])
+    return pixels
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
@@ -123,7 +150,8 @@ def apply_where(pixels: Tensor, chosen: Tensor, operation: Callable[..., Tensor]
     """
     if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            pixels[rows] = operation(pixels[rows], *(parameter[rows] for parameter in parameters))
+        if len(rows):  # whole images move by index_select and index_copy_, which copy rows; indexing copies element by element
+            some = operation(pixels.index_select(0, rows), *(parameter[rows] for parameter in parameters))
+            pixels.index_copy_(0, rows, some)
         return pixels
     return torch.where(chosen[:, None, None, None], operation(pixels, *parameters), pixels)

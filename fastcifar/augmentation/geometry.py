@@ -30,7 +30,7 @@ def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor
     if mode == "reflect":
         return picked
     inside = (rows == inside_rows)[:, :, None] & (columns == inside_columns)[:, None, :]
-    return picked * inside[..., None]
+    return picked.mul_(inside[..., None])
 
 
 def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor:
@@ -38,10 +38,10 @@ def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tens
 
     Outside is black. Levels stay whole numbers (bilinear ones are rounded). Equals torchvision's `affine` and `rotate`.
     """
-    place = torch.arange(SIDE, device=pixels.device, dtype=torch.float32) - (SIDE - 1) / 2
-    x, y = place.expand(SIDE, SIDE), place[:, None].expand(SIDE, SIDE)
-    points = torch.stack([x, y, torch.ones_like(x)], dim=2).reshape(1, -1, 3).expand(len(pixels), -1, -1)
-    grid = points.bmm(matrix.transpose(1, 2) / (SIDE / 2)).reshape(len(pixels), SIDE, SIDE, 2)
+    place = (torch.arange(SIDE, device=pixels.device, dtype=torch.float32) - (SIDE - 1) / 2) / (SIDE / 2)  # -1..1
+    along_x = matrix[:, :, :1] * place  # [B, 2, 32]: what a column adds to both input coordinates
+    along_y = matrix[:, :, 1:2] * place + matrix[:, :, 2:] / (SIDE / 2)  # what a row adds, and the shift
+    grid = (along_y[:, :, :, None] + along_x[:, :, None, :]).permute(0, 2, 3, 1)  # [B, 32, 32, 2]
     return F.grid_sample(pixels, grid, mode=interpolation, padding_mode="zeros", align_corners=False).round_()
 
 
