@@ -15,7 +15,7 @@ CPU_OPTIONS ?= --epochs 4 --limit-train 8000 --limit-test 2000 --batch-size 64 -
 DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
 BIN := .venv/bin
 
-.PHONY: help setup data train test test-slow gpu-check bench-pipeline lint format clean
+.PHONY: help setup data train test test-slow gpu-check augmentation-grid bench-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-slow: setup  ## the tests that take minutes
 
 gpu-check: setup  ## on a machine with CUDA: every test that needs one
 	@$(BIN)/python -m pytest -m gpu
+
+augmentation-grid: data  ## draw what training sees by ARCH's recipe into docs/augmentation-ARCH.png
+	@$(BIN)/python -m fastcifar.augmentation --arch $(ARCH) --out docs/augmentation-$(ARCH).png
 
 bench-pipeline: data  ## training step and time to the first step, measured on this machine
 	@$(BIN)/python bench/pipeline.py

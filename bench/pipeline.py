@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Betons enter; images per second of the training step against plain PyTorch, and seconds to the first step, leave as JSON.
+"""Betons enter; images per second of input pipelines and of the training step against their peers, and seconds to the
+first step, leave as JSON.
 
 python bench/pipeline.py --data data/beton --out bench/results/cpu/pipeline.json
 """
@@ -21,7 +22,8 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from bench.timing import interleaved
+from bench.input_pipelines import PIPELINES, peers_of
+from bench.timing import Timings, interleaved
 from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import require, run_command
@@ -44,6 +46,9 @@ class Options:
     batch_size: int = 256  # images per step
     rounds: int = 12  # timed turns of each peer
     starts: int = 5  # runs started to measure the time to the first step, 0 = none
+    step: bool = True  # measure the training step
+    input: bool = True  # measure the input pipelines of the recipes below
+    input_batch_size: int = 512  # images per batch of an input pipeline
     out: Path | None = None  # JSON to write; default: print only
 
     def __post_init__(self) -> None:
@@ -58,9 +63,13 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=True)
-    results: dict[str, Any] = {"step": training_step(options, device)}
-    for line in step_lines(results["step"]):
-        console.print(line)
+    results: dict[str, Any] = {}
+    if options.input:
+        results["input"] = {name: input_pipelines(options, name, console) for name in PIPELINES}
+    if options.step:
+        results["step"] = training_step(options, device)
+        for line in step_lines(results["step"]):
+            console.print(line)
     if options.starts:
         results["first_step"] = time_to_first_step(options)
         seconds = results["first_step"]["seconds"]
@@ -68,6 +77,23 @@ def main() -> None:
         console.print(f"{'first step after':>16}: {median(seconds):.2f} s {spread}")
     if options.out is not None:
         write_json(options.out, results | environment_facts(device))
+
+
+def input_pipelines(options: Options, name: str, console: Console) -> dict[str, Any]:
+    """Time the augmentation of one recipe against its peers, in turns, on the CPU; print and return the figures."""
+    batch = options.input_batch_size
+    recipe = PIPELINES[name]
+    peers = peers_of(recipe, options.data, batch, images=20 * batch, slow_images=(8 if recipe.recolours else 20) * batch)
+    timings = interleaved({peer: entry.run for peer, entry in peers.items()}, rounds=options.rounds, warmup=2)
+    each = Timings({peer: [s / peers[peer].images for s in seconds] for peer, seconds in timings.seconds.items()})
+    console.print(f"input pipeline: {name}; batch {batch}, mixing left out")
+    results = {}
+    for peer, entry in peers.items():
+        rate, speedup = each.rate(peer, 1), each.speedup(peer, "torchvision DataLoader")
+        results[peer] = {"images_per_second": rate, "times_dataloader": vars(speedup), "note": entry.note}
+        spread = f"(10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f})"
+        console.print(f"{peer:>26}: {rate['median']:8,.0f} img/s {spread}, {speedup} the DataLoader; {entry.note}")
+    return results
 
 
 def step_lines(step: dict[str, Any]) -> list[str]:

@@ -124,7 +124,8 @@ def augment(settings: Augmentation, images: Tensor, positions: Tensor, drawn: Dr
 
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
     """Everything that works on grey levels: uint8 [B, 32, 32, 3] in, whole float32 levels of the same layout out."""
-    levels = pixels.permute(0, 3, 1, 2).float().contiguous()  # [B, 3, 32, 32], planes, in which colour operations are fastest
+    # Planes [B, 3, 32, 32], in which colour operations are fastest; converted and transposed in one pass.
+    levels = torch.empty(len(pixels), 3, SIDE, SIDE, device=pixels.device).copy_(pixels.permute(0, 3, 1, 2))
     if batch.jitter is not None and batch.jitter_order is not None:
         levels = colour.jitter(levels, batch.jitter, batch.jitter_order, turns_hue=settings.hue > 0)
     if batch.grey is not None:
@@ -153,4 +154,6 @@ def clear_box(x: Tensor, box: Tensor) -> Tensor:
     place = torch.arange(SIDE, device=x.device)
     rows = (place >= box[:, :1]) & (place < box[:, 1:2])
     columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
-    return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
+    inside = rows[:, :, None] & columns.repeat_interleave(3, 1)[:, None, :]  # [B, 32, 96]: along whole rows, as normalise
+    lines = x.permute(0, 2, 3, 1).reshape(len(x), SIDE, SIDE * 3)
+    return lines.masked_fill(inside, 0.0).reshape(len(x), SIDE, SIDE, 3).permute(0, 3, 1, 2)

@@ -1,0 +1,198 @@
+"""A folder of betons and a recipe enter; peers leave that each deliver augmented, normalised batches, ready to be timed.
+
+Each peer is a function that delivers `images` training images in batches and returns when the last one is there. All
+normalise to float32 but FFCV's own, which stops at uint8.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms as v1
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, epoch_order, load_resident
+from fastcifar.recipes import reported
+
+WORKERS = 2
+
+# What is measured: the reports' augmentations, and what FFCV's own pipeline can do.
+PIPELINES: dict[str, Augmentation] = {
+    "crop + flip (A, B, E)": reported("dropout_resnet24").recipe.augmentation,
+    "crop + flip + cutout 8": Augmentation(cutout=8),
+    "report D": reported("se_resnet18").recipe.augmentation,
+    "report C": reported("robust_resnet64").recipe.augmentation,
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of delivering batches."""
+
+    run: Callable[[], None]
+    images: int  # delivered by a call
+    note: str  # what a reader must know of it
+
+
+def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, slow_images: int) -> dict[str, Peer]:
+    """All peers that can do what `recipe` asks for (mixing left out, which all would do alike on the batch).
+
+    images, slow_images: how many images a call delivers, of the fast peers and of those that work image by image.
+    """
+    data, _ = load_resident(folder / "train.beton", torch.device("cpu"))
+    peers = {"fastcifar": Peer(_ours(recipe, data, batch_size, images), images, "each image its own parameters")}
+    if recipe.policy == "none":  # with a policy the compiled form computes every operation for every image: made for GPUs
+        peers["fastcifar compiled"] = Peer(
+            _ours(recipe, data, batch_size, images, compiled=True), images, "the same, torch.compile; compiling not counted"
+        )
+    peers["torchvision DataLoader"] = Peer(
+        _torchvision_loader(recipe, data, batch_size, slow_images), slow_images, f"PIL transforms, {WORKERS} workers"
+    )
+    peers["torchvision v2 on batches"] = Peer(
+        _torchvision_batches(recipe, data, batch_size, images), images, "wrong: draws once for the whole batch"
+    )
+    if find_spec("kornia") is not None and recipe.policy == "none":
+        peers["kornia"] = Peer(_kornia(recipe, data, batch_size, images), images, "each image its own parameters")
+    if not recipe.recolours:
+        peers["FFCV"] = Peer(
+            _ffcv(recipe, folder, batch_size, images), images, "Numba, uint8, no normalisation; JIT not counted"
+        )
+    return peers
+
+
+def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int, compiled: bool = False) -> Callable[[], None]:
+    """The real path: drawing an epoch's parameters, gathering, augmenting, normalising."""
+    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
+    apply = torch.compile(augment, dynamic=False) if compiled else augment
+    epoch = iter(range(1_000_000))
+
+    def run() -> None:
+        number = next(epoch)
+        order, drawn = epoch_order(data.index, 0, number), draw(recipe, data.index, 0, number)
+        for positions in order[:images].split(batch_size):
+            apply(recipe, data.images, positions, drawn, mean, std)
+
+    return run
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """What an ordinary script has: PIL images and a chain of transforms."""
+
+    def __init__(self, data: ResidentSet, count: int, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.labels, self.transform = data.images[:count].numpy(), data.labels[:count].tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[number])), self.labels[number]
+
+
+def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[Any]]:
+    """The recipe as torchvision transforms, before and after normalisation; `package` is transforms or transforms.v2."""
+    before = [package.RandomCrop(32, padding=recipe.crop_padding), package.RandomHorizontalFlip()]
+    if any(recipe.jitter):
+        before.append(package.ColorJitter(*recipe.jitter))
+    if recipe.policy == "rand_augment":
+        before.append(package.RandAugment(recipe.policy_operations, recipe.policy_magnitude))
+    if recipe.rotation:
+        before.append(package.RandomRotation(recipe.rotation))
+    after = [package.RandomErasing(recipe.random_erasing)] if recipe.random_erasing else []
+    if recipe.cutout:
+        after.append(_Cutout(recipe.cutout))
+    return before, after
+
+
+class _Cutout:
+    """Cutout as scripts write it, since torchvision has none: one square on a tensor [..., 32, 32]."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, x: Tensor) -> Tensor:
+        row, column = np.random.randint(32, size=2)  # noqa: NPY002  # as scripts do
+        top, left = max(row - self.side // 2, 0), max(column - self.side // 2, 0)
+        x[..., top : row + self.side // 2, left : column + self.side // 2] = 0
+        return x
+
+
+def _torchvision_loader(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
+    before, after = transforms_of(recipe, v1)
+    chain = v1.Compose([*before, v1.ToTensor(), v1.Normalize(CIFAR10_MEAN, CIFAR10_STD), *after])
+    loader = DataLoader(
+        _Pictures(data, images, chain), batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True, drop_last=True
+    )
+    return partial(_exhaust, loader)
+
+
+def _torchvision_batches(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
+    before, after = transforms_of(recipe, v2)
+    scale = v2.ToDtype(torch.float32, scale=True)
+    chain = v2.Compose([*before, scale, v2.Normalize(CIFAR10_MEAN, CIFAR10_STD), *after])
+    planes = data.images[:images].permute(0, 3, 1, 2).contiguous()
+
+    def run() -> None:
+        for positions in torch.randperm(images).split(batch_size):
+            chain(planes[positions])
+
+    return run
+
+
+def _kornia(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
+    from kornia import augmentation as K  # as kornia's own documentation does
+
+    steps = [K.RandomCrop((32, 32), padding=recipe.crop_padding), K.RandomHorizontalFlip()]
+    if any(recipe.jitter):
+        steps.append(K.ColorJitter(*recipe.jitter, p=1.0))
+    if recipe.cutout:
+        area = recipe.cutout**2 / 32**2
+        steps.append(K.RandomErasing(scale=(area, area), ratio=(1.0, 1.0), p=1.0))
+    chain = torch.nn.Sequential(*steps, K.Normalize(CIFAR10_MEAN, CIFAR10_STD))
+    planes = data.images[:images].permute(0, 3, 1, 2).contiguous()
+
+    def run() -> None:
+        for positions in torch.randperm(images).split(batch_size):
+            chain(planes[positions].float() / 255)
+
+    return run
+
+
+def _ffcv(recipe: Augmentation, folder: Path, batch_size: int, images: int) -> Callable[[], None]:
+    threads = torch.get_num_threads()
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import Cutout, RandomHorizontalFlip, RandomTranslate, ToTensor
+
+    steps = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=recipe.crop_padding)]
+    steps += [Cutout(recipe.cutout, tuple(int(255 * mean) for mean in CIFAR10_MEAN))] if recipe.cutout else []
+    loader = Loader(
+        str(folder / "train.beton"),
+        batch_size=batch_size,
+        num_workers=WORKERS,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        indices=range(images),
+        pipelines={"image": [*steps, ToTensor()], "label": [IntDecoder(), ToTensor()], "index": None},
+    )
+    torch.set_num_threads(threads)
+
+    def run() -> None:
+        _exhaust(loader)
+        torch.set_num_threads(threads)  # FFCV sets its own number for the whole process
+
+    return run
+
+
+def _exhaust(loader: Any) -> None:
+    for _ in loader:
+        pass

@@ -1,0 +1,213 @@
+"""Evaluate, predict, plots and the contact sheet, on a network trained for a moment."""
+
+import csv
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from fastcifar import evaluate, plots, predict
+from fastcifar.augmentation import __main__ as contact_sheet
+from fastcifar.beton import read_beton
+from fastcifar.command import parse_command
+from fastcifar.errors import InputError
+from fastcifar.run_folder import RunFolder
+from fastcifar.train import train
+from tests.conftest import assert_user_error, run_cli
+
+
+@pytest.fixture(scope="module")
+def finished(betons, tmp_path_factory):
+    """A complete run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    options = [
+        "--data",
+        str(betons),
+        "--out",
+        str(out),
+        "--epochs",
+        "2",
+        "--batch-size",
+        "50",
+        "--mixup-alpha",
+        "0",
+        "--cutout",
+        "0",
+    ]
+    return train(parse_command(options), Console(quiet=True))
+
+
+def measure(finished, betons, **options):
+    return evaluate.measure(evaluate.Options(checkpoint=finished.last, data=betons, **options))
+
+
+def predictions(finished, source, tmp_path, **options):
+    labels, unlabelled = predict.predict(
+        predict.Options(checkpoint=finished.last, input=source, out=tmp_path / "x.csv", **options)
+    )
+    return labels, unlabelled.ids
+
+
+# Evaluate
+
+
+def test_evaluate_gives_the_summarys_figures(finished, betons):
+    result, summary = measure(finished, betons), finished.read_summary()
+    assert {key: result[key] for key in summary["final"]} == summary["final"]
+    assert measure(finished, betons, tta="flip")["top1"] == summary["final_flip_tta_top1"]
+    assert result["top1"] <= result["top5"] <= 1
+    assert result["images"] == 50
+
+
+def test_evaluate_does_not_depend_on_the_batch_size(finished, betons):
+    a, b = (measure(finished, betons, batch_size=size, tta="flip_translate", precision="fp32") for size in (50, 7))
+    assert a["confusion"] == b["confusion"]
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_evaluate_prints_tables_and_json(finished, betons):
+    command = ("-m", "fastcifar.evaluate", "--checkpoint", finished.last, "--data", betons)
+    text, plain = run_cli(*command), run_cli(*command, "--json")
+    result = json.loads(plain.stdout)
+    assert f"top-1 {result['top1']:.2%}" in text.stdout
+    for name in result["per_class"]:
+        assert name in text.stdout
+
+
+def test_evaluate_refuses_data_of_other_classes(finished, betons, tmp_path):
+    shutil.copytree(betons, tmp_path / "other")
+    manifest = json.loads((tmp_path / "other" / "test.json").read_text())
+    manifest["class_names"][0] = "something else"
+    (tmp_path / "other" / "test.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="knows other classes"):
+        measure(finished, tmp_path / "other")
+
+
+# Predict
+
+
+def test_predict_writes_the_competitions_csv_and_agrees_with_evaluate(finished, betons, tmp_path):
+    out = tmp_path / "submission.csv"
+    command = ("-m", "fastcifar.predict", "--checkpoint", finished.last, "--input", betons / "test.beton", "--out", out)
+    process = run_cli(*command, "--tta", "none")
+    assert process.returncode == 0, process.stderr
+    rows = list(csv.reader(out.open()))
+    assert rows[0] == ["ID", "Labels"]
+    assert [row[0] for row in rows[1:]] == [str(number) for number in range(50)]
+    labels = np.array([int(row[1]) for row in rows[1:]])
+    truth = read_beton(betons / "test.beton").labels
+    assert (labels == truth).mean() == measure(finished, betons)["top1"]
+    assert_user_error(run_cli(*command), "submission.csv exists", "--force")
+
+
+@pytest.mark.parametrize("layout", ["hwc", "rows", "chw"])
+@pytest.mark.parametrize("keys", ["bytes", "str"])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_predict_reads_every_form_of_the_competitions_pickle(finished, betons, tmp_path, layout, keys, with_ids):
+    images = read_beton(betons / "test.beton").images
+    planes = images.transpose(0, 3, 1, 2)
+    data = {"hwc": images, "rows": planes.reshape(len(images), -1), "chw": planes}[layout]
+    content = {"data": np.ascontiguousarray(data), **({"ids": np.arange(1000, 1050)} if with_ids else {})}
+    if keys == "bytes":
+        content = {key.encode(): value for key, value in content.items()}
+    path = tmp_path / "test.pkl"
+    path.write_bytes(pickle.dumps(content))
+    unlabelled = predict.read_unlabelled(path)
+    assert np.array_equal(unlabelled.images, images)
+    first = 1000 if with_ids else 0
+    assert unlabelled.ids == [str(number) for number in range(first, first + 50)]
+
+
+def test_predict_reads_a_folder_of_pngs_in_the_order_of_their_numbers(finished, betons, tmp_path):
+    images = read_beton(betons / "test.beton").images[:12]
+    folder = tmp_path / "pngs"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"img{number}.png")
+    labels, ids = predictions(finished, folder, tmp_path)
+    assert ids == [f"img{number}" for number in range(12)]
+    assert labels == predictions(finished, betons / "test.beton", tmp_path)[0][:12]
+
+
+def test_predict_refuses_what_is_no_set_of_images(finished, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"holds no \.png"):
+        predict.read_unlabelled(folder)
+    Image.new("RGB", (31, 32)).save(folder / "small.png")
+    with pytest.raises(InputError, match=r"small\.png is 31x32 pixels"):
+        predict.read_unlabelled(folder)
+    (folder / "small.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"small\.png is not a sound PNG"):
+        predict.read_unlabelled(folder)
+    with pytest.raises(InputError, match="is missing"):
+        predict.read_unlabelled(tmp_path / "nothing.pkl")
+    for content, problem in (
+        ({"images": 1}, "no entry data"),
+        ({"data": np.zeros((4, 10), np.uint8)}, "has shape"),
+        ({"data": np.zeros((4, 3072), np.float32)}, "no entry data"),
+        ({"data": np.zeros((4, 3072), np.uint8), "ids": [1, 2]}, "4 images but 2 ids"),
+    ):
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(InputError, match=problem):
+            predict.read_unlabelled(tmp_path / "bad.pkl")
+
+
+# Plots
+
+
+def test_plots_of_one_run_and_of_several(finished, tmp_path):
+    paths = plots.draw([plots.read_run(finished)], tmp_path / "one")
+    names = {"loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png"}
+    assert {path.name for path in paths} == names | {"confusion_matrix.png"}
+    for path in paths:
+        assert np.asarray(Image.open(path).convert("L")).std() > 10  # something is drawn
+    run = plots.read_run(finished)
+    two = plots.draw([run, run], tmp_path / "two")
+    assert len(two) == 6
+    assert {path.name for path in two} >= names
+
+
+def test_plots_of_an_unfinished_run_leave_out_the_confusion_matrix(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").unlink()
+    run = plots.read_run(RunFolder(tmp_path / "cut"))
+    assert {path.name for path in plots.draw([run], tmp_path / "out")} == {
+        "loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png",
+    }  # fmt: skip
+
+
+def test_the_curves_show_what_the_metrics_say(finished):
+    run = plots.read_run(finished)
+    figure = plots.accuracy_figure([run])
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert lines["test"].get_ydata().tolist() == [100 * row["eval_accuracy"] for row in run.rows]
+    assert lines["training (augmented)"].get_xdata().tolist() == [1, 2]
+    assert "accuracy" in figure.axes[0].get_ylabel()
+    assert run.data_name in figure.axes[0].get_title()
+
+
+def test_plots_say_what_is_missing(tmp_path, finished):
+    assert_user_error(run_cli("-m", "fastcifar.plots", tmp_path / "nowhere"), "config.json is missing", "run folder")
+    shutil.copytree(finished.path, tmp_path / "broken")
+    (tmp_path / "broken" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(InputError, match="line 2"):
+        plots.read_run(RunFolder(tmp_path / "broken"))
+
+
+def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, monkeypatch):
+    out = tmp_path / "grid.png"
+    arguments = ["x", "--arch", "robust_resnet64", "--data", str(betons), "--out", str(out), "--images", "4", "--epochs", "3"]
+    monkeypatch.setattr("sys.argv", arguments)
+    contact_sheet.main()
+    assert Image.open(out).size[0] > 200
+    data = read_beton(betons / "train.beton")
+    images, index = torch.from_numpy(data.images[:4]), torch.arange(4)
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
+    plain = contact_sheet.Augmentation(crop_padding=0, flip="off")
+    assert np.array_equal(contact_sheet.seen(plain, images, index, mean, std, 0, 0, 1), images.numpy())  # nothing changed
