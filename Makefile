@@ -26,7 +26,7 @@ setup: .venv/.ready  ## prepare the environment: Debian packages FFCV builds wit
 	@PYTHON=$(PYTHON) DEBIAN="$(DEBIAN)" bash setup.sh
 	@touch $@
 
-data: setup  ## write data/beton from $$CIFAR_DIR, data/, a download, or the synthetic stand-in
+data: setup  ## write data/beton from CIFAR_DIR, data/, a download, or the synthetic stand-in
 	@$(BIN)/python data_prep/write_beton.py
 
 train: data  ## train (ARCH=..., RUN=..., OPTIONS='--seed 1'): a real run that ends with plots in runs/
@@ -49,11 +49,12 @@ gpu-check: setup  ## on a machine with CUDA: every test that needs one
 augmentation-grid: data  ## draw what training sees by ARCH's recipe into docs/augmentation-ARCH.png
 	@$(BIN)/python -m fastcifar.augmentation --arch $(ARCH) --out docs/augmentation-$(ARCH).png
 
-bench-pipeline: data  ## training step and time to the first step, measured on this machine
+bench-pipeline: data  ## input pipelines, training step and time to the first step, measured on this machine
 	@$(BIN)/python bench/pipeline.py
 
 lint: setup  ## ruff, mypy and the import contracts only
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

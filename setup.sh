@@ -3,8 +3,12 @@
 set -euo pipefail
 python=${PYTHON:-python3}
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "error: $("$python" --version) is too old: install Python 3.11 or newer, or set PYTHON=/path/to/it" >&2
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+  echo "error: $("$python" --version) is not 3.11 to 3.13, for which torch 2.11 is locked: set PYTHON=/path/to/one" >&2
+  exit 2
+}
+[ "$(uname -sm)" = "Linux x86_64" ] || {
+  echo "error: this is $(uname -sm), the environment is locked for Linux x86_64: install pyproject.toml's packages by hand" >&2
   exit 2
 }
 

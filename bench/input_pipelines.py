@@ -46,13 +46,14 @@ class Peer:
 def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, slow_images: int) -> dict[str, Peer]:
     """All peers that can do what `recipe` asks for (mixing left out, which all would do alike on the batch).
 
-    images, slow_images: how many images a call delivers, of the fast peers and of those that work image by image.
+    images, slow_images: how many images a call delivers, of the fast peers and of those that work image by image; every peer
+    has a set of just that size. Raises InputError when the beton holds fewer.
     """
-    data, _ = load_resident(folder / "train.beton", torch.device("cpu"))
-    peers = {"fastcifar": Peer(_ours(recipe, data, batch_size, images), images, "each image its own parameters")}
+    data, _ = load_resident(folder / "train.beton", torch.device("cpu"), limit=images)
+    peers = {"fastcifar": Peer(_ours(recipe, data, batch_size), images, "each image its own parameters")}
     if recipe.policy == "none":  # with a policy the compiled form computes every operation for every image: made for GPUs
         peers["fastcifar compiled"] = Peer(
-            _ours(recipe, data, batch_size, images, compiled=True), images, "the same, torch.compile; compiling not counted"
+            _ours(recipe, data, batch_size, compiled=True), images, "the same, torch.compile; compiling not counted"
         )
     peers["torchvision DataLoader"] = Peer(
         _torchvision_loader(recipe, data, batch_size, slow_images), slow_images, f"PIL transforms, {WORKERS} workers"
@@ -69,7 +70,7 @@ def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, s
     return peers
 
 
-def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int, compiled: bool = False) -> Callable[[], None]:
+def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, compiled: bool = False) -> Callable[[], None]:
     """The real path: drawing an epoch's parameters, gathering, augmenting, normalising."""
     mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
     apply = torch.compile(augment, dynamic=False) if compiled else augment
@@ -78,7 +79,7 @@ def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int,
     def run() -> None:
         number = next(epoch)
         order, drawn = epoch_order(data.index, 0, number), draw(recipe, data.index, 0, number)
-        for positions in order[:images].split(batch_size):
+        for positions in order.split(batch_size):
             apply(recipe, data.images, positions, drawn, mean, std)
 
     return run

@@ -39,7 +39,7 @@ OURS, PLAIN = "fastcifar", "eager fp32 NCHW"
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the training step and the start of a run on this machine."""
+    """Measure input pipelines, the training step and the start of a run on this machine."""
 
     data: Path = Path("data/beton")  # folder with the betons
     arch: str = "se_resnet18"  # architecture, trained by its own recipe
@@ -59,7 +59,7 @@ class Options:
 
 def main() -> None:
     """Measure, print, write."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python bench/pipeline.py")
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=True)

@@ -71,15 +71,24 @@ def find_pickles(source: Path, layout: Layout) -> Path:
 
     Raises InputError naming the first missing file.
     """
-    wanted = [name for split in layout.splits.values() for name in split] + list(layout.meta)
+    wanted = _file_names(layout)
     for folder in (source, source / layout.folder):
-        if all((folder / name).is_file() for name in wanted):
+        if is_complete(folder, layout):
             return folder
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: name the one that holds {layout.folder}")
     shown = source / layout.folder if (source / layout.folder).is_dir() else source
     missing = next(name for name in wanted if not (shown / name).is_file())
     raise InputError(f"{shown} has no file {missing}: name the folder that holds {', '.join(wanted)}")
+
+
+def is_complete(folder: Path, layout: Layout) -> bool:
+    """Whether a folder has every file of the layout."""
+    return all((folder / name).is_file() for name in _file_names(layout))
+
+
+def _file_names(layout: Layout) -> list[str]:
+    return [name for split in layout.splits.values() for name in split] + list(layout.meta)
 
 
 def source_md5(folder: Path, layout: Layout, split: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.error import URLError
 
 import numpy as np
 import tyro
@@ -65,7 +66,7 @@ class Source:
 
 def main() -> None:
     """Find the pickles, then write both splits."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python data_prep/write_beton.py")
     layout = LAYOUTS[options.dataset]
     console = Console(soft_wrap=True, highlight=False, markup=False)  # a name or path may hold brackets
     source = find_source(options, layout, console)
@@ -83,11 +84,12 @@ def find_source(options: Options, layout: Layout, console: Console) -> Source | 
     named = options.source or (Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None)
     if named is not None:
         return Source(cifar_pickles.find_pickles(named, layout))
-    if (DATA / layout.folder).is_dir():
-        return Source(cifar_pickles.find_pickles(DATA, layout))
+    if cifar_pickles.is_complete(DATA / layout.folder, layout):
+        return Source(DATA / layout.folder)
     if not options.force and all(existing(options.out / f"{split}.beton", options.dataset) for split in layout.splits):
         return None
-    if download(options.dataset, console):
+    incomplete = (DATA / layout.folder).is_dir()  # an interrupted unpacking, which a download mends, or the user's own mistake
+    if download(options.dataset, console) or incomplete:
         return Source(cifar_pickles.find_pickles(DATA, layout))
     if options.dataset != "cifar10":
         raise InputError(f"{TITLES[options.dataset]} cannot be downloaded here: name its folder with --source")
@@ -95,7 +97,11 @@ def find_source(options: Options, layout: Layout, console: Console) -> Source | 
 
 
 def download(dataset: str, console: Console) -> bool:
-    """Fetch and unpack the official archive into data/ (torchvision checks its md5); False when there is no network."""
+    """Fetch and unpack the official archive into data/; False when there is no network.
+
+    torchvision checks the md5 of the archive and of each file, and unpacks again what an interrupted attempt left incomplete.
+    Raises InputError for an archive that is not the official one, OSError when the disk refuses.
+    """
     import torchvision.datasets  # here, since it takes seconds and only a download needs it
 
     console.print(f"downloading {TITLES[dataset]} into {DATA}/ (170 MB)")
@@ -103,7 +109,9 @@ def download(dataset: str, console: Console) -> bool:
     try:
         kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
         kind(root=str(DATA), download=True)
-    except (OSError, RuntimeError) as error:  # no network, a proxy's refusal, or an archive with the wrong md5
+    except RuntimeError as error:  # torchvision's word for a wrong md5
+        raise InputError(f"{DATA}: {error}; delete the archive there and try again, or name the data with --source") from None
+    except (URLError, TimeoutError, ConnectionError) as error:  # no network, or a proxy's refusal
         console.print(f"no download: {' '.join(str(error).split())}")
         return False
     return True

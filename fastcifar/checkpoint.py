@@ -25,6 +25,7 @@ class Checkpoint:
     mean: list[float]  # normalisation per channel, 0..1
     std: list[float]
     data_name: str  # what the training data is called
+    data_sha256: list[str]  # of train.beton and test.beton
     epoch: int  # epochs completed
     model: dict[str, Any]  # state_dict
     average: dict[str, Any] | None  # the EMA's state_dict
@@ -51,6 +52,8 @@ def load_checkpoint(path: Path, device: torch.device, *, arch: str | None = None
     remedy = "use another checkpoint, or train again"
     try:
         values = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):  # no fault of the file
+        raise
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a sound checkpoint
         unsafe = "weights_only" in str(error) or "Weights only" in str(error)
         problem = "holds objects that could run code" if unsafe else f"is damaged ({type(error).__name__})"

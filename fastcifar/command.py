@@ -11,6 +11,7 @@ from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import RunFolder
 
 DEFAULT_ARCH = "se_resnet18"
+PROGRAM = "python -m fastcifar.train"
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ def parse_command(arguments: list[str]) -> Command:
     resume = _early(arguments, "resume")
     if resume is not None:
         began = resumed(Path(resume))
-        command = tyro.cli(Command, args=arguments, default=began)
+        command = tyro.cli(Command, prog=PROGRAM, args=arguments, default=began)
         _require_same(began, command)
         return command
     arch = _early(arguments, "arch") or DEFAULT_ARCH
     architecture(arch)
     recipe = _early(arguments, "recipe")
-    return tyro.cli(Command, args=arguments, default=Command(arch=arch, settings=reported(recipe or arch).recipe))
+    return tyro.cli(Command, prog=PROGRAM, args=arguments, default=Command(arch=arch, settings=reported(recipe or arch).recipe))
 
 
 def resumed(path: Path) -> Command:

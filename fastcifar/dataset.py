@@ -10,7 +10,8 @@ from fastcifar.beton import Manifest, read_beton
 from fastcifar.errors import InputError
 from kernels.philox import Purpose, philox
 
-# Normalisation all five reports use on CIFAR-10, per channel R, G, B in 0..1. Other data use their own statistics.
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Normalisation all five reports use on CIFAR-10, per channel R, G, B in 0..1. Data of other classes use their own statistics.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
@@ -40,6 +41,7 @@ class Splits:
     select_name: str  # "held-out" or "test"
     test: ResidentSet
     manifest: Manifest  # of the training split
+    sha256: tuple[str, str]  # of train.beton and test.beton
     mean: Tensor  # [3] float32, of normalisation, 0..1
     std: Tensor
 
@@ -67,7 +69,7 @@ def load_splits(
         if not len(full) or not len(select):
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
     mean, std = (torch.tensor(values, device=device) for values in normalisation(manifest))
-    return Splits(full, select, select_name, test, manifest, mean, std)
+    return Splits(full, select, select_name, test, manifest, (manifest.sha256, test_manifest.sha256), mean, std)
 
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
@@ -81,9 +83,14 @@ def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: b
 
 
 def normalisation(manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel for a training split: the reports' for CIFAR-10, the data's own for any other."""
-    if manifest.dataset == "cifar10" and not manifest.synthetic:
+    """Mean and standard deviation per channel: the reports' for CIFAR-10's ten classes, otherwise the training split's own.
+
+    Raises InputError when a channel has the same value everywhere, which cannot be normalised.
+    """
+    if tuple(manifest.class_names) == CIFAR10_CLASSES:
         return CIFAR10_MEAN, CIFAR10_STD
+    if min(manifest.std) == 0:
+        raise InputError(f"{manifest.name}: a channel is the same in every pixel, which cannot be normalised: check it")
     return tuple(manifest.mean), tuple(manifest.std)
 
 

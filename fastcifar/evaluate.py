@@ -42,7 +42,7 @@ class Options:
 
 def main() -> None:
     """Measure and print."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m fastcifar.evaluate")
     result = measure(options)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.augmentation import normalise
-from fastcifar.augmentation.geometry import SIDE
+from fastcifar.beton import SIDE
 from fastcifar.dataset import ResidentSet
 from fastcifar.metrics import Evaluation, EvaluationTally
 from fastcifar.step import autocast

@@ -4,7 +4,7 @@ python -m fastcifar.plots runs/a runs/b --out comparison      # several runs ove
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Options:
 
 def main() -> None:
     """Draw the plots of the runs named on the command line."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m fastcifar.plots")
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
     for path in draw([read_run(RunFolder(path)) for path in options.runs], out):
         print(path)
@@ -78,12 +78,18 @@ def read_run(folder: RunFolder) -> Run:
         raise InputError(f"{folder.path} has no finished epoch yet: nothing to draw")
     summary = folder.read_summary() if (folder.path / "summary.json").exists() else None
     data_name = rows[-1].get("data_name", "")
-    label = folder.path.name if folder.path.name.startswith(arch) else f"{folder.path.name} ({arch})"
+    name = folder.path.resolve().name
+    label = name if name.startswith(arch) else f"{name} ({arch})"
     return Run(label, data_name, rows, summary)
 
 
 def draw(runs: list[Run], out: Path) -> list[Path]:
-    """Write every plot into `out` and return the paths."""
+    """Write every plot into `out` and return the paths; runs of the same name are numbered."""
+    labels = [run.label for run in runs]
+    runs = [
+        replace(run, label=f"{run.label} #{number}") if labels.count(run.label) > 1 else run
+        for number, run in enumerate(runs, start=1)
+    ]
     figures: dict[str, Callable[[list[Run]], Figure]] = {
         "loss.png": loss_figure,
         "accuracy.png": accuracy_figure,
@@ -94,7 +100,7 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
         written = [_save(out / name, make(runs)) for name, make in figures.items()]
         for run in runs:
             if run.summary is not None:
-                name = "confusion_matrix.png" if len(runs) == 1 else f"confusion_matrix_{run.label.split()[0]}.png"
+                name = "confusion_matrix.png" if len(runs) == 1 else f"confusion_matrix_{run.label.replace(' ', '_')}.png"
                 written.append(_save(out / name, confusion_figure(run)))
     return written
 
@@ -120,6 +126,8 @@ def best_figure(runs: list[Run]) -> Figure:
     figure, axes = _epoch_axes(runs, "Best accuracy so far", "top-1 accuracy")
     for run, colour in _coloured(runs):
         epochs, best = _series(run, "best_accuracy")
+        if not len(best):  # not evaluated yet
+            continue
         name = run.rows[-1]["eval_split"]
         label = (
             f"{run.label}: {100 * best[-1]:.2f} %"
@@ -128,7 +136,8 @@ def best_figure(runs: list[Run]) -> Figure:
         )
         axes.step(epochs, 100 * best, where="post", color=colour, label=label, **_marker(epochs))
     axes.yaxis.set_major_formatter(PercentFormatter())
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure
 
 
@@ -190,7 +199,8 @@ def _train_and_eval(axes: Axes, runs: list[Run], quantity: str, scale: float) ->
         epochs, values = _series(run, f"train_{quantity}")
         axes.plot(epochs, scale * values, "--", color=train_colour, label=f"{prefix}training (augmented)", **_marker(epochs))
         epochs, values = _series(run, f"eval_{quantity}")
-        axes.plot(epochs, scale * values, "-", color=eval_colour, label=f"{prefix}{split}", **_marker(epochs))
+        if len(values):
+            axes.plot(epochs, scale * values, "-", color=eval_colour, label=f"{prefix}{split}", **_marker(epochs))
     axes.legend()
 
 

@@ -15,7 +15,7 @@ import torch
 import tyro
 from PIL import Image, UnidentifiedImageError
 
-from fastcifar.beton import read_beton
+from fastcifar.beton import SIDE, read_beton
 from fastcifar.checkpoint import load_model
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command
@@ -23,7 +23,7 @@ from fastcifar.files import write_bytes
 from fastcifar.inference import TTA, class_probabilities
 from fastcifar.safe_pickle import load_pickle
 
-SIDE = 32  # pixels
+EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's modes that turn into RGB without loss of range
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Unlabelled:
 
 def main() -> None:
     """Predict and write the CSV."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m fastcifar.predict")
     if options.out.exists() and not options.force:
         raise InputError(f"{options.out} exists: choose another --out, or replace it with --force")
     labels, unlabelled = predict(options)
@@ -108,15 +108,17 @@ def _read_folder(path: Path) -> Unlabelled:
                 if image.size != (SIDE, SIDE):
                     width, height = image.size
                     raise InputError(f"{file} is {width}x{height} pixels: images must be {SIDE}x{SIDE}, resize it first")
+                if image.mode not in EIGHT_BIT:
+                    raise InputError(f"{file} has mode {image.mode}: images must have 8 bits a channel, convert it first")
                 images[number] = np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise InputError(f"{file} is not a sound PNG ({' '.join(str(error).split())}): get it again") from None
     return Unlabelled(images, [file.stem for file in files])
 
 
 def _natural(file: Path) -> list[Any]:
     """`img2` before `img10`: text and numbers compared each in their own way."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", file.stem) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", file.stem) if part]
 
 
 def _read_pickle(path: Path) -> Unlabelled:
@@ -131,13 +133,18 @@ def _read_pickle(path: Path) -> Unlabelled:
         images = data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     else:
         raise InputError(f"{path}: data has shape {list(data.shape)}, not [N, 32, 32, 3] or [N, 3072]: is it the right file?")
-    ids = content.get("ids")
-    ids = list(range(len(images))) if ids is None else list(ids)
+    ids = _read_ids(content.get("ids", np.arange(len(images))), path)
     if len(ids) != len(images):
         raise InputError(f"{path}: {len(images)} images but {len(ids)} ids: is the file whole?")
-    return Unlabelled(
-        np.array(images, order="C"), [entry.decode("latin1") if isinstance(entry, bytes) else str(entry) for entry in ids]
-    )
+    return Unlabelled(np.array(images, order="C"), ids)
+
+
+def _read_ids(ids: Any, path: Path) -> list[str]:
+    """IDs as text; a list or one-dimensional array of whole numbers or text."""
+    entries = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, (int, str, bytes)) for entry in entries):
+        raise InputError(f"{path}: ids is not a list of numbers or names: is it the right file?")
+    return [entry.decode("latin1") if isinstance(entry, bytes) else str(entry) for entry in entries]
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds_left: float) -> str:
         measured = f"{record['eval_split']} loss {record['eval_loss']:.3f} acc {record['eval_accuracy']:6.2%}"
         parts.append(f"{measured} best {record['best_accuracy']:6.2%}")
     parts.append(f"{record['images_per_second']:,.0f} img/s")
-    parts.append(f"left {clock(seconds_left)}" if seconds_left >= 0.5 else "done")
+    parts.append("done" if record["epoch"] == epochs else f"left {clock(seconds_left)}")
     return " | ".join(parts)
 
 

@@ -30,7 +30,7 @@ class Recipe:
     label_smoothing: float = 0.0  # share of the target spread over all classes, 0 to below 1
     block_dropout: float = 0.0  # probability inside residual blocks, 0 to below 1
     head_dropout: float = 0.0  # probability before the classifier, 0 to below 1
-    stochastic_depth: float = 0.0  # probability of dropping the last block's branch, falling linearly to 0 at the first
+    stochastic_depth: float = 0.0  # probability p of dropping the last block's branch; block l of L drops with p l / L
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
     clip_gradient_norm: float = 0.0  # largest norm of all gradients together, 0 = off
@@ -38,8 +38,10 @@ class Recipe:
     augmentation: OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        require(self, self.epochs >= 1, "epochs", "at least 1")
-        require(self, self.batch_size >= 2, "batch_size", "at least 2 (batch norm needs two)")
+        require(self, isinstance(self.epochs, int) and self.epochs >= 1, "epochs", "a whole number, at least 1")
+        require(
+            self, isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size", "at least 2 (batch norm needs two)"
+        )
         require(
             self,
             self.optimizer in get_args(optimizers.Kind),
@@ -146,7 +148,7 @@ RECIPES: dict[str, Reported] = {
             optimizer="adamw",  # the report says Adam with weight decay
             weight_decay=1e-4,
             head_dropout=0.1,  # not stated
-            # Shape of the one-cycle: PyTorch's defaults (30 % rise from 1/25, fall to 1/250,000), since the report names none.
+            # Shape: PyTorch's defaults (30 % rise from 1/25, fall to 1/250,000) with a constant beta; the report names none.
             schedule=Schedule("one_cycle", schedule_epochs=150, peak_lr=1e-2, initial_lr=4e-4, final_lr=4e-8, warmup_epochs=45),
         ),
     ),

@@ -25,6 +25,11 @@ from fastcifar.versions import installed
 
 Metrics = dict[str, Any]  # one epoch's record, plain JSON values
 
+METRIC_KEYS = {
+    "epoch", "data_name", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "eval_seconds", "eval_split",
+    "best_accuracy", "learning_rates", "images_per_second", "train_seconds", "first_step_seconds",
+}  # fmt: skip
+
 NOT_A_RUN = "name a run folder that `python -m fastcifar.train` made"
 
 
@@ -58,7 +63,7 @@ class RunFolder:
         try:
             recipe, run = recipe_from_dict(values["recipe"]), run_options_from_dict(values["run"])
             return values["arch"], values["recipe_name"], recipe, run
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{self.path / 'config.json'} is not a run's config ({error}): {NOT_A_RUN}") from None
 
     def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint) -> None:
@@ -83,13 +88,19 @@ class RunFolder:
             lines = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {NOT_A_RUN}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is not text: {NOT_A_RUN}") from None
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                rows.append({**row, "epoch": int(row["epoch"])})
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise InputError(f"{path}, line {number} is not an epoch's metrics: {NOT_A_RUN}") from None
+                sound = isinstance(row, dict) and row.keys() >= METRIC_KEYS and isinstance(row["epoch"], int)
+            except ValueError:
+                sound = False
+            if sound:
+                rows.append(row)
+            else:
+                raise InputError(f"{path}, line {number} is not an epoch's metrics: {NOT_A_RUN}")
         return rows
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -112,10 +123,15 @@ def environment_facts(device: torch.device) -> dict[str, Any]:
             **installed("torch", "torchvision", "triton", "numpy", "ffcv"),
         },
         "commit": _commit(),
-        "command": shlex.join(
-            ["python", *(["-m", "fastcifar.train"] if "fastcifar" in sys.argv[0] else sys.argv[:1]), *sys.argv[1:]]
-        ),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command line as a person would type it again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def _commit() -> str | None:

@@ -31,7 +31,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         require(self, self.schedule in get_args(Kind), "schedule", f"one of {', '.join(get_args(Kind))}")
-        require(self, self.schedule_epochs > 0, "schedule_epochs", "above 0")
+        require(self, 0 < self.schedule_epochs < math.inf, "schedule_epochs", "above 0")
         require(self, 0 < self.peak_lr < math.inf, "peak_lr", "above 0")
         require(self, 0 <= self.initial_lr <= self.peak_lr, "initial_lr", f"0..peak_lr ({self.peak_lr})")
         require(self, 0 <= self.final_lr <= self.peak_lr, "final_lr", f"0..peak_lr ({self.peak_lr})")
@@ -43,8 +43,10 @@ class Schedule:
         )
         require(self, list(self.milestones) == sorted(self.milestones), "milestones", "in rising order")
         require(self, 0 < self.lr_factor <= 1, "lr_factor", "above 0, at most 1")
-        require(self, self.restart_epochs > 0, "restart_epochs", "above 0")
-        require(self, self.restart_growth >= 1, "restart_growth", "1 or more")
+        require(
+            self, self.restart_epochs >= self.schedule_epochs / 1000, "restart_epochs", "at least a thousandth of all epochs"
+        )
+        require(self, 1 <= self.restart_growth < math.inf, "restart_growth", "1 or more")
 
 
 def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:

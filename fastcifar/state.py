@@ -75,6 +75,7 @@ def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
         mean=data.mean.tolist(),
         std=data.std.tolist(),
         data_name=data.manifest.name,
+        data_sha256=list(data.sha256),
         epoch=state.epoch,
         model=state.model.state_dict(),
         average=state.average.model.state_dict() if state.average is not None else None,
@@ -84,11 +85,16 @@ def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
     )
 
 
-def restore(state: TrainingState, folder: RunFolder, device: torch.device) -> list[Metrics]:
+def restore(state: TrainingState, folder: RunFolder, data: Splits, device: torch.device) -> list[Metrics]:
     """Bring `state` to the last finished epoch; return the metrics up to there. Without a checkpoint that is the beginning."""
     if not folder.last.exists():
         return []
     checkpoint = load_checkpoint(folder.last, device, arch=state.arch)
+    if checkpoint.data_sha256 != list(data.sha256):
+        raise InputError(
+            f"{folder.path} was trained on other files of {checkpoint.data_name} than those given ({data.manifest.name}): "
+            "name the folder of the run's own data with --data"
+        )
     try:
         state.model.load_state_dict(checkpoint.model)
         state.optimizer.load_state_dict(checkpoint.optimizer)

@@ -11,7 +11,7 @@ from fastcifar.dataset import Splits
 from fastcifar.models import count_parameters
 from fastcifar.progress import clock
 from fastcifar.recipes import reported
-from fastcifar.run_folder import Metrics, RunFolder, environment_facts
+from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.state import TrainingState
 
 CHOSEN_ON = {"test": "the test set (the reports' habit; optimistic)", "held-out": "images held out from training"}
@@ -61,7 +61,6 @@ def summarise(
         "first_step_seconds": rows[0]["first_step_seconds"],
         "precision": "fp32" if dtype is None else "bf16",
         "class_names": data.manifest.class_names,
-        **environment_facts(data.mean.device),
     }
 
 

@@ -58,11 +58,12 @@ def train(command: Command, console: Console) -> RunFolder:
     steps = steps_per_epoch(data, recipe.batch_size)
     state = build_state(command.arch, recipe, run, data, device)
     folder, rows = RunFolder(run_path(command)), []
+    facts = environment_facts(device)  # at the start: what is running, whatever is edited meanwhile
     if run.resume is not None:
-        rows = restore(state, folder, device)
+        rows = restore(state, folder, data, device)
     else:
         folder.create()
-        folder.write_config(command.arch, command.recipe_name, recipe, run, environment_facts(device))
+        folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
     announce(console, command, data, state, folder, dtype)
 
     settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile)
@@ -84,7 +85,7 @@ def train(command: Command, console: Console) -> RunFolder:
 
     curves.close()
 
-    summary = summarise(command, data, state, rows, dtype)
+    summary = summarise(command, data, state, rows, dtype) | facts
     folder.write_summary(summary)
     if run.plots:
         from fastcifar import plots  # here, since matplotlib takes a second to import and training does not need it
@@ -132,6 +133,7 @@ def train_epoch(
             break
     losses = tally.losses.tolist()  # host sync: the epoch ends here
     require_finite(losses, rates, epoch)
+    require_finite_weights(train_step, rates[-1], epoch)
     seconds = time.perf_counter() - started
     return {
         "epoch": epoch + 1,
@@ -159,8 +161,21 @@ def require_finite(losses: list[float], rates: list[float], epoch: int) -> None:
     for step, loss in enumerate(losses):
         if not math.isfinite(loss):
             where = f"epoch {epoch + 1}, step {step + 1} of {len(losses)} (learning rate {rates[step]:.4g})"
-            kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no checkpoint was written yet"
-            raise InputError(f"the loss became {loss} in {where}; {kept}: lower --peak-lr, or set --clip-gradient-norm")
+            raise InputError(f"the loss became {loss} in {where}; {kept(epoch)}: lower --peak-lr, or set --clip-gradient-norm")
+
+
+def require_finite_weights(train_step: TrainStep, rate: float, epoch: int) -> None:
+    """Raise InputError when the epoch's last update, which no loss has seen yet, left a weight or a statistic infinite."""
+    models = [train_step.model] if train_step.average is None else [train_step.model, train_step.average.model]
+    tensors = [tensor for model in models for tensor in model.state_dict().values()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # host sync, once an epoch
+        where = f"the last step of epoch {epoch + 1} (learning rate {rate:.4g})"
+        raise InputError(f"the weights became infinite in {where}; {kept(epoch)}: lower --peak-lr, or set --clip-gradient-norm")
+
+
+def kept(epoch: int) -> str:
+    """What a run stopped in epoch `epoch` (from 0) still has."""
+    return f"the checkpoint of epoch {epoch} is kept" if epoch else "no checkpoint was written yet"
 
 
 def seed_torch(seed: int, epoch: int) -> None:
@@ -170,9 +185,14 @@ def seed_torch(seed: int, epoch: int) -> None:
 
 
 def select_best(state: TrainingState, data: Splits, batch_size: int, dtype: torch.dtype | None) -> Metrics:
-    """Evaluate on the selection split, note the best so far in `state`, return the record's part."""
+    """Evaluate on the selection split, note the best so far in `state`, return the record's part. Raises InputError."""
     started = time.perf_counter()
     result = state.measure(data, data.select, batch_size, dtype)
+    if not math.isfinite(result.loss):  # finite weights can still be too large for a forward pass
+        raise InputError(
+            f"the {data.select_name} loss became {result.loss} after epoch {state.epoch}; {kept(state.epoch - 1)}: "
+            "lower --peak-lr, or set --clip-gradient-norm"
+        )
     if result.top1 > state.best_accuracy:
         state.best_accuracy, state.best_epoch = result.top1, state.epoch
     return {"eval_loss": result.loss, "eval_accuracy": result.top1, "eval_seconds": time.perf_counter() - started}

@@ -145,6 +145,9 @@ def test_predict_refuses_what_is_no_set_of_images(finished, tmp_path):
     (folder / "small.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match=r"small\.png is not a sound PNG"):
         predict.read_unlabelled(folder)
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(folder / "small.png")
+    with pytest.raises(InputError, match=r"small\.png has mode I;16"):
+        predict.read_unlabelled(folder)
     with pytest.raises(InputError, match="is missing"):
         predict.read_unlabelled(tmp_path / "nothing.pkl")
     for content, problem in (
@@ -152,6 +155,9 @@ def test_predict_refuses_what_is_no_set_of_images(finished, tmp_path):
         ({"data": np.zeros((4, 10), np.uint8)}, "has shape"),
         ({"data": np.zeros((4, 3072), np.float32)}, "no entry data"),
         ({"data": np.zeros((4, 3072), np.uint8), "ids": [1, 2]}, "4 images but 2 ids"),
+        ({"data": np.zeros((2, 3072), np.uint8), "ids": b"ab"}, "ids is not a list"),
+        ({"data": np.zeros((2, 3072), np.uint8), "ids": 5}, "ids is not a list"),
+        ({"data": np.zeros((2, 3072), np.uint8), "ids": np.zeros((2, 2), int)}, "ids is not a list"),
     ):
         (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(InputError, match=problem):
@@ -169,7 +175,8 @@ def test_plots_of_one_run_and_of_several(finished, tmp_path):
         assert np.asarray(Image.open(path).convert("L")).std() > 10  # something is drawn
     run = plots.read_run(finished)
     two = plots.draw([run, run], tmp_path / "two")
-    assert len(two) == 6
+    assert len(set(two)) == 6
+    assert all(path.exists() for path in two)
     assert {path.name for path in two} >= names
 
 
@@ -180,6 +187,13 @@ def test_plots_of_an_unfinished_run_leave_out_the_confusion_matrix(finished, tmp
     assert {path.name for path in plots.draw([run], tmp_path / "out")} == {
         "loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png",
     }  # fmt: skip
+
+
+def test_plots_of_a_run_not_yet_evaluated(finished, tmp_path):
+    run = plots.read_run(finished)
+    rows = [{**row, "eval_loss": None, "eval_accuracy": None, "best_accuracy": None} for row in run.rows]
+    early = plots.Run(run.label, run.data_name, rows, None)
+    assert len(plots.draw([early], tmp_path)) == 4
 
 
 def test_the_curves_show_what_the_metrics_say(finished):
@@ -195,7 +209,8 @@ def test_the_curves_show_what_the_metrics_say(finished):
 def test_plots_say_what_is_missing(tmp_path, finished):
     assert_user_error(run_cli("-m", "fastcifar.plots", tmp_path / "nowhere"), "config.json is missing", "run folder")
     shutil.copytree(finished.path, tmp_path / "broken")
-    (tmp_path / "broken" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    path = tmp_path / "broken" / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + '\n{"epo')
     with pytest.raises(InputError, match="line 2"):
         plots.read_run(RunFolder(tmp_path / "broken"))
 

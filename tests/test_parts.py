@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastcifar.beton import Manifest
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from fastcifar.dataset import ResidentSet, hold_out
+from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.errors import InputError
 from fastcifar.inference import class_probabilities, evaluate, views
 from fastcifar.losses import mixed_cross_entropy
@@ -18,6 +19,7 @@ from fastcifar.models import build_model
 from fastcifar.optimizers import build_optimizer
 from fastcifar.progress import clock, epoch_line
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
+from fastcifar.run_folder import RunFolder
 from fastcifar.step import AveragedModel
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 def checkpoint_of(arch="se_resnet18", classes=10):
     model = build_model(arch, classes)
     names = [f"class {c}" for c in range(classes)]
-    return Checkpoint(arch, True, names, [0.5] * 3, [0.2] * 3, "data", 1, model.state_dict(), None, {}, 0.5, 1)
+    return Checkpoint(arch, True, names, [0.5] * 3, [0.2] * 3, "data", ["a", "b"], 1, model.state_dict(), None, {}, 0.5, 1)
 
 
 def test_mixed_loss_is_cross_entropy_against_the_mixed_smoothed_target():
@@ -194,6 +196,31 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
     save_checkpoint(tmp_path / "x.pt", Checkpoint(**{**vars(checkpoint), "arch": "se_resnet18"}))
     with pytest.raises(InputError, match="does not fit arch se_resnet18"):
         load_model(tmp_path / "x.pt", CPU)
+
+
+def test_cifar10_is_normalised_as_the_reports_do_and_other_data_by_its_own_statistics(betons):
+    ours = Manifest.load(betons / "train.beton")
+    named = {**vars(ours), "class_names": list(CIFAR10_CLASSES)}
+    assert normalisation(Manifest(**named)) == (CIFAR10_MEAN, CIFAR10_STD)
+    other = {**named, "class_names": [f"mine {c}" for c in range(10)]}
+    assert normalisation(Manifest(**other)) == (tuple(ours.mean), tuple(ours.std))
+    with pytest.raises(InputError, match="cannot be normalised"):
+        normalisation(Manifest(**{**other, "std": [0.2, 0.0, 0.2]}))
+
+
+def test_a_damaged_run_folder_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    for content, problem in ((b"\xff\xfe", "is not text"), (b'{"epoch": "abc"}\n', "line 1"), (b'{"epoch": 1}\n', "line 1")):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(InputError, match=problem):
+            folder.read_metrics()
+    recipe = to_dict(RECIPES["resnet42"].recipe)
+    for run, wrong in (([], recipe), ({}, {**recipe, "epochs": 3.5}), ({}, {**recipe, "schedule": []})):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"arch": "resnet42", "recipe_name": "resnet42", "recipe": wrong, "run": run})
+        )
+        with pytest.raises(InputError):
+            folder.read_config()
 
 
 def test_lines_and_clocks_people_read():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_an_update_that_breaks_the_network_after_the_last_loss_saves_nothing(betons, tmp_path, monkeypatch):
+    options = ("--arch", "dropout_resnet24", "--limit-train", "50", "--epochs", "1")
+    with pytest.raises(InputError, match=r"the test loss became nan after epoch 1; no checkpoint was written yet"):
+        run(betons, tmp_path / "huge", *options, "--peak-lr", "1e38")
+
+    step = torch.optim.SGD.step
+
+    def breaks(self, *arguments, **keywords):
+        step(self, *arguments, **keywords)
+        self.param_groups[0]["params"][0].data[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.SGD, "step", breaks)
+    with pytest.raises(
+        InputError, match=r"weights became infinite in the last step of epoch 1 .*no checkpoint was written yet"
+    ):
+        run(betons, tmp_path / "nan", *options)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_resume_on_other_data_is_refused(betons, tmp_path):
+    folder = run(betons, tmp_path / "run", "--epochs", "1")
+    other = tmp_path / "other"
+    other.mkdir()
+    for split, source in (("train", "test"), ("test", "train")):
+        shutil.copy(betons / f"{source}.beton", other / f"{split}.beton")
+        shutil.copy(betons / f"{source}.json", other / f"{split}.json")
+    with pytest.raises(InputError, match="trained on other files"):
+        train(parse_command(["--resume", str(folder.path), "--data", str(other)]), Console(quiet=True))
+    moved = shutil.copytree(betons, tmp_path / "moved")
+    train(parse_command(["--resume", str(folder.path), "--data", str(moved)]), Console(quiet=True))
+
+
 def test_unreasonable_options_are_refused_with_one_line(betons, tmp_path):
     process = run_cli("-m", "fastcifar.train", "--data", str(betons), "--out", str(tmp_path / "x"), "--batch-size", "5000")
     assert_user_error(process, "batch_size 5,000", "200 images", "--batch-size")
@@ -184,19 +218,28 @@ def test_a_model_over_the_budget_is_refused(betons, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(betons, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["best.pt", "metrics.jsonl", "last.pt"])
+def test_a_disk_that_fills_up_while_saving_leaves_whole_files(betons, tmp_path, monkeypatch, fails):
     folder = run(betons, tmp_path / "run", "--epochs", "1")
+    checkpoint, rows = load_checkpoint(folder.last, CPU), folder.read_metrics()
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
-    from fastcifar import files
+    write = Path.write_bytes
 
-    def full(path, content):
-        raise OSError(28, "No space left on device", str(path))
+    def fills_up(self, content):
+        if self.name.startswith(fails):
+            write(self, content[: len(content) // 2])
+            raise OSError(28, "No space left on device", str(self))
+        return write(self, content)
 
-    checkpoint = load_checkpoint(folder.last, CPU)
-    monkeypatch.setattr(files, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        folder.save_epoch(folder.read_metrics(), checkpoint)
-    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fills_up)
+        with pytest.raises(OSError, match="No space left") as raised:
+            folder.save_epoch(rows, checkpoint)
+    assert raised.value.filename == str(folder.path / fails)
+    after = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    assert after.keys() == before.keys()  # no temporary file
+    assert after[fails] == before[fails]
+    assert load_checkpoint(folder.last, CPU).epoch == 1
 
 
 def test_recipe_fields_reach_the_run(betons, tmp_path):

@@ -319,13 +319,6 @@ def test_pickles_under_data_are_found(command: Command, pickles: Path, out: Path
     assert command("--out", out).count("intact, left alone") == 2
 
 
-def test_incomplete_pickles_under_data_are_an_error(command: Command, pickles: Path, tmp_path: Path) -> None:
-    shutil.copytree(pickles, "data/cifar-10-batches-py")
-    Path("data/cifar-10-batches-py/data_batch_4").unlink()
-    with pytest.raises(InputError, match="data_batch_4"):
-        command("--out", tmp_path / "out")
-
-
 def test_intact_betons_without_a_source_are_left_alone(command: Command, out: Path) -> None:
     before = state(out)
     assert "left alone" in command("--out", out)
@@ -391,11 +384,37 @@ def test_cifar_100_without_network_is_an_error(command: Command, offline: list[s
     assert not Path("data").exists()  # no stand-in was drawn for it
 
 
-@pytest.mark.parametrize(
-    "error",
-    [URLError("no route"), TimeoutError("timed out"), RuntimeError("File not found or corrupted.")],
-    ids=lambda error: type(error).__name__,
-)
+def test_incomplete_pickles_under_data_are_an_error_without_a_network(
+    command: Command, offline: list[str], pickles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pickles, "data/cifar-10-batches-py")
+    Path("data/cifar-10-batches-py/data_batch_4").unlink()
+    with pytest.raises(InputError, match="data_batch_4"):
+        command("--out", tmp_path / "out")
+    assert offline == ["cifar10"]  # an interrupted unpacking would have been mended
+
+
+def test_a_download_with_the_wrong_md5_or_a_full_disk_is_no_reason_for_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    before = socket.getdefaulttimeout()
+    try:
+        for raised, expected in (
+            (RuntimeError("File not found or corrupted."), InputError),
+            (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        ):
+
+            def fail(root: str, download: bool, raised: Exception = raised) -> None:
+                raise raised
+
+            monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+            with pytest.raises(expected):
+                REAL_DOWNLOAD("cifar10", Console(quiet=True))
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), TimeoutError("timed out")], ids=lambda error: type(error).__name__)
 def test_a_failing_download_is_reported_and_goes_no_further(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import torchvision.datasets
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastcifar.augmentation import colour, draws, geometry, policies
 from fastcifar.augmentation.draws import Draws
-from fastcifar.augmentation.geometry import SIDE, CropMode, Interpolation
+from fastcifar.augmentation.geometry import CropMode, Interpolation
 from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
+from fastcifar.beton import SIDE
 from fastcifar.errors import require
 
 Flip = Literal["off", "random", "alternating"]

@@ -18,6 +18,7 @@ from fastcifar.augmentation.mixing import mix
 from fastcifar.dataset import load_resident, normalisation
 from fastcifar.errors import require, run_command
 from fastcifar.files import atomic_path
+from fastcifar.models import architecture
 from fastcifar.recipes import reported
 
 
@@ -36,11 +37,13 @@ class Options:
     def __post_init__(self) -> None:
         require(self, 2 <= self.images <= 100, "images", "2..100 (mixing needs two)")
         require(self, 1 <= self.epochs <= 50, "epochs", "1..50")
+        require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
 
 
 def main() -> None:
     """Draw and write the sheet."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m fastcifar.augmentation")
+    architecture(options.arch)
     row = reported(options.arch)
     data, manifest = load_resident(options.data / f"{options.split}.beton", torch.device("cpu"), limit=options.images)
     mean, std = (torch.tensor(values) for values in normalisation(manifest))

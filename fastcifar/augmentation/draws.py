@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcifar.augmentation.geometry import SIDE
 from fastcifar.augmentation.policies import (
     AUTO_AUGMENT_CIFAR10,
     BINS,
@@ -25,6 +24,7 @@ from fastcifar.augmentation.policies import (
     PolicyName,
     magnitude_table,
 )
+from fastcifar.beton import SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
 ERASED_AREA = (0.02, 0.33)  # random erasing: share of the image, uniform (Zhong et al., AAAI 2020; torchvision's defaults)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE = 32  # pixels
+from fastcifar.beton import SIDE
+
 CropMode = Literal["zero", "reflect"]
 Interpolation = Literal["nearest", "bilinear"]
 

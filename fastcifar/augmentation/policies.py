@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcifar.augmentation import colour, geometry
 from fastcifar.augmentation.colour import apply_where
-from fastcifar.augmentation.geometry import SIDE
+from fastcifar.beton import SIDE
 
 PolicyName = Literal["none", "rand_augment", "auto_augment", "trivial_augment"]
 

@@ -78,8 +78,8 @@ def build_model(
 ) -> ResNet:
     """Build an architecture by name; input [N, 3, 32, 32], output logits [N, num_classes].
 
-    block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability of
-    dropping the last block's branch, falling linearly to 0 towards the first. squeeze_excitation: False leaves it out, for
+    block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
+    dropping the last block's branch; block l of L drops with p l / L. squeeze_excitation: False leaves it out, for
     ablations. The three probabilities change neither parameters nor `state_dict` names.
     """
     row = architecture(name)

@@ -68,7 +68,7 @@ def summary_table(name: str) -> Table:
 
 def main() -> None:
     """Print what was asked for."""
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m fastcifar.models")
     console = Console()
     if options.summary is not None:
         console.print(summary_table(options.summary))

@@ -1,0 +1,70 @@
+"""What only a CUDA device can show: the same pixels as the CPU, exact resume, the compiled step. Run by `make gpu-check`."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.checkpoint import load_checkpoint
+from fastcifar.command import parse_command
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order, load_resident
+from fastcifar.recipes import RECIPES
+from fastcifar.run_folder import RunFolder
+from fastcifar.train import train
+
+pytestmark = pytest.mark.gpu
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def run(betons, out, *arguments):
+    options = ["--data", str(betons), "--out", str(out), "--batch-size", "50", "--no-plots", "--device", "cuda", *arguments]
+    return train(parse_command(options), Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", ["dropout_resnet24", "se_resnet18", "robust_resnet64"])
+def test_augmentation_shows_the_cpus_pixels(betons, name):
+    settings = RECIPES[name].recipe.augmentation
+    batches = {}
+    for device in (CPU, CUDA):
+        data, _ = load_resident(betons / "train.beton", device)
+        mean, std = (torch.tensor(values, device=device) for values in (CIFAR10_MEAN, CIFAR10_STD))
+        order = epoch_order(data.index, 0, 1)
+        batches[device] = (
+            order.cpu(),
+            augment(settings, data.images, order, draw(settings, data.index, 0, 1), mean, std).cpu(),
+        )
+    assert torch.equal(batches[CPU][0], batches[CUDA][0])
+    levels = (batches[CPU][1] - batches[CUDA][1]).abs() * 255 * torch.tensor(CIFAR10_STD)[:, None, None]
+    assert (levels < 1.5).float().mean() >= 0.999  # sums are rounded in another order: one level in a thousand pixels
+    if not settings.recolours:
+        assert torch.equal(batches[CPU][1], batches[CUDA][1])
+
+
+def test_every_field_works_on_the_device(betons):
+    data, _ = load_resident(betons / "train.beton", CUDA)
+    mean, std = (torch.tensor(values, device=CUDA) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    for policy in ("auto_augment", "trivial_augment"):
+        settings = Augmentation(crop_mode="reflect", flip="alternating", grayscale=0.5, policy=policy, random_erasing=0.5)
+        x = augment(settings, data.images, data.index, draw(settings, data.index, 0, 0), mean, std)
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_the_same_seed_and_a_resume_give_the_same_bits(betons, tmp_path, monkeypatch, compiled):
+    first, second = (run(betons, tmp_path / name, "--epochs", "3", compiled) for name in ("a", "b"))
+    original = RunFolder.save_epoch
+
+    def interrupted(self, rows, checkpoint):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        original(self, rows, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(betons, tmp_path / "c", "--epochs", "3", compiled)
+    third = train(parse_command(["--resume", str(tmp_path / "c")]), Console(quiet=True))
+    weights = [load_checkpoint(folder.last, CPU).model for folder in (first, second, third)]
+    for key in weights[0]:
+        assert torch.equal(weights[0][key], weights[1][key]), key
+        assert torch.equal(weights[0][key], weights[2][key]), key
