@@ -161,11 +161,11 @@ def test_boxes_are_cleared_clipped_and_nothing_else():
     torch.manual_seed(0)
     corner, size = torch.randint(-20, 33, (N, 2)), torch.randint(0, 40, (N, 2))
     box = torch.stack([corner[:, 0], corner[:, 0] + size[:, 0], corner[:, 1], corner[:, 1] + size[:, 1]], 1)
-    x = torch.ones(N, 3, 32, 32)
+    x = torch.ones(N, 32, 32, 3)
     cleared = clear_box(x, box)
     for i, (top, bottom, left, right) in enumerate(box.clamp(min=0).tolist()):
-        expected = torch.ones(3, 32, 32)
-        expected[:, top:bottom, left:right] = 0
+        expected = torch.ones(32, 32, 3)
+        expected[top:bottom, left:right] = 0
         assert torch.equal(cleared[i], expected)
     assert (x == 1).all()  # the input is not touched
 

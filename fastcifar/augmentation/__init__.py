@@ -116,11 +116,12 @@ def augment(settings: Augmentation, images: Tensor, positions: Tensor, drawn: Dr
     pixels = geometry.crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, settings.crop_mode)
     if settings.recolours:
         pixels = recolour(settings, pixels, batch)
-    x = normalise(pixels, mean, std)
-    for box in (batch.erased, batch.cutout):
-        if box is not None:
-            x = clear_box(x, box)
-    return x
+    x = normalise(pixels, mean, std).permute(0, 2, 3, 1)  # [B, 32, 32, 3]
+    if batch.erased is not None:
+        x = colour.apply_where(x, batch.erased[:, 1] > batch.erased[:, 0], clear_box, batch.erased)
+    if batch.cutout is not None:
+        x = clear_box(x, batch.cutout)
+    return x.permute(0, 3, 1, 2)
 
 
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
@@ -151,10 +152,9 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def clear_box(x: Tensor, box: Tensor) -> Tensor:
-    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image to 0, the mean colour."""
+    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image [B, 32, 32, 3] to 0."""
     place = torch.arange(SIDE, device=x.device)
     rows = (place >= box[:, :1]) & (place < box[:, 1:2])
     columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
     inside = rows[:, :, None] & columns.repeat_interleave(3, 1)[:, None, :]  # [B, 32, 96]: along whole rows, as normalise
-    lines = x.permute(0, 2, 3, 1).reshape(len(x), SIDE, SIDE * 3)
-    return lines.masked_fill(inside, 0.0).reshape(len(x), SIDE, SIDE, 3).permute(0, 3, 1, 2)
+    return x.reshape(len(x), SIDE, SIDE * 3).masked_fill(inside, 0.0).reshape(x.shape)

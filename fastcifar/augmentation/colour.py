@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TOP = 255.0  # the brightest level
@@ -44,11 +43,11 @@ def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
     """Blend with a 3x3 blur (centre weight 5/13, the rest 1/13) everywhere but on the edge pixels."""
-    kernel = torch.full((3, 1, 3, 3), 1 / 13, device=pixels.device)
-    kernel[:, :, 1, 1] = 5 / 13
-    blurred = F.pad(F.conv2d(pixels, kernel, groups=3).round_(), (1, 1, 1, 1))
-    edge = F.pad(torch.zeros_like(blurred[:1, :1, 1:-1, 1:-1]), (1, 1, 1, 1), value=1.0)
-    return blend(pixels, torch.where(edge == 1, pixels, blurred), factor)
+    lines = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]
+    around = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:]  # sums of 3x3, whole numbers
+    blurred = pixels.clone()
+    blurred[:, :, 1:-1, 1:-1] = around.add_(pixels[:, :, 1:-1, 1:-1], alpha=4).div_(13).round_()
+    return blend(pixels, blurred, factor)
 
 
 def hue(pixels: Tensor, turn: Tensor) -> Tensor:
@@ -60,16 +59,27 @@ def hue(pixels: Tensor, turn: Tensor) -> Tensor:
         R = m + c clamp(|h - 3| - 1, 0, 1)      G = m + c clamp(2 - |h - 2|, 0, 1)      B = m + c clamp(2 - |h - 4|, 0, 1)
     """
     red, green, blue = pixels.unbind(1)
-    most, least = (pick(red, pick(green, blue)) for pick in (torch.maximum, torch.minimum))
+    # Sorting the channels finds hue and chroma without six cases (Hocevar, "Fast branchless RGB to HSV conversion", 2013);
+    # `offset` says which order it was. `torch.where` would cost six times as much as an operation here.
+    swapped = (green < blue).to(pixels.dtype)
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    behind = (red < high).to(pixels.dtype)
+    most, middle = torch.maximum(red, high), torch.minimum(red, high)
+    least = torch.minimum(middle, low)
     chroma = most - least
-    is_red, is_green = most == red, most == green
-    slope = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    offset = torch.where(is_red, 0.0, torch.where(is_green, 2 / 6, 4 / 6))
-    turns = (slope / (6 * chroma).clamp_(min=1.0)).add_(offset).add_(turn[:, None, None])  # a grey's slope is 0
+    offset = (2 * swapped).sub_(1 / 3).mul_(behind).sub_(swapped)
+    turns = (middle - low).div_((6 * chroma).clamp_(min=1.0)).add_(offset).abs_().add_(turn[:, None, None])
     sixths = (turns - turns.floor()).mul_(6)
-    shares = ((sixths - 3).abs_().sub_(1), 2 - (sixths - 2).abs_(), 2 - (sixths - 4).abs_())
-    turned = torch.stack([torch.addcmul(least, chroma, share.clamp_(0, 1)) for share in shares], 1)
-    return turned.mul_((TOP + 1 - 1e-3) / TOP).floor_()  # torchvision's way from 0..1 back to 0..255
+    # The three channels at once, in place: a fresh tensor costs more than an operation on one that is there.
+    sign, shift = _per_channel((1.0, -1.0, -1.0), pixels), _per_channel((-1.0, 2.0, 2.0), pixels)
+    channels = (sixths[:, None] - _per_channel((3.0, 2.0, 4.0), pixels)).abs_().mul_(sign).add_(shift).clamp_(0, 1)
+    back = (TOP + 1 - 1e-3) / TOP  # torchvision's way from 0..1 back to 0..255
+    return channels.mul_((chroma * back)[:, None]).add_((least * back)[:, None]).floor_()
+
+
+def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    """A constant [3, 1, 1] made on the device, where `torch.tensor` would copy it from the host."""
+    return torch.stack([torch.full((1, 1), value, device=like.device) for value in values])
 
 
 def jitter(pixels: Tensor, factors: Tensor, order: Tensor, *, turns_hue: bool) -> Tensor:
@@ -96,7 +106,8 @@ def _blends_and_hue(hue_at: int, turns_hue: bool, pixels: Tensor, kinds: Tensor,
             levels = grey(pixels)
             kind = kinds[:, at, None, None, None]
             mean = levels.mean((1, 2, 3), keepdim=True)
-            other = torch.where(kind == SATURATION, levels, torch.where(kind == CONTRAST, mean, 0.0))
+            # The image's grey, its mean, or black; weights of 0 and 1, since `torch.where` is slow.
+            other = levels.mul_((kind == SATURATION).to(levels.dtype)).add_(mean * (kind == CONTRAST))
             pixels = blend(pixels, other, shares[:, at])
     return pixels
 
@@ -154,4 +165,4 @@ def apply_where(pixels: Tensor, chosen: Tensor, operation: Callable[..., Tensor]
             some = operation(pixels.index_select(0, rows), *(parameter[rows] for parameter in parameters))
             pixels.index_copy_(0, rows, some)
         return pixels
-    return torch.where(chosen[:, None, None, None], operation(pixels, *parameters), pixels)
+    return torch.where(chosen.view(-1, *[1] * (pixels.ndim - 1)), operation(pixels, *parameters), pixels)

@@ -27,11 +27,15 @@ def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor
         inside_rows, inside_columns = ((SIDE - 1 - (SIDE - 1 - line.abs()).abs()) for line in (rows, columns))
     else:
         inside_rows, inside_columns = rows.clamp(0, SIDE - 1), columns.clamp(0, SIDE - 1)
-    picked = images[positions[:, None, None], inside_rows[:, :, None], inside_columns[:, None, :]]
-    if mode == "zero":  # along whole rows of 96 bytes, since loops over three channels do not vectorise
-        lines = picked.view(len(picked), SIDE, SIDE * 3)
-        lines.mul_((columns == inside_columns).repeat_interleave(3, 1)[:, None, :]).mul_((rows == inside_rows)[:, :, None])
-    return picked
+    # Whole rows of 96 bytes first, then bytes within rows: five times as fast on a CPU as one gather of pixels.
+    row_bytes = SIDE * 3
+    lines = images.view(-1, row_bytes).index_select(0, (positions[:, None] * SIDE + inside_rows).view(-1))
+    lines = lines.view(len(positions), SIDE, row_bytes)  # [B, 32, 96]
+    bytes_in_row = (inside_columns[:, :, None] * 3 + torch.arange(3, device=images.device)).view(-1, 1, row_bytes)
+    picked = lines.gather(2, bytes_in_row.expand(-1, SIDE, -1))
+    if mode == "zero":
+        picked.mul_((columns == inside_columns).repeat_interleave(3, 1)[:, None, :]).mul_((rows == inside_rows)[:, :, None])
+    return picked.view(-1, SIDE, SIDE, 3)
 
 
 def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor:
