@@ -61,9 +61,9 @@ def hue(pixels: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = pixels.unbind(1)
     # Sorting the channels finds hue and chroma without six cases (Hocevar, "Fast branchless RGB to HSV conversion", 2013);
     # `offset` says which order it was. `torch.where` would cost six times as much as an operation here.
-    swapped = (green < blue).to(pixels.dtype)
+    swapped = (blue - green).sign_().clamp_(min=0)  # 1 where green < blue
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
-    behind = (red < high).to(pixels.dtype)
+    behind = (high - red).sign_().clamp_(min=0)  # 1 where red is not the largest
     most, middle = torch.maximum(red, high), torch.minimum(red, high)
     least = torch.minimum(middle, low)
     chroma = most - least
@@ -156,13 +156,15 @@ def invert(pixels: Tensor) -> Tensor:
 def apply_where(pixels: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """`operation(pixels, *parameters)` for the samples in `chosen` [B] bool, the others as they are. May overwrite `pixels`.
 
-    On the CPU only the chosen samples are computed; on a GPU, where their number is not known without waiting, and under the
-    compiler, where shapes stand still, all are computed and chosen from. The pixels are the same.
+    pixels: contiguous. On the CPU only the chosen samples are computed; on a GPU, where their number is not known without
+    waiting, and under the compiler, where shapes stand still, all are computed and chosen from. The pixels are the same.
     """
     if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = chosen.nonzero().squeeze(1)
-        if len(rows):  # whole images move by index_select and index_copy_, which copy rows; indexing copies element by element
+        if len(rows):
             some = operation(pixels.index_select(0, rows), *(parameter[rows] for parameter in parameters))
-            pixels.index_copy_(0, rows, some)
+            # index_copy_ moves an element at a time: sixteen bytes are six times as fast as four.
+            wide, some_wide = (x.view(len(x), -1).view(torch.complex128) for x in (pixels, some.contiguous()))
+            wide.index_copy_(0, rows, some_wide)
         return pixels
     return torch.where(chosen.view(-1, *[1] * (pixels.ndim - 1)), operation(pixels, *parameters), pixels)

@@ -47,7 +47,8 @@ def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tens
     along_x = matrix[:, :, :1] * place  # [B, 2, 32]: what a column adds to both input coordinates
     along_y = matrix[:, :, 1:2] * place + matrix[:, :, 2:] / (SIDE / 2)  # what a row adds, and the shift
     grid = (along_y[:, :, :, None] + along_x[:, :, None, :]).permute(0, 2, 3, 1)  # [B, 32, 32, 2]
-    return F.grid_sample(pixels, grid, mode=interpolation, padding_mode="zeros", align_corners=False).round_()
+    moved = F.grid_sample(pixels, grid, mode=interpolation, padding_mode="zeros", align_corners=False)
+    return moved if interpolation == "nearest" else moved.round_()
 
 
 def rotation_matrix(degrees: Tensor) -> Tensor:
