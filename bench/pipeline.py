@@ -26,7 +26,7 @@ from bench.input_pipelines import PIPELINES, peers_of
 from bench.timing import Timings, interleaved
 from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, set_up_process
-from fastcifar.errors import require, run_command
+from fastcifar.errors import require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.models import build_model
 from fastcifar.recipes import RunOptions, reported
@@ -48,6 +48,7 @@ class Options:
     starts: int = 5  # runs started to measure the time to the first step, 0 = none
     step: bool = True  # measure the training step
     input: bool = True  # measure the input pipelines of the recipes below
+    pipelines: tuple[str, ...] = tuple(PIPELINES)  # which input pipelines, by name
     input_batch_size: int = 512  # images per batch of an input pipeline
     out: Path | None = None  # JSON to write; default: print only
 
@@ -55,6 +56,9 @@ class Options:
         require(self, self.batch_size >= 2, "batch_size", "at least 2")
         require(self, self.rounds >= 3, "rounds", "at least 3")
         require(self, self.starts >= 0, "starts", "0 or more")
+        for name in self.pipelines:
+            if name not in PIPELINES:
+                raise unknown("pipeline", name, PIPELINES)
 
 
 def main() -> None:
@@ -65,7 +69,7 @@ def main() -> None:
     set_up_process(device, deterministic=True)
     results: dict[str, Any] = {}
     if options.input:
-        results["input"] = {name: input_pipelines(options, name, console) for name in PIPELINES}
+        results["input"] = {name: input_pipelines(options, name, console) for name in options.pipelines}
     if options.step:
         results["step"] = training_step(options, device)
         for line in step_lines(results["step"]):
