@@ -1,0 +1,61 @@
+"""A backend's name and a tensor enter; which implementation runs leaves.
+
+    torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
+    triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
+    auto     triton where a measurement on this device found it faster than every peer (`measured.json`), torch elsewhere
+
+`python bench/kernel_latency.py --record` writes what it measured; a device it has not run on uses PyTorch.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
+MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["CxHxW", ...] where it won}}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "triton"]:
+    """Choose the implementation of `kernel` for a feature map x [N, C, H, W] (or any shape, for elementwise kernels).
+
+    Raises ValueError for an unknown backend, and for "triton" where it cannot run: naming x's shape, dtype and device.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{kernel}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if x.is_cuda and x.dtype in FLOATS and has_won(kernel, x) else "torch"
+    if backend == "triton" and not (x.is_cuda or interpreting()):
+        raise ValueError(f"{kernel}: triton needs a CUDA tensor (or TRITON_INTERPRET=1), got {describe(x)}")
+    if backend == "triton" and x.dtype not in FLOATS:
+        raise ValueError(f"{kernel}: triton takes float32, float16 or bfloat16, got {describe(x)}")
+    return backend
+
+
+def has_won(kernel: str, x: Tensor) -> bool:
+    """Whether a committed measurement says that our kernel is the fastest for this shape on this device."""
+    return "x".join(map(str, x.shape[1:])) in _wins(torch.cuda.get_device_name(x.device)).get(kernel, ())
+
+
+@cache
+def _wins(device_name: str) -> dict[str, frozenset[str]]:
+    if not MEASURED.exists():
+        return {}
+    kernels = json.loads(MEASURED.read_text(encoding="utf-8")).get(device_name, {})
+    return {kernel: frozenset(shapes) for kernel, shapes in kernels.items()}
+
+
+def describe(x: Tensor) -> str:
+    """For messages: shape, dtype and device."""
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
