@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.augmentation import Augmentation, Backend, augment, draw
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, epoch_order, load_resident
 from fastcifar.recipes import reported
+from kernels.augment import augment as kernels_augment
 
 WORKERS = 2
 
@@ -50,11 +51,12 @@ def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, s
     has a set of just that size. Raises InputError when the beton holds fewer.
     """
     data, _ = load_resident(folder / "train.beton", torch.device("cpu"), limit=images)
-    peers = {"fastcifar": Peer(_ours(recipe, data, batch_size), images, "each image its own parameters")}
-    if recipe.policy == "none":  # with a policy the compiled form computes every operation for every image: made for GPUs
-        peers["fastcifar compiled"] = Peer(
-            _ours(recipe, data, batch_size, compiled=True), images, "the same, torch.compile; compiling not counted"
-        )
+    peers = {
+        "fastcifar": Peer(_ours(recipe, data, batch_size, "numba"), images, "Numba, as training uses; JIT not counted"),
+        "fastcifar in PyTorch": Peer(_ours(recipe, data, batch_size, "torch"), images, "the same pixels, eager"),
+    }
+    if not (recipe.recolours or recipe.random_erasing):
+        peers["kernels.augment"] = Peer(_fused(recipe, data, batch_size), images, "Numba, draws for itself, bf16")
     peers["torchvision DataLoader"] = Peer(
         _torchvision_loader(recipe, data, batch_size, slow_images), slow_images, f"PIL transforms, {WORKERS} workers"
     )
@@ -70,17 +72,34 @@ def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, s
     return peers
 
 
-def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, compiled: bool = False) -> Callable[[], None]:
+def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, backend: Backend) -> Callable[[], None]:
     """The real path: drawing an epoch's parameters, gathering, augmenting, normalising."""
     mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
-    apply = torch.compile(augment, dynamic=False) if compiled else augment
     epoch = iter(range(1_000_000))
 
     def run() -> None:
         number = next(epoch)
         order, drawn = epoch_order(data.index, 0, number), draw(recipe, data.index, 0, number)
         for positions in order.split(batch_size):
-            apply(recipe, data.images, positions, drawn, mean, std)
+            augment(recipe, data.images, positions, drawn, mean, std, backend)
+
+    return run
+
+
+def _fused(recipe: Augmentation, data: ResidentSet, batch_size: int) -> Callable[[], None]:
+    """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
+    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
+    epoch = iter(range(1_000_000))
+
+    def run() -> None:
+        number = next(epoch)
+        order = epoch_order(data.index, 0, number)
+        for cursor in range(0, len(order), batch_size):
+            kernels_augment(
+                data.images, data.labels, order, cursor, number, 0, batch_size=min(batch_size, len(order) - cursor),
+                index=data.index, mean=mean, std=std, padding=recipe.crop_padding, flip=recipe.flip,
+                reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
+            )  # fmt: skip
 
     return run
 

@@ -110,22 +110,46 @@ def read_beton(path: Path, *, verify: bool = True) -> Beton:
     verify: also compare the file's sha256 with the manifest's (about 0.1 s); pointers, counts and label ranges are
     always checked. Raises InputError naming the file and the remedy.
     """
-    if not path.exists():
-        raise InputError(f"{path} is missing: write it with `python data_prep/write_beton.py --out {path.parent}`")
+    require_file(path)
     manifest = Manifest.load(path)
     content = path.read_bytes()  # one immutable copy: what was checked is what is used
     images, labels, index = parse(content, path)
-    if verify and hashlib.sha256(content).hexdigest() != manifest.sha256:
+    check_content(path, manifest, labels, hashlib.sha256(content).hexdigest() if verify else None)
+    return Beton(images, labels, index, manifest)
+
+
+def require_file(path: Path) -> None:
+    """Raise InputError that says how to write the beton when it is missing."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: write it with `python data_prep/write_beton.py --out {path.parent}`")
+
+
+def check_content(path: Path, manifest: Manifest, labels: np.ndarray, sha256: str | None, limit: int = 0) -> None:
+    """Raise InputError unless a beton's content is what its manifest says. sha256: of the file; None: not compared.
+
+    limit: how many samples were asked for, 0 = all.
+    """
+    if sha256 is not None and sha256 != manifest.sha256:
         raise InputError(f"{path} does not have the sha256 of its manifest (a byte changed): {REWRITE}")
-    if len(images) != manifest.count:
-        raise InputError(f"{path} holds {len(images)} images, its manifest says {manifest.count}: {REWRITE}")
+    if len(labels) != manifest.count:
+        raise InputError(f"{path} holds {len(labels)} images, its manifest says {manifest.count}: {REWRITE}")
     if labels.max() >= len(manifest.class_names):
         raise InputError(f"{path} has label {labels.max()} for {len(manifest.class_names)} classes: {REWRITE}")
-    return Beton(images, labels, index, manifest)
+    if limit > len(labels):
+        raise InputError(f"{path} holds {len(labels):,} images, {limit:,} were asked for: lower the limit")
 
 
 def parse(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return images [N, 32, 32, 3] uint8, labels [N] and index [N] int64 of a beton's bytes, every bound checked.
+
+    path: named in errors only. Raises InputError.
+    """
+    pointers, labels, index = layout(content, path)
+    return _gather_images(content, pointers), labels, index
+
+
+def layout(content: "bytes | np.ndarray", path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each image begins [N], labels [N] and index [N], int64, of a beton's bytes, every bound checked.
 
     path: named in errors only. Raises InputError.
     """
@@ -170,7 +194,7 @@ def parse(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarra
     labels, index = metadata["label"].copy(), metadata["index"].copy()
     demand(bool(labels.min() >= 0), f"label {labels.min()}")
     demand(bool(np.array_equal(np.sort(index), np.arange(count))), "the sample numbers are not 0..N-1")
-    return _gather_images(content, pointers.astype(np.int64)), labels, index
+    return pointers.astype(np.int64), labels, index
 
 
 def _gather_images(content: bytes, pointers: np.ndarray) -> np.ndarray:

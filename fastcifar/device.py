@@ -21,6 +21,12 @@ def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.devi
     return torch.bfloat16 if choice == "bf16" else None
 
 
+def require_kernels(kernels: str, device: torch.device) -> None:
+    """Raise InputError where Triton's kernels are asked for and the device cannot run them."""
+    if kernels == "triton" and device.type != "cuda":
+        raise InputError("kernels triton needs a CUDA device, this run is on the CPU: use --kernels auto, or --device cuda")
+
+
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device has bf16 arithmetic: emulated, it is slower than float32."""
     if device.type == "cuda":

@@ -65,10 +65,12 @@ class RunOptions:
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: what is measured fastest on this device (a CPU: Numba)
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile the step; on by default with CUDA
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
+    stream: bool = False  # leave the training images on the disk: for sets larger than the memory; the same pixels
     val_fraction: float = (
         0.0  # share of the training set held out to choose best.pt; 0: choose on the test set, as the reports do
     )

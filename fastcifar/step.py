@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.augmentation import Augmentation, augment, draw, numba_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
-from fastcifar.dataset import ResidentSet
+from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.losses import mixed_cross_entropy
+from kernels.augment import augment as augment_keyed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +28,7 @@ class StepSettings:
     seed: int
     autocast_dtype: torch.dtype | None  # None: float32 throughout
     compile: bool
+    kernels: Literal["auto", "triton", "torch"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class EpochPlan:
 
     draws: Draws
     mixing: MixPlan
+    epoch: Tensor  # 0-d int64 on the device: by which the fused augmentation draws for itself
 
 
 @dataclass
@@ -55,7 +58,7 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: ResidentSet,
+        data: ResidentSet | StreamedSet,
         augmentation: Augmentation,
         mean: Tensor,
         std: Tensor,
@@ -65,26 +68,30 @@ class TrainStep:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
+        self._seed, self._start = (torch.tensor(value, device=mean.device) for value in (settings.seed, 0))
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
-            self._prepare, self._loss = (
-                torch.compile(self.prepare, dynamic=False),
-                torch.compile(self.loss, dynamic=False),
-            )
+            self._loss = torch.compile(self.loss, dynamic=False)
+            if self.augments_by == "torch":
+                self._prepare = torch.compile(self.prepare, dynamic=False)
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
         seed, device = self.settings.seed, self.mean.device
         mixing = self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
-        return EpochPlan(draw(self.augmentation, self.data.index, seed, epoch), mixing)
+        return EpochPlan(draw(self.augmentation, self.data.index, seed, epoch), mixing, torch.tensor(epoch, device=device))
 
     def __call__(self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally) -> None:
         """Train on the samples at `positions` [B].
 
         step: number of the batch in its epoch. rate: the learning rate. `tally` takes the loss and the hits.
         """
-        mixing = plan.mixing
-        images, labels, partner_labels = self._prepare(positions, plan.draws, mixing.blend[step], mixing.box[step])
+        mixing, data = plan.mixing, self.data
+        if isinstance(data, StreamedSet):
+            data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
+            positions = torch.arange(len(positions), device=positions.device)
+        images, labels, partner_labels = self._prepare(data, positions, plan, mixing.blend[step], mixing.box[step])
         share = mixing.share[step]
         loss, logits = self._loss(images, labels, partner_labels, share)
         loss.backward()
@@ -100,11 +107,21 @@ class TrainStep:
             tally.losses[step] = loss
             tally.hits += (logits.argmax(1) == torch.where(share < 0.5, partner_labels, labels)).sum()
 
-    def prepare(self, positions: Tensor, draws: Draws, blend: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(
+        self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
-        data = self.data
-        images = augment(self.augmentation, data.images, positions, draws, self.mean, self.std)
-        labels = data.labels[positions]
+        settings = self.augmentation
+        if self.augments_by == "triton":
+            images, labels = augment_keyed(
+                data.images, data.labels, positions, self._start, plan.epoch, self._seed, batch_size=len(positions),
+                index=data.index, mean=self.mean, std=self.std, padding=settings.crop_padding,
+                reflect=settings.crop_mode == "reflect", flip=settings.flip, cutout=settings.cutout, dtype=torch.float32,
+                backend="triton",
+            )  # fmt: skip
+        else:
+            images = augment(settings, data.images, positions, plan.draws, self.mean, self.std, self.augments_by)
+            labels = data.labels[positions]
         if self.augmentation.mixes:
             images = mix(images, blend, box)
         return images, labels, partner(labels)
@@ -114,6 +131,17 @@ class TrainStep:
         with autocast(images.device, self.settings.autocast_dtype):
             logits = self.model(images)
         return mixed_cross_entropy(logits, labels, partner_labels, share, self.settings.label_smoothing), logits
+
+
+def choose_augmentation(
+    augmentation: Augmentation, kernels: Literal["auto", "triton", "torch"], device: torch.device
+) -> Literal["torch", "numba", "triton"]:
+    """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
+    if kernels == "auto" and numba_serves(augmentation, device):
+        return "numba"
+    if kernels == "triton" and not (augmentation.recolours or augmentation.random_erasing):
+        return "triton"
+    return "torch"
 
 
 class AveragedModel(Generic[Model]):

@@ -17,7 +17,7 @@ from rich.console import Console
 from fastcifar.command import Command, parse_command
 from fastcifar.curves import Curves
 from fastcifar.dataset import Splits, epoch_order, load_splits
-from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
 from fastcifar.errors import InputError, run_command
 from fastcifar.progress import TrainingProgress
 from fastcifar.recipes import Recipe
@@ -44,6 +44,7 @@ def train(command: Command, console: Console) -> RunFolder:
     """Train to the end, or go on from where the run stood; return the complete run folder. Raises InputError."""
     recipe, run = command.settings, command.run
     device = choose_device(run.device)
+    require_kernels(run.kernels, device)
     set_up_process(device, deterministic=run.deterministic)
     dtype = choose_precision(run.precision, device)
     data = load_splits(
@@ -54,6 +55,7 @@ def train(command: Command, console: Console) -> RunFolder:
         val_fraction=run.val_fraction,
         seed=run.seed,
         verify=run.verify,
+        stream=run.stream,
     )
     steps = steps_per_epoch(data, recipe.batch_size)
     state = build_state(command.arch, recipe, run, data, device)
@@ -66,7 +68,7 @@ def train(command: Command, console: Console) -> RunFolder:
         folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
     announce(console, command, data, state, folder, dtype)
 
-    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile)
+    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile, run.kernels)
     train_step = TrainStep(
         state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average
     )

@@ -42,7 +42,7 @@ class Purpose(IntEnum):
     ERASING = 11  # block 0, word 0: whether; block k > 0, the k-th try: words 0..3 area, ratio, row, column
 
 
-def philox(seed: int, sample: Words, epoch: int | Words, purpose: int, block: int = 0) -> tuple[Words, ...]:
+def philox(seed: Any, sample: Words, epoch: int | Words, purpose: int, block: int = 0) -> tuple[Words, ...]:
     """Return four int64 arrays shaped like `sample`, each holding uniform words in 0..2^32-1.
 
     seed: 0..2^64-1. sample, epoch, purpose, block: the counter's words, each 0..2^32-1; `sample` (and `epoch`, if it is

@@ -1,6 +1,7 @@
 """Augmentation: every operation against torchvision's on the same parameters, parameters that depend on the key alone."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as V
 
-from fastcifar.augmentation import Augmentation, augment, clear_box, colour, draw, geometry, normalise, policies
+from fastcifar.augmentation import Augmentation, augment, colour, draw, geometry, numba_serves, policies
 from fastcifar.augmentation.draws import ORDERS, draw_erasing
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order
 from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
+from kernels.augment_reference import clear_box, crop_and_flip, normalise
 
 N = 48
 MEAN, STD = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
@@ -20,6 +22,7 @@ EVERYTHING = Augmentation(
     crop_mode="reflect", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, policy="rand_augment",
     rotation=15.0, rotation_interpolation="bilinear", random_erasing=0.5, cutout=12,
 )  # fmt: skip
+NEAREST = replace(EVERYTHING, rotation_interpolation="nearest")
 SAMPLES = torch.arange(20_000)
 
 
@@ -67,7 +70,7 @@ def test_crop_and_flip_equal_torchvision_pixel_for_pixel(images, mode, padding):
     positions = torch.arange(N).flip(0)
     down, right = (torch.randint(-padding, padding + 1, (N,)) for _ in range(2))
     mirrored = torch.rand(N) < 0.5
-    ours = geometry.crop_and_flip(images, positions, down, right, mirrored, mode)
+    ours = crop_and_flip(images, positions, down, right, mirrored, reflect=mode == "reflect")
     for i in range(N):
         padded = V.pad(
             images[positions[i]].permute(2, 0, 1), [padding] * 4, padding_mode="constant" if mode == "zero" else mode
@@ -181,6 +184,45 @@ def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeyp
             assert torch.equal(augment(*arguments), grouped)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(RECIPES[name].recipe.augmentation for name in ("dropout_resnet24", "se_resnet18", "robust_resnet64")),
+        NEAREST,
+        *(Augmentation(policy=policy, grayscale=0.3) for policy in ("rand_augment", "auto_augment", "trivial_augment")),
+        Augmentation(policy="rand_augment", policy_operations=5, policy_magnitude=30, rotation=180.0),
+        Augmentation(crop_padding=31, flip="alternating", brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5, cutout=32),
+    ],
+    ids=["A", "D", "C", "everything", "rand_augment", "auto_augment", "trivial_augment", "strong", "extreme"],
+)
+def test_numba_shows_pytorchs_pixels_to_the_bit(images, settings):
+    index = torch.arange(N) * 1000 + 7
+    for epoch in range(6):
+        arguments = (settings, images, torch.arange(N).flip(0), draw(settings, index, 2**63 - 1, epoch), MEAN, STD)
+        assert numba_serves(settings, images.device)
+        ours, expected = augment(*arguments, "numba"), augment(*arguments)
+        assert torch.equal(ours, expected)
+        assert ours.stride() == expected.stride()
+
+
+def test_numba_computes_every_policy_operation_as_pytorch_does(images):
+    for number, name in enumerate(policies.OPERATIONS):
+        settings = Augmentation(crop_padding=0, flip="off", policy="rand_augment", policy_operations=1)
+        table = policies.magnitude_table(policies.WIDE, 31)[number]
+        drawn = draw(settings, torch.arange(N), 0, 0)
+        sign = torch.where((torch.arange(N) % 2 == 1) & (number in policies.SIGNED), -1, 1)
+        drawn = replace(drawn, operations=torch.full((N, 1), number), magnitudes=(table[torch.arange(N) % 31] * sign)[:, None])
+        arguments = (settings, images, torch.arange(N), drawn, MEAN, STD)
+        assert torch.equal(augment(*arguments, "numba"), augment(*arguments)), name
+
+
+def test_bilinear_rotation_is_left_to_pytorch(images):
+    assert not numba_serves(EVERYTHING, images.device)
+    drawn = draw(EVERYTHING, torch.arange(N), 0, 0)
+    arguments = (EVERYTHING, images, torch.arange(N), drawn, MEAN, STD)
+    assert torch.equal(augment(*arguments, "numba"), augment(*arguments))
+
+
 @pytest.mark.slow
 def test_everything_compiles_into_one_graph(images):
     index = torch.arange(N)
@@ -193,11 +235,12 @@ def test_everything_compiles_into_one_graph(images):
 # Parameters
 
 
-def test_pixels_depend_on_seed_epoch_and_sample_alone(images):
+@pytest.mark.parametrize(("settings", "backend"), [(EVERYTHING, "torch"), (NEAREST, "torch"), (NEAREST, "numba")])
+def test_pixels_depend_on_seed_epoch_and_sample_alone(images, settings, backend):
     index = torch.arange(N) + 7
 
     def pixels(positions, index=index, seed=1, epoch=5, images=images):
-        return augment(EVERYTHING, images, positions, draw(EVERYTHING, index, seed, epoch), MEAN, STD)
+        return augment(settings, images, positions, draw(settings, index, seed, epoch), MEAN, STD, backend)
 
     everyone = torch.arange(N)
     whole = pixels(everyone)
@@ -205,6 +248,10 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone(images):
     assert torch.equal(pixels(everyone.flip(0)), whole.flip(0))  # batch position
     subset = torch.tensor([3, 9, 40])
     assert torch.equal(pixels(torch.arange(3), index=index[subset], images=images[subset]), whole[subset])  # another set
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    assert torch.equal(pixels(everyone), whole)
+    torch.set_num_threads(threads)
     for other in (pixels(everyone, seed=2), pixels(everyone, epoch=6), pixels(everyone, index=index + 1)):
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
 

@@ -129,6 +129,24 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path
     assert resumed.read_summary()["final"] == whole.read_summary()["final"]
 
 
+@pytest.mark.parametrize("arguments", [["--arch", "light_resnet18"], ["--arch", "resnet42", "--val-fraction", "0.25"]])
+def test_a_streamed_run_ends_with_the_resident_runs_bits(betons, tmp_path, arguments):
+    resident, streamed = (
+        run(betons, tmp_path / name, "--epochs", "1", *arguments, *extra) for name, extra in (("a", []), ("b", ["--stream"]))
+    )
+    assert_equal_weights(weights(resident.path), weights(streamed.path))
+    assert (
+        json.loads((resident.path / "summary.json").read_text())["final"]
+        == (json.loads((streamed.path / "summary.json").read_text())["final"])
+    )
+
+
+@pytest.mark.parametrize("arch", ["dropout_resnet24", "robust_resnet64"])
+def test_pytorchs_augmentation_ends_with_numbas_bits(betons, tmp_path, arch):
+    folders = [run(betons, tmp_path / name, "--arch", arch, "--epochs", "1", "--kernels", name) for name in ("auto", "torch")]
+    assert_equal_weights(*(weights(folder.path) for folder in folders))
+
+
 def test_resume_refuses_what_would_change_the_run_and_accepts_a_finished_one(betons, tmp_path):
     folder = run(betons, tmp_path / "run", "--epochs", "1")
     with pytest.raises(InputError, match=r"leave out what changes it \(epochs\)"):
@@ -198,6 +216,13 @@ def test_a_resume_on_other_data_is_refused(betons, tmp_path):
         train(parse_command(["--resume", str(folder.path), "--data", str(other)]), Console(quiet=True))
     moved = shutil.copytree(betons, tmp_path / "moved")
     train(parse_command(["--resume", str(folder.path), "--data", str(moved)]), Console(quiet=True))
+
+
+def test_triton_without_cuda_is_refused_with_one_line(betons, tmp_path):
+    process = run_cli(
+        "-m", "fastcifar.train", "--data", betons, "--out", tmp_path / "run", "--device", "cpu", "--kernels", "triton"
+    )
+    assert_user_error(process, "kernels triton needs a CUDA device", "--kernels auto")
 
 
 def test_unreasonable_options_are_refused_with_one_line(betons, tmp_path):

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from fastcifar.augmentation import colour, draws, geometry, policies
 from fastcifar.augmentation.draws import Draws
-from fastcifar.augmentation.geometry import CropMode, Interpolation
+from fastcifar.augmentation.geometry import Interpolation
 from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
 from fastcifar.beton import SIDE
 from fastcifar.errors import require
+from kernels.augment_reference import Flip, clear_box, crop_and_flip, draw_cutout, draw_geometry, normalise
 
-Flip = Literal["off", "random", "alternating"]
+CropMode = Literal["zero", "reflect"]
+Backend = Literal["torch", "numba"]  # what applies the drawn parameters: PyTorch anywhere, Numba on a CPU; the same pixels
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Augmentation:
 
 def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draws:
     """Draw the parameters of every sample number in `samples` [N] int64 for an epoch."""
-    down, right, mirrored = draws.draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
+    down, right, mirrored = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
     jitter, order = draws.draw_jitter(samples, seed, epoch, settings.jitter) if any(settings.jitter) else (None, None)
     operations, magnitudes = (
         draws.draw_policy(samples, seed, epoch, settings.policy, settings.policy_operations, settings.policy_magnitude)
@@ -102,18 +104,30 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         degrees=draws.draw_rotation(samples, seed, epoch, settings.rotation) if settings.rotation else None,
         operations=operations,
         magnitudes=magnitudes,
-        cutout=draws.draw_cutout(samples, seed, epoch, settings.cutout) if settings.cutout else None,
+        cutout=torch.stack(draw_cutout(samples, seed, epoch, settings.cutout), 1) if settings.cutout else None,
         erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing) if settings.random_erasing else None,
     )
 
 
-def augment(settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor) -> Tensor:
+def augment(
+    settings: Augmentation,
+    images: Tensor,
+    positions: Tensor,
+    drawn: Draws,
+    mean: Tensor,
+    std: Tensor,
+    backend: Backend = "torch",
+) -> Tensor:
     """Return the augmented, normalised float32 batch [B, 3, 32, 32] channels_last of the samples at `positions` [B].
 
     images: [N, 32, 32, 3] uint8, the resident set. drawn: parameters of its N samples. mean, std: [3] float32 in 0..1.
     """
+    if backend == "numba" and numba_serves(settings, images.device):
+        from fastcifar.augmentation.compiled import augment_compiled  # here, since only a CPU's training needs Numba
+
+        return augment_compiled(settings, images, positions, drawn, mean, std)
     batch = drawn.at(positions)
-    pixels = geometry.crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, settings.crop_mode)
+    pixels = crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, reflect=settings.crop_mode == "reflect")
     if settings.recolours:
         pixels = recolour(settings, pixels, batch)
     x = normalise(pixels, mean, std).permute(0, 2, 3, 1)  # [B, 32, 32, 3]
@@ -122,6 +136,11 @@ def augment(settings: Augmentation, images: Tensor, positions: Tensor, drawn: Dr
     if batch.cutout is not None:
         x = clear_box(x, batch.cutout)
     return x.permute(0, 3, 1, 2)
+
+
+def numba_serves(settings: Augmentation, device: torch.device) -> bool:
+    """Whether the Numba form exists for these settings: on a CPU, all but bilinear rotation."""
+    return device.type == "cpu" and not (settings.rotation and settings.rotation_interpolation == "bilinear")
 
 
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
@@ -138,23 +157,3 @@ def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
     if batch.degrees is not None:
         levels = geometry.affine(levels, geometry.rotation_matrix(batch.degrees), settings.rotation_interpolation)
     return levels.permute(0, 2, 3, 1).contiguous()
-
-
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Levels [B, 32, 32, 3] -> float32 [B, 3, 32, 32] channels_last, a view of NHWC: (x - 255 mean) / (255 std).
-
-    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit. The constants are
-    repeated along a whole image row, since loops over three channels do not vectorise.
-    """
-    rows = pixels.reshape(len(pixels), SIDE, SIDE * 3).float()  # [B, 32, 96]
-    rows = (rows - (255 * mean).repeat(SIDE)).mul_((1 / (255 * std)).repeat(SIDE))
-    return rows.reshape(pixels.shape).permute(0, 3, 1, 2)
-
-
-def clear_box(x: Tensor, box: Tensor) -> Tensor:
-    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image [B, 32, 32, 3] to 0."""
-    place = torch.arange(SIDE, device=x.device)
-    rows = (place >= box[:, :1]) & (place < box[:, 1:2])
-    columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
-    inside = rows[:, :, None] & columns.repeat_interleave(3, 1)[:, None, :]  # [B, 32, 96]: along whole rows, as normalise
-    return x.reshape(len(x), SIDE, SIDE * 3).masked_fill(inside, 0.0).reshape(x.shape)

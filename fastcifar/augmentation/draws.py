@@ -24,7 +24,7 @@ from fastcifar.augmentation.policies import (
     PolicyName,
     magnitude_table,
 )
-from fastcifar.beton import SIDE
+from kernels.augment_reference import SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
 ERASED_AREA = (0.02, 0.33)  # random erasing: share of the image, uniform (Zhong et al., AAAI 2020; torchvision's defaults)
@@ -56,20 +56,6 @@ class Draws:
             value = getattr(self, entry.name)
             values[entry.name] = None if value is None else value[positions]
         return Draws(**values)
-
-
-def draw_geometry(samples: Tensor, seed: int, epoch: int, padding: int, flip: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Crop offsets [N], uniform in -padding..padding, and mirroring [N].
-
-    flip: off; random, with probability 1/2; alternating, every other epoch, beginning with a first draw of the sample's own.
-    """
-    down, right, mirror, _ = philox(seed, samples, epoch, Purpose.CROP_FLIP)
-    if flip == "alternating":
-        first, _, _, _ = philox(seed, samples, 0, Purpose.FIRST_MIRROR)
-        mirrored = (below(first, 2) + epoch) % 2 == 1
-    else:
-        mirrored = (below(mirror, 2) == 1) & (flip == "random")
-    return below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding, mirrored
 
 
 def draw_jitter(samples: Tensor, seed: int, epoch: int, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -132,13 +118,6 @@ def _signed(magnitude: Tensor, operation: Tensor, word: Tensor) -> Tensor:
     """Negate half of the magnitudes of operations that have a direction."""
     has_sign = (operation >= SIGNED.start) & (operation < SIGNED.stop)
     return torch.where(has_sign & (below(word, 2) == 1), -magnitude, magnitude)
-
-
-def draw_cutout(samples: Tensor, seed: int, epoch: int, side: int) -> Tensor:
-    """Boxes [N, 4] of `side` pixels around a uniform centre; an even side covers centre - side/2 .. centre + side/2 - 1."""
-    row, column, _, _ = philox(seed, samples, epoch, Purpose.CUTOUT)
-    top, left = below(row, SIDE) - side // 2, below(column, SIDE) - side // 2
-    return torch.stack([top, top + side, left, left + side], 1)
 
 
 def draw_erasing(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:

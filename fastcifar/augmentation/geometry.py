@@ -1,4 +1,4 @@
-"""Images and per-sample offsets or matrices enter, moved images leave: crop, mirror, rotation, shear, translation."""
+"""Grey levels and per-sample matrices enter, moved levels leave: rotation, shear, translation."""
 
 import math
 from typing import Literal
@@ -9,33 +9,7 @@ from torch import Tensor
 
 from fastcifar.beton import SIDE
 
-CropMode = Literal["zero", "reflect"]
 Interpolation = Literal["nearest", "bilinear"]
-
-
-def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, mode: CropMode) -> Tensor:
-    """Gather images [N, 32, 32, 3] uint8 at `positions` [B], each moved and mirrored in its own way: [B, 32, 32, 3] uint8.
-
-    down, right: [B] int64, -31..31, where the crop's corner lies from the image's. mirrored: [B] bool, the crop left-right.
-    mode: what lies outside: black, or the image mirrored about its edge pixels. Crop and mirror are one gather: output column
-    x shows column x (or 31 - x) + right.
-    """
-    place = torch.arange(SIDE, device=images.device)
-    rows = place + down[:, None]  # [B, 32]
-    columns = torch.where(mirrored[:, None], SIDE - 1 - place, place) + right[:, None]
-    if mode == "reflect":  # without repeating the edge: -1 shows 1, 32 shows 30
-        inside_rows, inside_columns = ((SIDE - 1 - (SIDE - 1 - line.abs()).abs()) for line in (rows, columns))
-    else:
-        inside_rows, inside_columns = rows.clamp(0, SIDE - 1), columns.clamp(0, SIDE - 1)
-    # Whole rows of 96 bytes first, then bytes within rows: five times as fast on a CPU as one gather of pixels.
-    row_bytes = SIDE * 3
-    lines = images.view(-1, row_bytes).index_select(0, (positions[:, None] * SIDE + inside_rows).view(-1))
-    lines = lines.view(len(positions), SIDE, row_bytes)  # [B, 32, 96]
-    bytes_in_row = (inside_columns[:, :, None] * 3 + torch.arange(3, device=images.device)).view(-1, 1, row_bytes)
-    picked = lines.gather(2, bytes_in_row.expand(-1, SIDE, -1))
-    if mode == "zero":
-        picked.mul_((columns == inside_columns).repeat_interleave(3, 1)[:, None, :]).mul_((rows == inside_rows)[:, :, None])
-    return picked.view(-1, SIDE, SIDE, 3)
 
 
 def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor:

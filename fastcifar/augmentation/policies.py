@@ -107,10 +107,15 @@ def apply_operation(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Ten
 
 def _move(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
     """The five operations that move pixels are one gather with a matrix each."""
+    return geometry.affine(pixels, move_matrices(operation, magnitude), "nearest")
+
+
+def move_matrices(operation: Tensor, magnitude: Tensor) -> Tensor:
+    """Inverse matrices [B, 2, 3] of the operations that move pixels; for the others the identity."""
 
     def of(name: str) -> Tensor:
         return torch.where(operation == NUMBER[name], magnitude, 0.0)
 
     sheared = geometry.shear_translate_matrix(of("ShearX"), of("ShearY"), of("TranslateX").trunc(), of("TranslateY").trunc())
     rotates = (operation == NUMBER["Rotate"])[:, None, None]
-    return geometry.affine(pixels, torch.where(rotates, geometry.rotation_matrix(magnitude), sheared), "nearest")
+    return torch.where(rotates, geometry.rotation_matrix(magnitude), sheared)

@@ -1,0 +1,57 @@
+"""A recipe, the resident set and an epoch's draws enter; the augmented batch leaves, by one Numba loop over its images."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcifar.augmentation import Augmentation, geometry, policies
+from fastcifar.augmentation.draws import Draws
+from kernels import augment_numba as compiled
+from kernels.augment_reference import SIDE, level_table
+
+NOTHING: dict[str, compiled.Array] = {
+    "floats": np.empty((0, 4), np.float32),
+    "numbers": np.empty((0, 4), np.int64),
+    "flags": np.empty(0, np.bool_),
+    "operations": np.empty((0, 0), np.int64),
+    "magnitudes": np.empty((0, 0), np.float32),
+    "moves": np.empty((0, 0, 2, 3), np.float32),
+    "rotations": np.empty((0, 2, 3), np.float32),
+}
+
+
+def augment_compiled(
+    settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor
+) -> Tensor:
+    """`augment` for CPU tensors: the same pixels, bit for bit."""
+    count = len(positions)
+    out = torch.empty(count, SIDE, SIDE, 3)
+    table = _table(tuple(mean.tolist()), tuple(std.tolist()))
+    moves, rotations = NOTHING["moves"], NOTHING["rotations"]
+    if drawn.operations is not None and drawn.magnitudes is not None:
+        places = drawn.operations.shape[1]
+        operations, magnitudes = (values[positions].view(-1) for values in (drawn.operations, drawn.magnitudes))
+        moves = policies.move_matrices(operations, magnitudes).view(count, places, 2, 3).numpy()
+    if drawn.degrees is not None:
+        rotations = geometry.rotation_matrix(drawn.degrees[positions]).numpy()
+    boxes = [box[positions] for box in (drawn.erased, drawn.cutout) if box is not None]
+    compiled.in_threads(
+        compiled.recipe_batch, count, images.view(-1, SIDE, SIDE * 3).numpy(), positions.numpy(),
+        drawn.down.numpy(), drawn.right.numpy(), drawn.mirrored.numpy(), settings.crop_mode == "reflect", settings.recolours,
+        drawn.jitter is not None, settings.hue > 0, _array(drawn.jitter, "floats"), _array(drawn.jitter_order, "numbers"),
+        _array(drawn.grey, "flags"), _array(drawn.operations, "operations"), _array(drawn.magnitudes, "magnitudes"),
+        moves, rotations, (torch.stack(boxes, 1) if boxes else torch.empty(0, 0, 4, dtype=torch.int64)).numpy(),
+        table.numpy(), out.view(count, SIDE, SIDE * 3).numpy(),
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _array(values: Tensor | None, absent: str) -> compiled.Array:
+    return NOTHING[absent] if values is None else values.numpy()
+
+
+@cache
+def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    return level_table(torch.tensor(mean), torch.tensor(std), torch.float32)

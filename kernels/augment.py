@@ -1,0 +1,173 @@
+"""The resident uint8 set and a permutation enter; one batch, cropped, mirrored, cut out and normalised, leaves in one launch.
+
+Every sample's draws come from Philox at (sample number, epoch, purpose). Triton serves CUDA, Numba the CPU, and the plain
+forms of `augment_reference.py` are what both are compared with: the same pixels, bit for bit.
+"""
+
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kernels.augment_reference import SIDE, Flip, augment_torch, level_table
+from kernels.backends import describe, interpreting
+
+AugmentBackend = Literal["auto", "torch", "numba", "triton"]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLIPS: tuple[Flip, ...] = get_args(Flip)
+
+
+def augment(
+    images: Tensor,
+    labels: Tensor,
+    permutation: Tensor,
+    cursor: int | Tensor,
+    epoch: int | Tensor,
+    seed: int | Tensor,
+    *,
+    batch_size: int,
+    mean: Tensor,
+    std: Tensor,
+    index: Tensor | None = None,
+    padding: int = 4,
+    reflect: bool = False,
+    flip: Flip = "random",
+    cutout: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: AugmentBackend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the batch [B, 3, 32, 32] of `dtype`, channels_last, and its labels [B] int64.
+
+    images: [N, 32, 32, 3] uint8. labels: [N] int64. permutation: [M] int64 positions, of which cursor .. cursor + B - 1 are
+    taken. cursor, epoch, seed: numbers, or 0-d int64 tensors on the images' device, which a captured step can advance.
+    mean, std: [3] float32 in 0..1. index: [N] int64, the samples' numbers, by which they are keyed; default 0..N-1. padding:
+    0..31 pixels. cutout: side in pixels, 0..32, 0 = off. backend: auto takes Triton on CUDA and Numba on the CPU.
+    Raises ValueError naming what was given and what is expected.
+    """
+    if index is None:
+        index = torch.arange(len(images), device=images.device)
+    _check(images, labels, permutation, index, mean, std)
+    for name, value, top in (("padding", padding, SIDE - 1), ("cutout", cutout, SIDE)):
+        if not 0 <= value <= top:
+            raise ValueError(f"augment: {name} must be 0..{top} pixels, got {value}")
+    if flip not in FLIPS or dtype not in DTYPES:
+        raise ValueError(f"augment: flip must be one of {FLIPS} and dtype one of {DTYPES}, got {flip!r} and {dtype}")
+    if batch_size < 1 or (isinstance(cursor, int) and not 0 <= cursor <= len(permutation) - batch_size):
+        raise ValueError(
+            f"augment: cursor .. cursor + batch_size must lie in 0..{len(permutation)}, got {cursor} and {batch_size}"
+        )
+    cursor, epoch, seed = (
+        value if isinstance(value, Tensor) else torch.tensor(value, device=images.device) for value in (cursor, epoch, seed)
+    )
+    return _augment(
+        images, labels, index, permutation, cursor, epoch, seed, mean, std,
+        batch_size, padding, reflect, FLIPS.index(flip), cutout, dtype, _resolve(backend, images),
+    )  # fmt: skip
+
+
+def _resolve(backend: AugmentBackend, images: Tensor) -> str:
+    """Raises ValueError where the backend cannot run."""
+    if backend not in get_args(AugmentBackend):
+        raise ValueError(f"augment: backend must be one of {', '.join(get_args(AugmentBackend))}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if images.is_cuda else "numba"
+    if backend == "triton" and not (images.is_cuda or interpreting()):
+        raise ValueError(f"augment: triton needs CUDA tensors (or TRITON_INTERPRET=1), got {describe(images)}")
+    if backend == "numba" and images.is_cuda:
+        raise ValueError(f"augment: numba needs CPU tensors, got {describe(images)}")
+    return backend
+
+
+def _check(images: Tensor, labels: Tensor, permutation: Tensor, index: Tensor, mean: Tensor, std: Tensor) -> None:
+    count = len(images) if images.ndim else 0
+    expected: tuple[tuple[str, Tensor, list[int], torch.dtype], ...] = (
+        ("images", images, [count, SIDE, SIDE, 3], torch.uint8),
+        ("labels", labels, [count], torch.int64),
+        ("index", index, [count], torch.int64),
+        ("permutation", permutation, [permutation.numel()], torch.int64),
+        ("mean", mean, [3], torch.float32),
+        ("std", std, [3], torch.float32),
+    )
+    for name, tensor, shape, dtype in expected:
+        if list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != images.device or not tensor.is_contiguous():
+            wanted = f"contiguous {shape} {str(dtype).removeprefix('torch.')} on {images.device}"
+            raise ValueError(f"augment: {name} must be {wanted}, got {describe(tensor)}, strides {list(tensor.stride())}")
+
+
+@torch.library.custom_op("fastcifar::augment", mutates_args=())
+def _augment(
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    permutation: Tensor,
+    cursor: Tensor,
+    epoch: Tensor,
+    seed: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    batch_size: int,
+    padding: int,
+    reflect: bool,
+    flip: int,
+    cutout: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "torch":
+        place = torch.arange(batch_size, device=images.device)
+        return augment_torch(
+            images, labels, index, permutation[cursor + place], epoch, seed, padding=padding, reflect=reflect,
+            flip=FLIPS[flip], cutout=cutout, mean=mean, std=std, dtype=dtype,
+        )  # fmt: skip
+    out = torch.empty(batch_size, SIDE, SIDE, 3, dtype=dtype, device=images.device)
+    out_labels = torch.empty(batch_size, dtype=torch.int64, device=images.device)
+    if backend == "triton":
+        from kernels.augment_triton import launch  # here, since Triton takes a while to import and a CPU needs none
+
+        scale, offset = 1 / (255 * std), 255 * mean
+        launch(
+            images,
+            labels,
+            index,
+            permutation,
+            cursor,
+            epoch,
+            seed,
+            offset,
+            scale,
+            padding,
+            reflect,
+            flip,
+            cutout,
+            out,
+            out_labels,
+        )
+    else:
+        from kernels import augment_numba as compiled
+
+        first = int(cursor)
+        if not 0 <= first <= len(permutation) - batch_size:
+            raise ValueError(f"augment: cursor must be 0..{len(permutation) - batch_size}, got {first}")
+        table = _cached_table(tuple(mean.tolist()), tuple(std.tolist()), dtype)
+        compiled.in_threads(
+            compiled.gather_batch, batch_size, images.view(len(images), SIDE, SIDE * 3).numpy(), labels.numpy(), index.numpy(),
+            permutation[first : first + batch_size].numpy(), compiled.u64(int(seed)), compiled.u64(int(epoch)), padding,
+            reflect, flip, cutout, compiled.plain(table), compiled.plain(out).reshape(batch_size, SIDE, SIDE * 3),
+            out_labels.numpy(),
+        )  # fmt: skip
+    return out.permute(0, 3, 1, 2), out_labels
+
+
+@_augment.register_fake
+def _(
+    images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
+    mean: Tensor, std: Tensor, batch_size: int, padding: int, reflect: bool, flip: int, cutout: int, dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return images.new_empty(batch_size, SIDE, SIDE, 3, dtype=dtype).permute(0, 3, 1, 2), labels.new_empty(batch_size)
+
+
+@cache
+def _cached_table(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return level_table(torch.tensor(mean), torch.tensor(std), dtype)

@@ -1,0 +1,391 @@
+"""The augmentation on a CPU: one image after the other from set to batch, each while it lies in the first-level cache.
+
+Two loops over a batch, both compiled once and kept on disk: `gather_batch` draws crop, flip and cutout itself; `recipe_batch`
+applies what `fastcifar.augmentation.draw` drew, every operation of every recipe. Arithmetic is float32 in the order of the
+PyTorch definitions, so that both give the same pixels to the bit. All of it stands in one file because Numba's cache
+notices only changes in the file of the function that is called.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numba import njit
+
+from kernels import philox as keyed
+
+Array = np.ndarray[Any, Any]
+SIDE, ROW, AREA = 32, 96, 1024  # pixels of a side, bytes of a row, pixels of an image
+f32, u64 = np.float32, np.uint64
+ZERO, ONE, TOP = f32(0), f32(1), f32(255)
+MASK, HALF_WORD = u64(keyed.MASK), u64(32)
+M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
+CROP_FLIP, CUTOUT, FIRST_MIRROR = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_MIRROR)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the columns of jitter's factors
+THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
+
+
+def _can_cache() -> bool:
+    """Whether Numba finds a place for compiled code: beside this file, or its folder in the home of the user."""
+    return any(os.access(folder, os.W_OK) for folder in (Path(__file__).parent, Path.home()))
+
+
+KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}
+# Sums and extremes of whole numbers are exact in any order; saying so lets the compiler use vectors.
+ANY_ORDER: dict[str, Any] = {**KEPT, "fastmath": {"reassoc", "nnan", "nsz"}}
+
+
+class BatchLoop(Protocol):
+    """A compiled loop over images first..last-1 of a batch."""
+
+    def __call__(self, *arguments: Any) -> None: ...
+
+
+def in_threads(loop: BatchLoop, count: int, *arguments: Any) -> None:
+    """Run `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
+    parts = min(torch.get_num_threads(), count)
+    edges = [count * part // parts for part in range(parts + 1)]
+    others = [_pool(parts - 1).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
+    loop(edges[0], edges[1], *arguments)
+    wait(others)
+    for other in others:
+        other.result()
+
+
+def plain(tensor: torch.Tensor) -> Array:
+    """A CPU tensor as an array over the same memory; two-byte floats, which Numba has not, as int16 of the same bits."""
+    return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="augment")
+
+
+# Gathering, moving, normalising
+
+
+@njit(**KEPT)
+def philox(seed, sample, epoch, purpose):
+    """kernels.philox.philox for one counter, block 0."""
+    k0, k1 = seed & MASK, seed >> HALF_WORD
+    c0, c1, c2, c3 = sample, epoch, purpose, u64(0)
+    for _ in range(10):
+        p0, p1 = c0 * M0, c2 * M1
+        c0, c1, c2, c3 = (p1 >> HALF_WORD) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF_WORD) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
+    return c0, c1, c2, c3
+
+
+@njit(**KEPT)
+def below(word, bound):
+    return np.int64((word * u64(bound)) >> HALF_WORD)
+
+
+@njit(**KEPT)
+def move(source, down, right, mirrored, reflect, moved):
+    """Crop and mirror: source [32, 96] uint8 -> moved [32, 96]; outside is 0 or the image mirrored about its edge pixels."""
+    for y in range(SIDE):
+        row = y + down
+        if reflect:
+            row = SIDE - 1 - abs(SIDE - 1 - abs(row))
+        if row < 0 or row >= SIDE:
+            moved[y] = 0
+            continue
+        for x in range(SIDE):
+            column = (SIDE - 1 - x if mirrored else x) + right
+            if reflect:
+                column = SIDE - 1 - abs(SIDE - 1 - abs(column))
+            if column < 0 or column >= SIDE:
+                moved[y, 3 * x] = moved[y, 3 * x + 1] = moved[y, 3 * x + 2] = 0
+            else:
+                moved[y, 3 * x] = source[row, 3 * column]
+                moved[y, 3 * x + 1] = source[row, 3 * column + 1]
+                moved[y, 3 * x + 2] = source[row, 3 * column + 2]
+
+
+@njit(**KEPT)
+def normalise(moved, table, out):
+    """Look up table [3, 256], the normalised value of every level: moved [32, 96] uint8 -> out [32, 96]."""
+    for y in range(SIDE):
+        for x in range(SIDE):
+            for channel in range(3):
+                out[y, 3 * x + channel] = table[channel, moved[y, 3 * x + channel]]
+
+
+@njit(**KEPT)
+def clear(image, top, bottom, left, right):
+    """Set a box, clipped, of [32, 96] to 0, in every dtype the bits of its zero."""
+    for y in range(max(top, 0), min(bottom, SIDE)):
+        image[y, 3 * max(left, 0) : 3 * min(right, SIDE)] = 0
+
+
+@njit(**KEPT)
+def gather_batch(
+    first, last, images, labels, index, positions, seed, epoch, padding, reflect, flip, cutout, table, out, out_labels
+):
+    """kernels.augment: out [B, 32, 96] is of the table's dtype."""
+    moved = np.empty((SIDE, ROW), np.uint8)
+    for b in range(first, last):
+        position = positions[b]
+        out_labels[b] = labels[position]
+        sample = u64(index[position])
+        down, right, mirror, _ = philox(seed, sample, epoch, CROP_FLIP)
+        mirrored = flip == 1 and below(mirror, 2) == 1
+        if flip == 2:
+            own, _, _, _ = philox(seed, sample, u64(0), FIRST_MIRROR)
+            mirrored = (below(own, 2) + np.int64(epoch)) % 2 == 1
+        rows, columns = below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding
+        move(images[position], rows, columns, mirrored, reflect, moved)
+        normalise(moved, table, out[b])
+        if cutout > 0:
+            row, column, _, _ = philox(seed, sample, epoch, CUTOUT)
+            top, left = below(row, SIDE) - cutout // 2, below(column, SIDE) - cutout // 2
+            clear(out[b], top, top + cutout, left, left + cutout)
+
+
+# Operations on one image: planes [3, 1024] float32 of whole levels, changed in place. Definitions: fastcifar.augmentation
+
+
+@njit(**KEPT)
+def whole(level):
+    """Cut off at 0 and 255, round down."""
+    return np.floor(min(max(level, ZERO), TOP))
+
+
+@njit(**KEPT)
+def grey_plane(x, grey):
+    red, green, blue = x[0], x[1], x[2]
+    for i in range(AREA):
+        weighed = f32(2989) * red[i] + f32(5870) * green[i] + f32(1140) * blue[i]
+        grey[i] = np.floor((weighed + f32(0.5)) * f32(1e-4))
+
+
+@njit(**ANY_ORDER)
+def mean_level(plane):
+    total = ZERO
+    for i in range(AREA):
+        total += plane[i]
+    return total / f32(AREA)
+
+
+@njit(**ANY_ORDER)
+def extremes(plane):
+    least, most = plane[0], plane[0]
+    for i in range(AREA):
+        least, most = min(least, plane[i]), max(most, plane[i])
+    return least, most
+
+
+@njit(**KEPT)
+def brightness(x, factor):
+    for channel in range(3):
+        plane = x[channel]
+        for i in range(AREA):
+            plane[i] = whole(plane[i] * factor)
+
+
+@njit(**KEPT)
+def contrast(x, factor, grey):
+    grey_plane(x, grey)
+    mean = mean_level(grey)
+    for channel in range(3):
+        plane = x[channel]
+        for i in range(AREA):
+            plane[i] = whole(mean + (plane[i] - mean) * factor)
+
+
+@njit(**KEPT)
+def saturation(x, factor, grey):
+    grey_plane(x, grey)
+    for channel in range(3):
+        plane = x[channel]
+        for i in range(AREA):
+            plane[i] = whole(grey[i] + (plane[i] - grey[i]) * factor)
+
+
+@njit(**KEPT)
+def hue(x, turn):
+    reds, greens, blues = x[0], x[1], x[2]
+    for i in range(AREA):
+        red, green, blue = reds[i], greens[i], blues[i]
+        swapped = ONE if green < blue else ZERO
+        high, low = max(green, blue), min(green, blue)
+        behind = ONE if red < high else ZERO
+        most, middle = max(red, high), min(red, high)
+        least = min(middle, low)
+        chroma = most - least
+        offset = (f32(2) * swapped - THIRD) * behind - swapped
+        turns = abs((middle - low) / max(f32(6) * chroma, ONE) + offset) + turn
+        sixths = (turns - np.floor(turns)) * f32(6)
+        c, m = chroma * HUE_BACK, least * HUE_BACK
+        reds[i] = np.floor(min(max(abs(sixths - f32(3)) - ONE, ZERO), ONE) * c + m)
+        greens[i] = np.floor(min(max(f32(2) - abs(sixths - f32(2)), ZERO), ONE) * c + m)
+        blues[i] = np.floor(min(max(f32(2) - abs(sixths - f32(4)), ZERO), ONE) * c + m)
+
+
+@njit(**KEPT)
+def sharpness(x, factor, before):
+    """before: [3, 1024], overwritten."""
+    before[:] = x
+    for channel in range(3):
+        new, old = x[channel], before[channel]
+        for y in range(1, SIDE - 1):
+            for i in range(y * SIDE + 1, y * SIDE + SIDE - 1):
+                above = old[i - SIDE - 1] + old[i - SIDE] + old[i - SIDE + 1]
+                beside = old[i - 1] + f32(5) * old[i] + old[i + 1]
+                under = old[i + SIDE - 1] + old[i + SIDE] + old[i + SIDE + 1]
+                blurred = np.rint((above + beside + under) / f32(13))
+                new[i] = whole(blurred + (old[i] - blurred) * factor)
+
+
+@njit(**KEPT)
+def posterize(x, bits):
+    step = f32(1 << (8 - np.int64(bits)))
+    for channel in range(3):
+        plane = x[channel]
+        for i in range(AREA):
+            plane[i] = np.floor(plane[i] / step) * step
+
+
+@njit(**KEPT)
+def solarize(x, threshold):
+    limit = TOP * threshold
+    for channel in range(3):
+        plane = x[channel]
+        for i in range(AREA):
+            plane[i] = TOP - plane[i] if plane[i] >= limit else plane[i]
+
+
+@njit(**KEPT)
+def auto_contrast(x):
+    for channel in range(3):
+        plane = x[channel]
+        least, most = extremes(plane)
+        if least < most:
+            scale = (most - least) * f32(1 / 255)
+            for i in range(AREA):
+                plane[i] = whole((plane[i] - least) / scale)
+
+
+@njit(**KEPT)
+def equalize(x):
+    histogram = np.empty(256, np.int64)
+    for channel in range(3):
+        plane = x[channel]
+        histogram[:] = 0
+        for i in range(AREA):
+            histogram[np.int64(plane[i])] += 1
+        _, most = extremes(plane)
+        step = (AREA - histogram[np.int64(most)]) // 255
+        if step == 0:
+            continue
+        darker = 0
+        for level in range(256):
+            here = histogram[level]
+            histogram[level] = min((darker + step // 2) // step, 255)  # the table takes the histogram's place
+            darker += here
+        for i in range(AREA):
+            plane[i] = f32(histogram[np.int64(plane[i])])
+
+
+@njit(**KEPT)
+def affine(x, matrix, before):
+    """Nearest pixel at matrix [2, 3] of the place; before: [3, 1024], overwritten."""
+    before[:] = x
+    half = f32(SIDE / 2)
+    for y in range(SIDE):
+        place = (f32(y) - f32((SIDE - 1) / 2)) / half
+        row_x, row_y = matrix[0, 1] * place + matrix[0, 2] / half, matrix[1, 1] * place + matrix[1, 2] / half
+        for column in range(SIDE):
+            along = (f32(column) - f32((SIDE - 1) / 2)) / half
+            at_x = np.rint((matrix[0, 0] * along + row_x + ONE) * half - f32(0.5))
+            at_y = np.rint((matrix[1, 0] * along + row_y + ONE) * half - f32(0.5))
+            i = y * SIDE + column
+            if at_x >= ZERO and at_x < f32(SIDE) and at_y >= ZERO and at_y < f32(SIDE):
+                source = np.int64(at_y) * SIDE + np.int64(at_x)
+                x[0, i], x[1, i], x[2, i] = before[0, source], before[1, source], before[2, source]
+            else:
+                x[0, i] = x[1, i] = x[2, i] = ZERO
+
+
+@njit(**KEPT)
+def jitter(x, factors, order, turns_hue, grey):
+    for at in range(4):
+        kind = order[at]
+        if kind == BRIGHTNESS:
+            brightness(x, factors[BRIGHTNESS])
+        elif kind == CONTRAST:
+            contrast(x, factors[CONTRAST], grey)
+        elif kind == SATURATION:
+            saturation(x, factors[SATURATION], grey)
+        elif turns_hue:
+            hue(x, factors[HUE])
+
+
+@njit(**KEPT)
+def apply_operation(x, operation, magnitude, matrix, spare):
+    """One of fastcifar.augmentation.policies.OPERATIONS, by its number."""
+    if 1 <= operation <= 5:  # ShearX, ShearY, TranslateX, TranslateY, Rotate
+        affine(x, matrix, spare)
+    elif operation == 6:
+        brightness(x, ONE + magnitude)
+    elif operation == 7:
+        saturation(x, ONE + magnitude, spare[0])
+    elif operation == 8:
+        contrast(x, ONE + magnitude, spare[0])
+    elif operation == 9:
+        sharpness(x, ONE + magnitude, spare)
+    elif operation == 10:
+        posterize(x, magnitude)
+    elif operation == 11:
+        solarize(x, magnitude)
+    elif operation == 12:
+        auto_contrast(x)
+    elif operation == 13:
+        equalize(x)
+    elif operation == 14:
+        for channel in range(3):
+            plane = x[channel]
+            for i in range(AREA):
+                plane[i] = TOP - plane[i]
+
+
+@njit(**KEPT)
+def recipe_batch(
+    first, last, images, positions, down, right, mirrored, reflect, recolours, jitters, turns_hue, factors, order, grey,
+    operations, magnitudes, moves, rotations, boxes, table, out,
+):  # fmt: skip
+    """A whole recipe; what it leaves out is an array of length 0. moves, rotations, boxes: the batch's, the rest the set's."""
+    moved, x, spare = np.empty((SIDE, ROW), np.uint8), np.empty((3, AREA), np.float32), np.empty((3, AREA), np.float32)
+    for b in range(first, last):
+        position = positions[b]
+        move(images[position], down[position], right[position], mirrored[position], reflect, moved)
+        pixels = moved.reshape(AREA, 3)
+        if recolours:
+            for channel in range(3):
+                for i in range(AREA):
+                    x[channel, i] = f32(pixels[i, channel])
+            if jitters:
+                jitter(x, factors[position], order[position], turns_hue, spare[0])
+            if len(grey) > 0 and grey[position]:
+                grey_plane(x, spare[0])
+                for channel in range(3):
+                    x[channel] = spare[0]
+            for k in range(operations.shape[1]):
+                apply_operation(x, operations[position, k], magnitudes[position, k], moves[b, k], spare)
+            if len(rotations) > 0:
+                affine(x, rotations[b], spare)
+            for channel in range(3):
+                for i in range(AREA):
+                    pixels[i, channel] = np.uint8(x[channel, i])
+        normalise(moved, table, out[b])
+        for k in range(boxes.shape[1]):
+            box = boxes[b, k]
+            clear(out[b], box[0], box[1], box[2], box[3])

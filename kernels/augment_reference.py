@@ -1,0 +1,131 @@
+"""Sample numbers and images enter; crop, mirror and cutout as drawn, then normalised images leave: the definitions.
+
+Draws are one set of expressions for NumPy and PyTorch. `augment_torch` is the form for any device and for the compiler,
+`augment_numpy` the plain one that the tests believe: one image, one array operation after the other.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.philox import Purpose, Words, below, philox
+
+SIDE = 32  # pixels of an image's side
+Flip = Literal["off", "random", "alternating"]
+
+
+def draw_geometry(samples: Words, seed: Any, epoch: Any, padding: int, flip: Flip) -> tuple[Words, Words, Words]:
+    """Crop offsets [N], uniform in -padding..padding, and mirroring [N].
+
+    flip: off; random, with probability 1/2; alternating, every other epoch, beginning with a first draw of the sample's own.
+    epoch, seed: numbers, or 0-d tensors on the samples' device.
+    """
+    down, right, mirror, _ = philox(seed, samples, epoch, Purpose.CROP_FLIP)
+    if flip == "alternating":
+        first, _, _, _ = philox(seed, samples, 0, Purpose.FIRST_MIRROR)
+        mirrored = (below(first, 2) + epoch) % 2 == 1
+    else:
+        mirrored = (below(mirror, 2) == 1) & (flip == "random")
+    return below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding, mirrored
+
+
+def draw_cutout(samples: Words, seed: Any, epoch: Any, side: int) -> tuple[Words, Words, Words, Words]:
+    """Top, bottom, left, right [N] of boxes of `side` pixels around a uniform centre, not clipped.
+
+    An even side covers centre - side/2 .. centre + side/2 - 1.
+    """
+    row, column, _, _ = philox(seed, samples, epoch, Purpose.CUTOUT)
+    top, left = below(row, SIDE) - side // 2, below(column, SIDE) - side // 2
+    return top, top + side, left, left + side
+
+
+def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, *, reflect: bool) -> Tensor:
+    """Gather images [N, 32, 32, 3] uint8 at `positions` [B], each moved and mirrored in its own way: [B, 32, 32, 3] uint8.
+
+    down, right: [B] int64, -31..31, where the crop's corner lies from the image's. mirrored: [B] bool, the crop left-right.
+    reflect: outside lies the image mirrored about its edge pixels, not black. Crop and mirror are one gather: output column
+    x shows column x (or 31 - x) + right.
+    """
+    place = torch.arange(SIDE, device=images.device)
+    rows = place + down[:, None]  # [B, 32]
+    columns = torch.where(mirrored[:, None], SIDE - 1 - place, place) + right[:, None]
+    if reflect:  # without repeating the edge: -1 shows 1, 32 shows 30
+        inside_rows, inside_columns = ((SIDE - 1 - (SIDE - 1 - line.abs()).abs()) for line in (rows, columns))
+    else:
+        inside_rows, inside_columns = rows.clamp(0, SIDE - 1), columns.clamp(0, SIDE - 1)
+    # Whole rows of 96 bytes first, then bytes within rows: five times as fast on a CPU as one gather of pixels.
+    row_bytes = SIDE * 3
+    lines = images.view(-1, row_bytes).index_select(0, (positions[:, None] * SIDE + inside_rows).view(-1))
+    lines = lines.view(len(positions), SIDE, row_bytes)  # [B, 32, 96]
+    bytes_in_row = (inside_columns[:, :, None] * 3 + torch.arange(3, device=images.device)).view(-1, 1, row_bytes)
+    picked = lines.gather(2, bytes_in_row.expand(-1, SIDE, -1))
+    if not reflect:
+        picked.mul_((columns == inside_columns).repeat_interleave(3, 1)[:, None, :]).mul_((rows == inside_rows)[:, :, None])
+    return picked.view(-1, SIDE, SIDE, 3)
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Levels [B, 32, 32, 3] -> float32 [B, 3, 32, 32] channels_last, a view of NHWC: (x - 255 mean) / (255 std).
+
+    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit. The constants are
+    repeated along a whole image row, since loops over three channels do not vectorise.
+    """
+    rows = pixels.reshape(len(pixels), SIDE, SIDE * 3).float()  # [B, 32, 96]
+    rows = (rows - (255 * mean).repeat(SIDE)).mul_((1 / (255 * std)).repeat(SIDE))
+    return rows.reshape(pixels.shape).permute(0, 3, 1, 2)
+
+
+def level_table(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """The normalised value of every level 0..255 in every channel: [3, 256] of `dtype`."""
+    levels = torch.arange(256, device=mean.device, dtype=torch.float32)
+    return ((levels - (255 * mean)[:, None]) * (1 / (255 * std))[:, None]).to(dtype)
+
+
+def clear_box(x: Tensor, box: Tensor) -> Tensor:
+    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image [B, 32, 32, 3] to 0."""
+    place = torch.arange(SIDE, device=x.device)
+    rows = (place >= box[:, :1]) & (place < box[:, 1:2])
+    columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
+    inside = rows[:, :, None] & columns.repeat_interleave(3, 1)[:, None, :]  # [B, 32, 96]: along whole rows, as normalise
+    return x.reshape(len(x), SIDE, SIDE * 3).masked_fill(inside, 0.0).reshape(x.shape)
+
+
+def augment_torch(
+    images: Tensor, labels: Tensor, index: Tensor, positions: Tensor, epoch: Any, seed: Any, *,
+    padding: int, reflect: bool, flip: Flip, cutout: int, mean: Tensor, std: Tensor, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`kernels.augment` in PyTorch operations, at `positions` [B]; no host sync."""
+    samples = index[positions]
+    down, right, mirrored = draw_geometry(samples, seed, epoch, padding, flip)
+    pixels = crop_and_flip(images, positions, down, right, mirrored, reflect=reflect)
+    x = normalise(pixels, mean, std)
+    if cutout:
+        box = torch.stack(draw_cutout(samples, seed, epoch, cutout), 1)
+        x = clear_box(x.permute(0, 2, 3, 1), box).permute(0, 3, 1, 2)
+    return x.to(dtype), labels[positions]
+
+
+def augment_numpy(
+    images: np.ndarray, labels: np.ndarray, index: np.ndarray, positions: np.ndarray, epoch: int, seed: int, *,
+    padding: int, reflect: bool, flip: Flip, cutout: int, mean: np.ndarray, std: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """`kernels.augment` in NumPy: float32 [B, 3, 32, 32] and labels [B]."""
+    samples = index[positions]
+    downs, rights, mirrors = draw_geometry(samples, seed, epoch, padding, flip)
+    boxes = draw_cutout(samples, seed, epoch, cutout)
+    offset, scale = np.float32(255) * mean, np.float32(1) / (np.float32(255) * std)
+    batch = np.empty((len(positions), 3, SIDE, SIDE), np.float32)
+    border = ((padding, padding), (padding, padding), (0, 0))
+    for b, position in enumerate(positions):
+        padded = np.pad(images[position], border, mode="reflect" if reflect else "constant")
+        top, left = downs[b] + padding, rights[b] + padding
+        crop = padded[top : top + SIDE, left : left + SIDE]
+        crop = crop[:, ::-1] if mirrors[b] else crop
+        x = (crop.astype(np.float32) - offset) * scale
+        if cutout:
+            top, bottom, left, right = (max(0, side[b]) for side in boxes)
+            x[top:bottom, left:right] = 0
+        batch[b] = x.transpose(2, 0, 1)
+    return batch, labels[positions]

@@ -1,0 +1,82 @@
+"""The augmentation in one CUDA launch: gather, crop, mirror, cutout, normalise, label. Imported only where Triton runs.
+
+One program an image; its 3,072 output values are contiguous, so stores are wide, and its reads fall into 3 KB of the set.
+Bytes per image: 3,072 read, 6,144 written in bf16: 0.46 GB an epoch of 50,000, 0.11 ms at 4.3 TB/s.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.philox import Purpose
+
+CROP_FLIP, CUTOUT, FIRST_MIRROR = (
+    tl.constexpr(int(purpose)) for purpose in (Purpose.CROP_FLIP, Purpose.CUTOUT, Purpose.FIRST_MIRROR)
+)
+WARPS = 4
+
+
+@triton.jit
+def below(word, bound):
+    """kernels.philox.below: uniform in 0..bound-1."""
+    return tl.umulhi(word, bound.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def reflected(place):
+    """-1 shows 1, 32 shows 30."""
+    return 31 - tl.abs(31 - tl.abs(place))
+
+
+@triton.jit
+def augment_kernel(
+    images, labels, index, permutation, cursor, epoch, seed, offset, scale, out, out_labels,
+    padding: tl.constexpr, reflect: tl.constexpr, flip: tl.constexpr, cutout: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    position = tl.load(permutation + tl.load(cursor) + b)
+    tl.store(out_labels + b, tl.load(labels + position))
+
+    number = tl.load(epoch).to(tl.uint32)
+    key = tl.load(seed).to(tl.uint64)
+    sample = tl.load(index + position).to(tl.uint32)
+    nothing = tl.zeros_like(sample)
+    down_word, right_word, mirror_word, _ = tl.philox(key, sample, number, nothing + CROP_FLIP, nothing)
+    span = nothing + (2 * padding + 1)
+    down, right = below(down_word, span) - padding, below(right_word, span) - padding
+    mirrored = (flip == 1) & ((mirror_word >> 31) == 1)
+    if flip == 2:
+        own, _, _, _ = tl.philox(key, sample, nothing, nothing + FIRST_MIRROR, nothing)
+        mirrored = (((own >> 31) + number) & 1) == 1
+
+    at = tl.arange(0, 4096)  # of 32 x 32 x 3, row by row; the last quarter is idle
+    inside = at < 3072
+    y, in_row = at // 96, at % 96
+    x, channel = in_row // 3, in_row % 3
+    row, column = y + down, tl.where(mirrored, 31 - x, x) + right
+    if reflect:
+        row, column = reflected(row), reflected(column)
+    there = inside & (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
+    level = tl.load(images + position * 3072 + (row * 96 + column * 3 + channel), mask=there, other=0).to(tl.float32)
+    value = (level - tl.load(offset + channel)) * tl.load(scale + channel)
+    if cutout > 0:
+        row_word, column_word, _, _ = tl.philox(key, sample, number, nothing + CUTOUT, nothing)
+        top, left = (row_word >> 27).to(tl.int32) - cutout // 2, (column_word >> 27).to(tl.int32) - cutout // 2
+        cleared = (y >= top) & (y < top + cutout) & (x >= left) & (x < left + cutout)
+        value = tl.where(cleared, 0.0, value)
+    tl.store(out + b * 3072 + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def launch(
+    images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
+    offset: Tensor, scale: Tensor, padding: int, reflect: bool, flip: int, cutout: int, out: Tensor, out_labels: Tensor,
+) -> None:  # fmt: skip
+    """Fill out [B, 32, 32, 3] and out_labels [B]; arguments as `kernels.augment`, checked there. No host sync."""
+    with torch.cuda.device_of(images):
+        augment_kernel[(len(out_labels),)](
+            images, labels, index, permutation, cursor, epoch, seed, offset, scale, out, out_labels,
+            padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
+        )  # fmt: skip
