@@ -15,16 +15,19 @@ import numpy as np
 import torch
 import torchvision.transforms as v1
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from bench.timing import Timings, interleaved
 from fastcifar.augmentation import Augmentation, Backend, augment, draw
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, epoch_order, load_resident
 from fastcifar.recipes import reported
 from kernels.augment import augment as kernels_augment
 
 WORKERS = 2
+LOADER, FFCV = "torchvision DataLoader", "FFCV"
 
 # What is measured: the reports' augmentations, and what FFCV's own pipeline can do.
 PIPELINES: dict[str, Augmentation] = {
@@ -44,6 +47,29 @@ class Peer:
     note: str  # what a reader must know of it
 
 
+def measure(name: str, folder: Path, batch_size: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Time one of `PIPELINES` against its peers, in turns, on the CPU; print and return the figures of each."""
+    recipe = PIPELINES[name]
+    peers = peers_of(
+        recipe, folder, batch_size, images=20 * batch_size, slow_images=(8 if recipe.recolours else 20) * batch_size
+    )
+    timings = interleaved({peer: entry.run for peer, entry in peers.items()}, rounds=rounds, warmup=2)
+    each = Timings({peer: [s / peers[peer].images for s in seconds] for peer, seconds in timings.seconds.items()})
+    console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
+    results = {}
+    for peer, entry in peers.items():
+        rate, speedup = each.rate(peer, 1), each.speedup(peer, LOADER)
+        results[peer] = {"images_per_second": rate, "times_dataloader": vars(speedup), "note": entry.note}
+        line = f"{peer:>26}: {rate['median']:9,.0f} img/s (10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f})"
+        if peer != LOADER:
+            line += f", {speedup} the DataLoader"
+        if FFCV in peers and peer != FFCV:
+            results[peer]["times_ffcv"] = vars(each.speedup(peer, FFCV))
+            line += f", {each.speedup(peer, FFCV)} FFCV"
+        console.print(f"{line}; {entry.note}")
+    return results
+
+
 def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, slow_images: int) -> dict[str, Peer]:
     """All peers that can do what `recipe` asks for (mixing left out, which all would do alike on the batch).
 
@@ -57,7 +83,7 @@ def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, s
     }
     if not (recipe.recolours or recipe.random_erasing):
         peers["kernels.augment"] = Peer(_fused(recipe, data, batch_size), images, "Numba, draws for itself, bf16")
-    peers["torchvision DataLoader"] = Peer(
+    peers[LOADER] = Peer(
         _torchvision_loader(recipe, data, batch_size, slow_images), slow_images, f"PIL transforms, {WORKERS} workers"
     )
     peers["torchvision v2 on batches"] = Peer(
@@ -66,9 +92,7 @@ def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, s
     if find_spec("kornia") is not None and recipe.policy == "none":
         peers["kornia"] = Peer(_kornia(recipe, data, batch_size, images), images, "each image its own parameters")
     if not recipe.recolours:
-        peers["FFCV"] = Peer(
-            _ffcv(recipe, folder, batch_size, images), images, "Numba, uint8, no normalisation; JIT not counted"
-        )
+        peers[FFCV] = Peer(_ffcv(recipe, folder, batch_size, images), images, "Numba, uint8, no normalisation; JIT not counted")
     return peers
 
 

@@ -22,8 +22,8 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from bench.input_pipelines import PIPELINES, peers_of
-from bench.timing import Timings, interleaved
+from bench.input_pipelines import PIPELINES, measure
+from bench.timing import interleaved
 from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import require, run_command, unknown
@@ -69,7 +69,9 @@ def main() -> None:
     set_up_process(device, deterministic=True)
     results: dict[str, Any] = {}
     if options.input:
-        results["input"] = {name: input_pipelines(options, name, console) for name in options.pipelines}
+        results["input"] = {
+            name: measure(name, options.data, options.input_batch_size, options.rounds, console) for name in options.pipelines
+        }
     if options.step:
         results["step"] = training_step(options, device)
         for line in step_lines(results["step"]):
@@ -81,23 +83,6 @@ def main() -> None:
         console.print(f"{'first step after':>16}: {median(seconds):.2f} s {spread}")
     if options.out is not None:
         write_json(options.out, results | environment_facts(device))
-
-
-def input_pipelines(options: Options, name: str, console: Console) -> dict[str, Any]:
-    """Time the augmentation of one recipe against its peers, in turns, on the CPU; print and return the figures."""
-    batch = options.input_batch_size
-    recipe = PIPELINES[name]
-    peers = peers_of(recipe, options.data, batch, images=20 * batch, slow_images=(8 if recipe.recolours else 20) * batch)
-    timings = interleaved({peer: entry.run for peer, entry in peers.items()}, rounds=options.rounds, warmup=2)
-    each = Timings({peer: [s / peers[peer].images for s in seconds] for peer, seconds in timings.seconds.items()})
-    console.print(f"input pipeline: {name}; batch {batch}, mixing left out")
-    results = {}
-    for peer, entry in peers.items():
-        rate, speedup = each.rate(peer, 1), each.speedup(peer, "torchvision DataLoader")
-        results[peer] = {"images_per_second": rate, "times_dataloader": vars(speedup), "note": entry.note}
-        spread = f"(10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f})"
-        console.print(f"{peer:>26}: {rate['median']:8,.0f} img/s {spread}, {speedup} the DataLoader; {entry.note}")
-    return results
 
 
 def step_lines(step: dict[str, Any]) -> list[str]:
