@@ -11,6 +11,8 @@ from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order, load_resid
 from fastcifar.recipes import RECIPES
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
+from kernels.augment import augment as kernels_augment
+from kernels.augment_reference import augment_numpy
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,6 +49,61 @@ def test_every_field_works_on_the_device(betons):
         settings = Augmentation(crop_mode="reflect", flip="alternating", grayscale=0.5, policy=policy, random_erasing=0.5)
         x = augment(settings, data.images, data.index, draw(settings, data.index, 0, 0), mean, std)
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"reflect": True, "flip": "alternating", "cutout": 8}, {"padding": 31, "cutout": 32}])
+def test_the_fused_augmentation_shows_numpys_pixels(betons, dtype, settings):
+    data, _ = load_resident(betons / "train.beton", CUDA)
+    mean, std = (torch.tensor(values, device=CUDA) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    order = epoch_order(data.index, 0, 1)
+    batch, labels = kernels_augment(
+        data.images, data.labels, order, 7, 3, 2**62 + 5, batch_size=150, index=data.index, mean=mean, std=std, dtype=dtype,
+        backend="triton", **settings,
+    )  # fmt: skip
+    on_host = [x.cpu().numpy() for x in (data.images, data.labels, data.index, order[7:157])]
+    plain = {"padding": 4, "reflect": False, "flip": "random", "cutout": 0} | settings
+    expected, own = augment_numpy(*on_host, 3, 2**62 + 5, mean=mean.cpu().numpy(), std=std.cpu().numpy(), **plain)
+    assert torch.equal(batch.cpu(), torch.from_numpy(expected).to(dtype))
+    assert torch.equal(labels.cpu(), torch.from_numpy(own))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_captured_augmentation_replays_with_the_cursor_and_epoch_of_the_moment(betons):
+    data, _ = load_resident(betons / "train.beton", CUDA)
+    mean, std = (torch.tensor(values, device=CUDA) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    order = epoch_order(data.index, 0, 0)
+    cursor, epoch, seed = (torch.zeros((), dtype=torch.int64, device=CUDA) for _ in range(3))
+
+    def batch(cursor, epoch):
+        return kernels_augment(
+            data.images, data.labels, order, cursor, epoch, seed, batch_size=50, index=data.index, mean=mean, std=std, cutout=8
+        )
+
+    batch(cursor, epoch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        images, labels = batch(cursor, epoch)
+        cursor.add_(50)
+    for number in range(4):
+        graph.replay()
+        expected, own = batch(50 * number, 0)
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, own)
+    cursor.zero_()
+    epoch.fill_(9)
+    graph.replay()
+    assert torch.equal(images, batch(0, 9)[0])
+
+
+@pytest.mark.parametrize("arch", ["dropout_resnet24", "mish_se_resnet18"])
+def test_training_with_the_fused_augmentation_sees_pytorchs_pixels(betons, tmp_path, arch):
+    losses = []
+    for kernels in ("torch", "triton"):
+        folder = run(betons, tmp_path / kernels, "--arch", arch, "--epochs", "1", "--no-compile", "--kernels", kernels)
+        losses.append(folder.read_metrics()[0]["train_loss"])
+    assert abs(losses[0] - losses[1]) < 0.05
 
 
 @pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
