@@ -50,9 +50,8 @@ class Peer:
 def measure(name: str, folder: Path, batch_size: int, rounds: int, console: Console) -> dict[str, Any]:
     """Time one of `PIPELINES` against its peers, in turns, on the CPU; print and return the figures of each."""
     recipe = PIPELINES[name]
-    peers = peers_of(
-        recipe, folder, batch_size, images=20 * batch_size, slow_images=(8 if recipe.recolours else 20) * batch_size
-    )
+    many, few = (40, 8) if recipe.recolours else (80, 20)  # batches of a call: tenths of a second for the fast and the slow
+    peers = peers_of(recipe, folder, batch_size, images=many * batch_size, slow_images=few * batch_size)
     timings = interleaved({peer: entry.run for peer, entry in peers.items()}, rounds=rounds, warmup=2)
     each = Timings({peer: [s / peers[peer].images for s in seconds] for peer, seconds in timings.seconds.items()})
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from fastcifar.run_folder import environment_facts
 from fastcifar.state import build_state
 from fastcifar.step import EpochTally, StepSettings, TrainStep
 
-OURS, PLAIN = "fastcifar", "eager fp32 NCHW"
+OURS, TORCH, PLAIN = "fastcifar", "--kernels torch", "eager fp32 NCHW"
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def step_lines(step: dict[str, Any]) -> list[str]:
     for name, rate in step["images_per_second"].items():
         spread = f"(10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f}, {rate['rounds']} rounds)"
         lines.append(f"{name:>16}: {rate['median']:6,.0f} img/s {spread}")
-    speedup = step["speedup"]
-    lines.append(f"{'speed-up':>16}: {speedup['median']:.2f}x, 95 % interval {speedup['low']:.2f}-{speedup['high']:.2f}")
+    for name, key in (("speed-up", "speedup"), ("auto over torch", "speedup_of_auto_over_torch")):
+        ratio = step[key]
+        lines.append(f"{name:>16}: {ratio['median']:.2f}x, 95 % interval {ratio['low']:.2f}-{ratio['high']:.2f}")
     return lines
 
 
@@ -101,7 +102,11 @@ def training_step(options: Options, device: torch.device) -> dict[str, Any]:
 
     The plain peer gets its batch for nothing: a ready float32 tensor, no augmentation, so that only the step is compared.
     """
-    peers: dict[str, Callable[[], object]] = {OURS: our_step(options, device), PLAIN: plain_step(options, device)}
+    peers: dict[str, Callable[[], object]] = {
+        OURS: our_step(options, device, "auto"),
+        TORCH: our_step(options, device, "torch"),
+        PLAIN: plain_step(options, device),
+    }
     timings = interleaved(peers, rounds=options.rounds, warmup=2)
     speedup = timings.speedup(OURS, PLAIN)
     return {
@@ -109,16 +114,18 @@ def training_step(options: Options, device: torch.device) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "images_per_second": {name: timings.rate(name, options.batch_size) for name in peers},
         "speedup": vars(speedup),
+        "speedup_of_auto_over_torch": vars(timings.speedup(OURS, TORCH)),
         "seconds": timings.seconds,
     }
 
 
-def our_step(options: Options, device: torch.device) -> Callable[[], None]:
+def our_step(options: Options, device: torch.device, kernels: Literal["auto", "torch"]) -> Callable[[], None]:
     """A closure that runs one step of the real training path."""
-    recipe, run = reported(options.arch).recipe, RunOptions(data=options.data, max_parameters=0)
+    recipe, run = reported(options.arch).recipe, RunOptions(data=options.data, max_parameters=0, kernels=kernels)
     data = load_splits(options.data, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=0, verify=True)
     state = build_state(options.arch, recipe, run, data, device)
-    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, 0, choose_precision("auto", device), run.compile)
+    dtype = choose_precision("auto", device)
+    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, 0, dtype, run.compile, run.kernels)
     step = TrainStep(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings)
     positions = epoch_order(data.train.index, 0, 0)[: options.batch_size]
     plan = step.plan(0, 1, progress=0.0)

@@ -45,7 +45,7 @@ def test_the_pipeline_benchmark_writes_what_it_measured(betons, tmp_path):
     process = run_cli("bench/pipeline.py", "--data", betons, "--out", out, *small)
     assert process.returncode == 0, process.stderr
     results = json.loads(out.read_text())
-    assert set(results["step"]["images_per_second"]) == {"fastcifar", "eager fp32 NCHW"}
+    assert set(results["step"]["images_per_second"]) == {"fastcifar", "--kernels torch", "eager fp32 NCHW"}
     assert len(results["step"]["seconds"]["fastcifar"]) == 3
     assert results["step"]["speedup"]["low"] <= results["step"]["speedup"]["median"] <= results["step"]["speedup"]["high"]
     assert 0 < results["first_step"]["median"] < 60
