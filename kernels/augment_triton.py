@@ -52,22 +52,22 @@ def augment_kernel(
         own, _, _, _ = tl.philox(key, sample, nothing, nothing + FIRST_MIRROR, nothing)
         mirrored = (((own >> 31) + number) & 1) == 1
 
-    at = tl.arange(0, 4096)  # of 32 x 32 x 3, row by row; the last quarter is idle
-    inside = at < 3072
-    y, in_row = at // 96, at % 96
+    # What depends on the row alone or on the column alone is computed once for all elements of a thread that share it.
+    y, in_row = tl.arange(0, 32)[:, None], tl.arange(0, 128)[None, :]  # 96 bytes a row; the last quarter is idle
     x, channel = in_row // 3, in_row % 3
     row, column = y + down, tl.where(mirrored, 31 - x, x) + right
     if reflect:
         row, column = reflected(row), reflected(column)
-    there = inside & (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
-    level = tl.load(images + position * 3072 + (row * 96 + column * 3 + channel), mask=there, other=0).to(tl.float32)
+    row_there, column_there = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
+    source = images + position * 3072
+    level = tl.load(source + (row * 96 + (column * 3 + channel)), mask=row_there & column_there, other=0).to(tl.float32)
     value = (level - tl.load(offset + channel)) * tl.load(scale + channel)
     if cutout > 0:
         row_word, column_word, _, _ = tl.philox(key, sample, number, nothing + CUTOUT, nothing)
         top, left = (row_word >> 27).to(tl.int32) - cutout // 2, (column_word >> 27).to(tl.int32) - cutout // 2
-        cleared = (y >= top) & (y < top + cutout) & (x >= left) & (x < left + cutout)
+        cleared = ((y >= top) & (y < top + cutout)) & ((x >= left) & (x < left + cutout))
         value = tl.where(cleared, 0.0, value)
-    tl.store(out + b * 3072 + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + b * 3072 + (y * 96 + in_row), value.to(out.dtype.element_ty), mask=in_row < 96)
 
 
 def launch(
