@@ -15,7 +15,7 @@ CPU_OPTIONS ?= --epochs 4 --limit-train 8000 --limit-test 2000 --batch-size 64 -
 DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
 BIN := .venv/bin
 
-.PHONY: help setup data train test test-slow gpu-check augmentation-grid bench-pipeline lint format clean
+.PHONY: help setup data train test test-slow gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ gpu-check: setup  ## on a machine with CUDA: every test that needs one
 
 augmentation-grid: data  ## draw what training sees by ARCH's recipe into docs/augmentation-ARCH.png
 	@$(BIN)/python -m fastcifar.augmentation --arch $(ARCH) --out docs/augmentation-$(ARCH).png
+
+bench: data  ## speed and accuracy of every architecture, ladder and peers, with a report (BENCH='--seeds 0 1'): long, resumable
+	@$(BIN)/python bench/run.py $(BENCH)
+
+bench-quick: data  ## the same in small: a complete report within ten minutes on two CPU cores
+	@$(BIN)/python bench/run.py --quick $(BENCH)
 
 bench-pipeline: data  ## input pipelines, training step and time to the first step, measured on this machine
 	@$(BIN)/python bench/pipeline.py

@@ -127,7 +127,7 @@ def _fused(recipe: Augmentation, data: ResidentSet, batch_size: int) -> Callable
     return run
 
 
-class _Pictures(Dataset[tuple[Tensor, int]]):
+class Pictures(Dataset[tuple[Tensor, int]]):
     """What an ordinary script has: PIL images and a chain of transforms."""
 
     def __init__(self, data: ResidentSet, count: int, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -172,7 +172,7 @@ def _torchvision_loader(recipe: Augmentation, data: ResidentSet, batch_size: int
     before, after = transforms_of(recipe, v1)
     chain = v1.Compose([*before, v1.ToTensor(), v1.Normalize(CIFAR10_MEAN, CIFAR10_STD), *after])
     loader = DataLoader(
-        _Pictures(data, images, chain), batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True, drop_last=True
+        Pictures(data, images, chain), batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True, drop_last=True
     )
     return partial(_exhaust, loader)
 

@@ -90,6 +90,7 @@ class Peer:
     images_per_second: list[float] = field(default_factory=list)
     note: str = ""
     error: str | None = None
+    apart: bool = False  # timed in a process of its own: its rates are no rounds of ours
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Arm:
     name: str
     overrides: dict[str, Any]
     top1: list[float | None]
+    claim: str = ""  # what the report gives for it
 
 
 @dataclass(frozen=True)
