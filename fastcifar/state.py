@@ -53,6 +53,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         head_dropout=recipe.head_dropout,
         stochastic_depth=recipe.stochastic_depth,
         squeeze_excitation=recipe.squeeze_excitation,
+        kernels=run.kernels,
     )
     require_budget(arch, count_parameters(model), run.max_parameters)
     model = place(model, device)

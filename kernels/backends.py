@@ -9,7 +9,6 @@
 
 import json
 import os
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,8 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
 MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["CxHxW", ...] where it won}}
+# Read once, here, since the compiler cannot trace the reading of a file.
+WINS: dict[str, dict[str, list[str]]] = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -45,15 +46,8 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "trito
 
 def has_won(kernel: str, x: Tensor) -> bool:
     """Whether a committed measurement says that our kernel is the fastest for this shape on this device."""
-    return "x".join(map(str, x.shape[1:])) in _wins(torch.cuda.get_device_name(x.device)).get(kernel, ())
-
-
-@cache
-def _wins(device_name: str) -> dict[str, frozenset[str]]:
-    if not MEASURED.exists():
-        return {}
-    kernels = json.loads(MEASURED.read_text(encoding="utf-8")).get(device_name, {})
-    return {kernel: frozenset(shapes) for kernel, shapes in kernels.items()}
+    device_name = torch.cuda.get_device_properties(x.device).name
+    return "x".join(map(str, x.shape[1:])) in WINS.get(device_name, {}).get(kernel, ())
 
 
 def describe(x: Tensor) -> str:

@@ -18,6 +18,10 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 for name in ("CIFAR_DIR", "FASTCIFAR_TRACEBACK"):
     os.environ.pop(name, None)
 
+# Without a GPU, Triton's kernels run under its interpreter, which must be chosen before the first import of Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples every time; no deadline, since other work may share the machine.
 hypothesis.settings.register_profile("fastcifar", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fastcifar")

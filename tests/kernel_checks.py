@@ -1,5 +1,10 @@
 """What "correct" means for a kernel: measured against float64, its error is at most twice eager PyTorch's own."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -9,8 +14,8 @@ FLOOR = 4.0  # units in the last place, at the size of the largest value, that a
 
 def error(result: Tensor, exact: Tensor) -> float:
     """|result - exact| / |exact| in the Euclidean norm, computed in float64; NaN never passes."""
-    size = torch.linalg.vector_norm(exact.double())
-    return float(torch.linalg.vector_norm(result.double() - exact.double()) / size.clamp(min=1e-300))
+    size = torch.linalg.vector_norm(exact.detach().double())
+    return float(torch.linalg.vector_norm(result.detach().double() - exact.detach().double()) / size.clamp(min=1e-300))
 
 
 def assert_as_exact_as_eager(result: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
@@ -19,4 +24,44 @@ def assert_as_exact_as_eager(result: Tensor, eager: Tensor, exact: Tensor, what:
     assert result.dtype == eager.dtype, f"{what}: {result.dtype}, expected {eager.dtype}"
     ours, theirs = error(result, exact), error(eager, exact)
     floor = FLOOR * torch.finfo(result.dtype).eps / 2
-    assert ours <= max(SLACK * theirs, floor), f"{what}: error {ours:.3g} against float64, eager's is {theirs:.3g}"
+    allowed = max(SLACK * theirs, floor) if isfinite(theirs) else floor  # eager's own float16 may overflow: no excuse
+    assert ours <= allowed, f"{what}: error {ours:.3g} against float64, eager's is {theirs:.3g}"
+
+
+def assert_gradients_as_exact_as_eager(
+    ours: Callable[..., Tensor], eager: Callable[..., Tensor], *draws: Sequence[Tensor | None]
+) -> None:
+    """The same for a function's result and for the gradient of each input, all of them at once.
+
+    draws: one or more lists of inputs, which both functions take as they stand; the exact one is eager's function of their
+    float64 copies. Errors are pooled over draws: where a gradient is a few numbers, one draw's ratio of errors is luck.
+    """
+    generator = torch.Generator().manual_seed(1)
+    pools: dict[str, list[list[Tensor]]] = {}
+    for inputs in draws:
+        mine, theirs = ([None if t is None else t.detach().clone().requires_grad_() for t in inputs] for _ in range(2))
+        exact = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+        results = [ours(*mine), eager(*theirs), eager(*exact)]
+        gradient = torch.randn(results[1].shape, generator=generator).to(results[1])
+        for result in results:
+            result.backward(gradient.to(result.dtype))
+        pools.setdefault("result", []).append([result.detach() for result in results])
+        for number, leaves in enumerate(zip(mine, theirs, exact, strict=True)):
+            if leaves[0] is not None:
+                pools.setdefault(f"gradient of input {number}", []).append([leaf.grad for leaf in leaves])
+    for what, triples in pools.items():
+        assert_as_exact_as_eager(*(torch.stack(tensors) for tensors in zip(*triples, strict=True)), what)
+
+
+@contextmanager
+def poisoned_buffers() -> Iterator[None]:
+    """Within, what `torch.empty` and `torch.empty_like` give holds NaN: a kernel that leaves a place unwritten shows it."""
+
+    def poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: poison(create(*args, **kwargs))
+
+    def poison(x: Tensor) -> Tensor:
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    with mock.patch("torch.empty", poisoned(torch.empty)), mock.patch("torch.empty_like", poisoned(torch.empty_like)):
+        yield

@@ -6,12 +6,14 @@ Parameter counts are exact and tested: a row that misses its count is a differen
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
 
 from fastcifar.errors import InputError, unknown
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from fastcifar.models.layers import Kernels
 from fastcifar.models.resnet import ResNet
 
 BUDGET = 5_000_000  # trainable parameters a report was allowed
@@ -75,14 +77,19 @@ def build_model(
     head_dropout: float = 0.0,
     stochastic_depth: float = 0.0,
     squeeze_excitation: bool = True,
+    kernels: Kernels = "auto",
 ) -> ResNet:
     """Build an architecture by name; input [N, 3, 32, 32], output logits [N, num_classes].
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch; block l of L drops with p l / L. squeeze_excitation: False leaves it out, for
-    ablations. The three probabilities change neither parameters nor `state_dict` names.
+    ablations. kernels: who computes what stands between convolutions: torch, triton, auto (triton where a measurement on this
+    device says it is faster) or fusable (our algebra in PyTorch operations). The probabilities and `kernels` change neither
+    parameters nor `state_dict` names.
     """
     row = architecture(name)
+    if kernels not in get_args(Kernels):
+        raise unknown("kernels", kernels, get_args(Kernels))
     return ResNet(
         widths=row.widths,
         blocks=row.blocks,
@@ -95,6 +102,7 @@ def build_model(
         block_dropout=block_dropout,
         head_dropout=head_dropout,
         stochastic_depth=stochastic_depth,
+        kernels=kernels,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastcifar.models.layers import SqueezeExcitation, StochasticDepth, conv, dropout
+from fastcifar.models.layers import Kernels, SqueezeExcitation, StochasticDepth, conv, dropout, idle, norm_act
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class BlockSpec:
     se_reduction: int  # 0: no squeeze-excitation
     dropout: float
     drop_path: float  # stochastic depth: probability of dropping this block's branch
+    kernels: Kernels = "torch"  # who computes BN, squeeze-excitation, sum and activation
 
     @property
     def changes_shape(self) -> bool:
@@ -42,10 +43,14 @@ class BasicBlock(nn.Module):
         self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
         self.shortcut = _shortcut(spec)
         self.act2 = spec.activation()
+        self.kernels = spec.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.dropout1(self.act1(self.bn1(self.conv1(x))))
-        branch = self.se(self.dropout2(self.bn2(self.conv2(branch))))
+        branch = self.dropout1(norm_act(self.conv1(x), self.bn1, self.act1, self.kernels))
+        branch = self.conv2(branch)
+        if idle(self.dropout2, self.drop_path):  # nothing random stands between BN and the sum
+            return norm_act(branch, self.bn2, self.act2, self.kernels, se=self.se, shortcut=self.shortcut(x))
+        branch = self.se(self.dropout2(self.bn2(branch)))
         return self.act2(self.shortcut(x) + self.drop_path(branch))
 
 
@@ -68,15 +73,19 @@ class PreActivationBlock(nn.Module):
         self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
         self.shortcut = _shortcut(spec)
         self.projects = spec.changes_shape
+        self.kernels = spec.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.act1(self.bn1(x))
-        branch = self.conv2(self.dropout(self.act2(self.bn2(self.conv1(activated)))))
+        activated = norm_act(x, self.bn1, self.act1, self.kernels)
+        branch = norm_act(self.conv1(activated), self.bn2, self.act2, self.kernels)
+        branch = self.conv2(self.dropout(branch))
         return self.shortcut(activated if self.projects else x) + self.drop_path(self.se(branch))
 
 
 def _squeeze_excitation(spec: BlockSpec) -> nn.Module:
-    return SqueezeExcitation(spec.outputs, spec.se_reduction, spec.activation) if spec.se_reduction else nn.Identity()
+    if not spec.se_reduction:
+        return nn.Identity()
+    return SqueezeExcitation(spec.outputs, spec.se_reduction, spec.activation, spec.kernels)
 
 
 def _shortcut(spec: BlockSpec) -> nn.Module:

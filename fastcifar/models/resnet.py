@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
-from fastcifar.models.layers import conv, dropout
+from fastcifar.models.layers import Kernels, conv, dropout, norm_act
 
 
 class ResNet(nn.Module):
@@ -25,11 +25,12 @@ class ResNet(nn.Module):
         block_dropout: float,
         head_dropout: float,
         stochastic_depth: float,
+        kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
-        pre_activation = (
-            block is PreActivationBlock
-        )  # then the blocks begin with BN and activation, and the trunk ends with them
+        self.kernels = kernels
+        # Then the blocks begin with BN and activation, and the trunk ends with them.
+        pre_activation = block is PreActivationBlock
         self.stem = nn.Sequential(conv(3, widths[0], 3))
         if not pre_activation:
             self.stem.extend([nn.BatchNorm2d(widths[0]), activation()])
@@ -49,6 +50,7 @@ class ResNet(nn.Module):
                     se_reduction=se_reduction if number in se_stages else 0,
                     dropout=block_dropout,
                     drop_path=stochastic_depth * depth / total,
+                    kernels=kernels,
                 )
                 stage.append(block(spec))
                 inputs = width
@@ -60,10 +62,14 @@ class ResNet(nn.Module):
         self._initialise()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images)
+        x = self.stem[0](images)
+        if len(self.stem) > 1:
+            x = norm_act(x, self.stem[1], self.stem[2], self.kernels)
         for stage in self.stages:
             x = stage(x)
-        pooled = self.tail(x).mean(dim=(2, 3))  # [N, C]
+        if isinstance(self.tail, nn.Sequential):
+            x = norm_act(x, self.tail[0], self.tail[1], self.kernels)
+        pooled = x.mean(dim=(2, 3))  # [N, C]
         return self.classifier(self.dropout(pooled))
 
     def _initialise(self) -> None:

@@ -1,0 +1,62 @@
+"""What the compiler makes of every Triton kernel for sm_90: no spill, no more registers or instructions than its row allows."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from kernels.inspect import SASS_LINE, Report, table
+from tests.conftest import run_cli
+
+COMPILING = {"TRITON_INTERPRET": "0"}
+
+GOOD = Report("k", "bf16", 32, 0, 0, 100, 12.5, "SASS", registers_ceiling=32, per_element_ceiling=12.5)
+
+
+def test_every_kernel_keeps_its_ceilings():
+    process = run_cli("-m", "kernels.inspect", "--json", env=COMPILING)
+    reports = [Report(**fields) for fields in json.loads(process.stdout)]
+    assert {report.name.split()[0] for report in reports} >= {"mish", "squeeze_excite", "augment"}
+    assert [report for report in reports if report.regressed] == []
+    assert process.returncode == 0, process.stderr
+    for report in reports:
+        assert report.spilled_bytes == 0
+        assert 8 <= report.registers <= 255
+        assert report.instructions > 30
+        assert report.per_element > 0
+
+
+def test_the_table_is_readable():
+    process = run_cli("-m", "kernels.inspect", "--only", "mish forward", env=COMPILING)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"^mish forward +bf16 +\d+ \(\d+\) +0 ", process.stdout, re.MULTILINE), process.stdout
+    assert "squeeze" not in process.stdout
+
+
+def test_under_the_interpreter_nothing_can_be_compiled():
+    process = run_cli("-m", "kernels.inspect", env={"TRITON_INTERPRET": "1"})
+    assert process.returncode == 1
+    assert process.stderr == "error: TRITON_INTERPRET=1 leaves no kernel to compile: unset it\n"
+
+
+@pytest.mark.parametrize("change", [{"registers": 33}, {"spilled_bytes": 4}, {"per_element": 12.6}])
+def test_a_regression_is_seen(change):
+    assert not GOOD.regressed
+    assert replace(GOOD, **change).regressed
+    assert table([replace(GOOD, **change)]).rows[0].style == "red"
+
+
+def test_counts_in_ptx_are_not_held_against_ceilings_in_sass():
+    assert not replace(GOOD, counted="PTX", per_element=20.0).regressed
+
+
+def test_lines_of_machine_code():
+    text = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                       /* 0x00000a00ff017b82 */
+                                                                                /* 0x000e220000000800 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;             /* 0x0000000402048981 */
+        /*0020*/             @UP1 ULDC.64 UR4, c[0x0][0x208] ;                  /* 0x0000820000047ab9 */
+        /*0030*/                   NOP;                                         /* 0x0000000000007918 */
+    """
+    assert SASS_LINE.findall(text) == ["LDC", "LDG.E.128", "ULDC.64", "NOP"]

@@ -1,0 +1,161 @@
+"""`build_model(kernels=...)`: the same parameters, logits, gradients and statistics, whoever computes them."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from fastcifar.errors import InputError
+from fastcifar.models import ARCHITECTURES, build_model
+from fastcifar.models import layers as model_layers
+from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
+from fastcifar.models.resnet import ResNet
+from kernels import backends, residual_tail_ops
+
+KINDS = ["torch", "triton", "fusable"]
+BLOCKS = [BasicBlock, PreActivationBlock]
+
+
+def small(block, kernels="torch", activation=nn.Mish, **probabilities):
+    """Two stages of one block each, of 4 and 6 channels, squeeze-excitation in the second."""
+    torch.manual_seed(0)
+    zero = {"block_dropout": 0.0, "head_dropout": 0.0, "stochastic_depth": 0.0}
+    return ResNet(
+        widths=(4, 6), blocks=(1, 1), block=block, shortcut="conv1x1_bn" if block is BasicBlock else "conv1x1",
+        activation=activation, se_stages=(2,), se_reduction=3, num_classes=3, kernels=kernels, **(zero | probabilities),
+    )  # fmt: skip
+
+
+def step(model, autocast=None, dtype=torch.float32):
+    """Logits, gradients and buffers after one batch of two 6x6 images."""
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, 6, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        logits = model(images)
+    logits.float().square().sum().backward()
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return {"logits": logits.detach(), **gradients, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_choice_changes_neither_parameters_nor_names(name):
+    states = []
+    for kernels in [*KINDS, "auto"]:
+        torch.manual_seed(0)
+        states.append(build_model(name, kernels=kernels).state_dict())
+    for state in states[1:]:
+        assert list(state) == list(states[0])
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Mish])
+@pytest.mark.parametrize("kernels", KINDS[1:])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_training_step_and_evaluation_are_the_same(block, kernels, activation):
+    ours, theirs = small(block, kernels, activation), small(block, "torch", activation)
+    for _ in range(2):
+        assert_same(step(ours), step(theirs), rtol=1e-4, atol=1e-5)
+    assert all(count == 2 for name, count in ours.named_buffers() if name.endswith("num_batches_tracked"))
+    assert_same(step(ours.eval()), step(theirs.eval()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
+    calls = []
+    original = residual_tail_ops.tail
+    monkeypatch.setattr(
+        residual_tail_ops, "tail", lambda tensors, settings: calls.append(settings) or original(tensors, settings)
+    )
+    for training in (True, False):
+        for probabilities in ({}, {"block_dropout": 0.5}, {"stochastic_depth": 0.5}):
+            ours, theirs = (small(block, kernels, **probabilities).train(training) for kernels in ("triton", "torch"))
+            calls.clear()
+            assert_same(step(ours), step(theirs), rtol=1e-4, atol=1e-5)  # drawing the same random numbers
+            between = block is BasicBlock and training and probabilities  # BN and the sum of both blocks
+            assert len(calls) == (3 if between else 5), probabilities
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_on_a_cpu_auto_is_torch_to_the_bit(block):
+    ours, theirs = step(small(block, "auto")), step(small(block, "torch"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_torch_path_is_the_modules_one_after_the_other(block):
+    """What a run computed before there were kernels, to the bit."""
+    model = small(block)
+    peer = deepcopy(model)
+
+    def basic(self, x):
+        branch = self.dropout1(self.act1(self.bn1(self.conv1(x))))
+        branch = self.se(self.dropout2(self.bn2(self.conv2(branch))))
+        return self.act2(self.shortcut(x) + self.drop_path(branch))
+
+    def pre_activation(self, x):
+        activated = self.act1(self.bn1(x))
+        branch = self.conv2(self.dropout(self.act2(self.bn2(self.conv1(activated)))))
+        return self.shortcut(activated if self.projects else x) + self.drop_path(self.se(branch))
+
+    def network(images):
+        x = peer.stem(images)
+        for stage in peer.stages:
+            for layer in stage:
+                x = (basic if block is BasicBlock else pre_activation)(layer, x)
+        return peer.classifier(peer.dropout(peer.tail(x).mean(dim=(2, 3))))
+
+    peer.forward = network
+    for _ in range(2):
+        ours, theirs = step(model), step(peer)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kernels", KINDS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_compiles_into_one_graph_under_autocast(block, kernels):
+    model = small(block, kernels)
+    compiled = deepcopy(model)
+    torch._dynamo.reset()
+    compiled.forward = torch.compile(compiled.forward, fullgraph=True, backend="aot_eager")
+    assert_same(step(compiled, torch.bfloat16), step(model, torch.bfloat16), rtol=0.05, atol=0.05)
+
+
+def test_auto_takes_what_was_measured_to_be_faster(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        model_layers, "resolve", lambda kernel, choice, x: asked.append((kernel, choice, x.shape[1:])) or "torch"
+    )
+    small(BasicBlock, "auto", nn.ReLU)(torch.randn(2, 3, 6, 6))
+    assert [kernel for kernel, _, _ in asked] == [
+        "residual_tail/relu", "residual_tail/relu", "residual_tail/shortcut+relu",
+        "residual_tail/relu", "residual_tail/shortcut+se+relu", "squeeze_excite",
+    ]  # fmt: skip
+    assert {choice for _, choice, _ in asked} == {"auto"}
+    assert asked[-1][2] == (6, 3, 3)
+
+
+def test_an_activation_no_kernel_knows_is_left_to_the_modules():
+    spec = BlockSpec(4, 4, 1, "conv1x1", nn.GELU, 0, 0.0, 0.0, kernels="triton")
+    x = torch.randn(2, 4, 3, 3)
+    torch.manual_seed(0)
+    ours = BasicBlock(spec)
+    assert torch.equal(ours(x), nn.functional.gelu(ours.bn2(ours.conv2(nn.functional.gelu(ours.bn1(ours.conv1(x))))) + x))
+
+
+def test_an_unknown_choice_is_a_users_error():
+    with pytest.raises(InputError, match=r"kernels.*trition.*triton"):
+        build_model("se_resnet18", kernels="trition")
+
+
+def test_triton_on_a_cpu_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="triton needs a CUDA tensor"):
+        small(BasicBlock, "triton")(torch.randn(2, 3, 6, 6))
