@@ -18,9 +18,19 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
 MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["CxHxW", ...] where it won}}
-# Read once, here, since the compiler cannot trace the reading of a file.
-WINS: dict[str, dict[str, list[str]]] = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_wins(path: Path) -> dict[str, dict[str, list[list[int]]]]:
+    """{device name: {kernel: [[C, H, W], ...]}}; nothing where nothing was measured."""
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {
+        device: {kernel: [[int(side) for side in shape.split("x")] for shape in shapes] for kernel, shapes in kernels.items()}
+        for device, kernels in measured.items()
+    }
+
+
+WINS = read_wins(MEASURED)  # once, here: the compiler cannot trace the reading of a file
 
 
 def interpreting() -> bool:
@@ -47,7 +57,7 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "trito
 def has_won(kernel: str, x: Tensor) -> bool:
     """Whether a committed measurement says that our kernel is the fastest for this shape on this device."""
     device_name = torch.cuda.get_device_properties(x.device).name
-    return "x".join(map(str, x.shape[1:])) in WINS.get(device_name, {}).get(kernel, ())
+    return list(x.shape[1:]) in WINS.get(device_name, {}).get(kernel, ())
 
 
 def describe(x: Tensor) -> str:

@@ -183,6 +183,16 @@ def test_it_compiles_into_one_graph(backend):
     torch.testing.assert_close(*map(list, gradients))
 
 
+def test_the_default_compiler_keeps_result_and_layout():
+    arguments = [t.requires_grad_() for t in inputs(2, 5, 3, 4, 2)]
+    y = torch.compile(lambda *a: 2 * call(triton_se)(*a), fullgraph=True)(*arguments)
+    expected = 2 * call(reference.squeeze_excite)(*arguments)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride()
+    gradients = (torch.autograd.grad(t.sum(), arguments) for t in (y, expected))
+    torch.testing.assert_close(*map(list, gradients))
+
+
 @pytest.mark.parametrize("activation", ["relu", "mish"])
 def test_the_formulas_of_the_gradient(activation):
     arguments = [t.double().requires_grad_() for t in inputs(2, 5, 3, 4, 3)]  # float64: the CPU's own implementation

@@ -1,0 +1,210 @@
+"""The latency benchmark without a GPU: what is refused, when a win is claimed, what is recorded. Its stopwatch is told."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import kernel_latency
+from bench.kernel_latency import Options, cpu_part, latency_table, record
+from bench.kernel_rows import KERNELS, KernelRow
+from bench.kernel_timing import Measurement, disagreement, input_sets, measure, shape_name
+from fastcifar.errors import InputError
+from kernels import backends, reference
+from tests.conftest import assert_user_error, run_cli
+
+CPU = torch.device("cpu")
+SHAPE = (8, 4, 4)
+
+
+class Told:
+    """A stopwatch that runs everything and says what it was told a replay takes; every round a little more."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.per_call, self.calls, self.replays = seconds, {}, []
+
+    def prepare(self, name, calls):
+        self.calls[name] = len(calls)
+        return lambda: [call() for call in calls]
+
+    def seconds(self, name, replay):
+        replay()
+        self.replays.append(name)
+        drift = 1 + 0.0001 * len(self.replays) / len(self.calls)
+        return self.per_call[name] * self.calls[name] * drift
+
+    def peak_memory(self, call):
+        return 1_000_000
+
+    def launches(self, call):
+        return None
+
+
+@pytest.fixture(autouse=True)
+def few_sets(monkeypatch):
+    monkeypatch.setattr("bench.kernel_timing.COLD_BYTES", 3e4)
+
+
+def measured(name="mish", ours=None, seconds=None):
+    row = KERNELS[name]
+    peers = {"eager": row.eager, "compiled": row.eager, "ours": ours or row.eager}
+    stopwatch = Told(seconds or {"eager": 8e-6, "compiled": 4e-6, "ours": 2e-6, "copy": 1e-6})
+    settings = {"batch": 2, "dtype": torch.float32, "device": CPU, "rounds": 30}
+    return measure(row, SHAPE, peers, stopwatch, **settings), stopwatch
+
+
+def test_each_direction_is_timed_cold_and_hot_with_all_peers_in_turns():
+    results, stopwatch = measured()
+    assert [(each.direction, each.cache) for each in results] == [
+        ("forward", "cold"), ("forward", "hot"), ("forward+backward", "cold"), ("forward+backward", "hot"),
+    ]  # fmt: skip
+    for each in results:
+        assert {name: len(seconds) for name, seconds in each.seconds.items()} == {"eager": 30, "compiled": 30, "ours": 30}
+        assert each.best_peer == "compiled"
+        assert each.speedup.median == pytest.approx(2, rel=0.01)
+        assert each.won
+    assert len(stopwatch.replays) == 4 * 32 * 4  # states, rounds, forms and the copy
+    assert len(set(map(tuple, zip(*[iter(stopwatch.replays)] * 4, strict=True)))) > 1  # in changing order
+    # Mish forward moves 2 maps in 2 us, with its backward pass 5; the copy 2 maps in 1 us.
+    assert [each.share_of_copy for each in results] == pytest.approx([0.5, 0.5, 1.25, 1.25], rel=0.01)
+    json.dumps([each.to_json() for each in results], allow_nan=False)
+
+
+def test_inputs_rotate_over_more_than_the_cache_holds():
+    sets = input_sets(KERNELS["squeeze_excite"], SHAPE, 2, torch.float32, CPU)
+    assert sum(x.numel() * 4 for (x, *_), _ in sets) > 3e4
+    assert len({x.data_ptr() for (x, *_), _ in sets}) == len(sets)
+    assert not torch.equal(sets[0][0][0], sets[1][0][0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda x: 1.001 * reference.mish(x), "result: error 0.001 against float64"),
+        (lambda x: reference.mish(x).detach() + 0 * x, "gradient 1: error 1 against float64"),
+        (lambda x: reference.mish(x) * torch.nan, "result: error nan against float64"),
+        (lambda x: reference.mish(x.double()), "in torch.float64, eager's is"),
+        (lambda x: torch.ops.no.kernel(x), "AttributeError: "),
+    ],
+)
+def test_a_wrong_kernel_is_not_timed_and_the_others_are(wrong, reason):
+    results, stopwatch = measured(ours=wrong)
+    assert "ours" not in stopwatch.replays
+    for each in results:
+        assert reason in each.refused["ours"]
+        assert set(each.seconds) == {"eager", "compiled"}
+        assert each.speedup is None
+        assert not each.won
+    assert latency_table(results).row_count == 4
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_row_agrees_with_itself_and_with_the_triton_kernel(name):
+    row = KERNELS[name]
+    assert row.shapes
+    inputs, gradient = input_sets(row, SHAPE, 2, torch.float32, CPU)[0]
+    forms = [row.eager, row.ours] + ([row.same_algebra] if row.same_algebra is not None else [])
+    assert [disagreement(form, row.eager, inputs, gradient) for form in forms] == [None] * len(forms)
+
+
+def test_a_win_needs_an_interval_that_excludes_one_against_every_peer():
+    results, _ = measured(seconds={"eager": 2e-6, "compiled": 9e-6, "ours": 2e-6, "copy": 1e-6})
+    assert not any(each.won for each in results)
+    noisy = replace(results[0], seconds={"eager": [2.0, 0.5] * 20, "ours": [1.0] * 40})
+    assert not noisy.won
+    clear = replace(noisy, seconds={"eager": [2.0] * 40, "ours": [1.0] * 40})
+    assert clear.won
+    assert not replace(clear, refused={"compiled": "did not run"}).won
+    assert not replace(clear, seconds={"ours": [1.0] * 40, "compiled": [9.0] * 40}).won  # no eager: nothing to be sure with
+
+
+def test_the_table_shows_both_times_and_the_ratio_with_its_interval():
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(latency_table(measured()[0]))
+    line = next(line for line in captured.get().splitlines() if "forward+backward cold" in line)
+    assert line.split()[:5] == ["mish", "8x4x4", "forward+backward", "cold", "2.0"]
+    assert "compiled 4." in line
+    assert "2.00x [2.00, 2.00]" in line
+    assert "125%" in line or "124%" in line
+
+
+def test_only_maps_that_won_cold_in_both_directions_are_recorded_and_the_rest_stays(tmp_path):
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({"H100": {"mish": ["1x1x1"]}, "H200": {"mish": ["8x4x4", "9x9x9"], "other": ["2x2x2"]}}))
+    won, _ = measured()
+    lost = [replace(each, shape="7x7x7") for each in won]
+    lost[2] = replace(lost[2], seconds=lost[2].seconds | {"ours": lost[2].seconds["eager"]})
+    hot_lost = [replace(each, shape="6x6x6") for each in won]
+    hot_lost[3] = replace(hot_lost[3], seconds=hot_lost[3].seconds | {"ours": hot_lost[3].seconds["eager"]})
+    record(path, "H200", [*won, *lost, *hot_lost])
+    expected = {"H100": {"mish": ["1x1x1"]}, "H200": {"mish": ["6x6x6", "8x4x4", "9x9x9"], "other": ["2x2x2"]}}
+    assert json.loads(path.read_text()) == expected
+    record(path, "H200", [replace(each, shape="9x9x9") for each in lost])
+    assert json.loads(path.read_text())["H200"]["mish"] == ["6x6x6", "8x4x4"]
+
+
+def test_what_is_recorded_is_what_auto_reads(tmp_path, monkeypatch):
+    record(tmp_path / "measured.json", "H200", measured()[0])
+    monkeypatch.setattr(backends, "WINS", backends.read_wins(tmp_path / "measured.json"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200"))
+    assert backends.has_won("mish", torch.empty(512, *SHAPE))
+    assert not backends.has_won("mish", torch.empty(512, 8, 4, 5))
+    assert not backends.has_won("squeeze_excite", torch.empty(512, *SHAPE))
+
+
+def test_the_cpu_part_times_the_augmentation_only_where_its_pixels_are_numpys(betons, monkeypatch):
+    monkeypatch.setattr(kernel_latency, "CHECKED", 100)
+    monkeypatch.setattr(kernel_latency, "pipeline", lambda name, folder, batch_size, rounds, console: {"rounds": rounds})
+    options, console = Options(rounds=31, data=betons), Console(quiet=True)
+    assert cpu_part(options, console) == {name: {"rounds": 31} for name in kernel_latency.CPU_PIPELINES}
+    right = kernel_latency.augment
+    monkeypatch.setattr(kernel_latency, "augment", lambda *arguments, **named: (right(*arguments, **named)[0].flip(3), None))
+    with pytest.raises(InputError, match="not timed"):
+        cpu_part(options, console)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernel_latency, "cpu_part", lambda options, console: {"measured": True})
+    monkeypatch.setattr(sys, "argv", ["kernel_latency.py", "--out", str(tmp_path / "out.json")])
+    kernel_latency.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "no CUDA device: the Triton kernels are not timed, what runs on the CPU follows"
+    ]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["cpu"] == {"measured": True}
+    assert results["versions"]["triton"]
+
+
+def test_bad_options_are_named(monkeypatch):
+    with pytest.raises(InputError, match="rounds must be at least 30, got 3"):
+        Options(rounds=3)
+    with pytest.raises(InputError, match="unknown kernel 'mesh': did you mean mish"):
+        Options(kernels=("mesh",))
+    with pytest.raises(InputError, match="unknown map '31x32x32'"):
+        Options(shapes=("31x32x32",))
+    with pytest.raises(InputError, match="record writes what training on a CUDA device uses"):
+        Options(record=True, dtype="fp32")
+    assert_user_error(run_cli("bench/kernel_latency.py", "--batch-size", "0"), "batch_size must be at least 1, got 0")
+
+
+def test_the_gpus_part_goes_through_every_map(monkeypatch):
+    row = KernelRow("mish", ((8, 4, 4), (4, 2, 2)), KERNELS["mish"].inputs, lambda x: 2 * x, reference.mish, 2, 3)
+    stopwatch = Told({"eager": 8e-6, "ours": 2e-6, "copy": 1e-6})
+    monkeypatch.setattr(kernel_latency, "KERNELS", {"mish": row})
+    monkeypatch.setattr(kernel_latency, "CudaStopwatch", lambda: stopwatch)
+    monkeypatch.setattr(kernel_latency, "peers_of", lambda row: {"eager": row.eager, "ours": row.ours})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    lines = []
+    console = SimpleNamespace(print=lambda text, **style: lines.append(text))
+    options = SimpleNamespace(kernels=("mish",), shapes=(), batch_size=2, dtype="fp32", rounds=30)
+    results = kernel_latency.gpu_part(options, CPU, console)
+    assert all(isinstance(each, Measurement) for each in results)
+    assert [shape_name(shape) for shape in row.shapes] == [line.split()[1].rstrip(":") for line in lines[:2]]
+    assert "ours is not timed: result: error" in lines[0]
+    assert lines[2].row_count == 8
