@@ -101,10 +101,10 @@ def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, backend: Bac
     epoch = iter(range(1_000_000))
 
     def run() -> None:
-        number = next(epoch)
+        number, batch = next(epoch), None
         order, drawn = epoch_order(data.index, 0, number), draw(recipe, data.index, 0, number)
         for positions in order.split(batch_size):
-            augment(recipe, data.images, positions, drawn, mean, std, backend)
+            batch = augment(recipe, data.images, positions, drawn, mean, std, backend, batch)
 
     return run
 
@@ -115,13 +115,13 @@ def _fused(recipe: Augmentation, data: ResidentSet, batch_size: int) -> Callable
     epoch = iter(range(1_000_000))
 
     def run() -> None:
-        number = next(epoch)
+        number, batch = next(epoch), None
         order = epoch_order(data.index, 0, number)
-        for cursor in range(0, len(order), batch_size):
-            kernels_augment(
-                data.images, data.labels, order, cursor, number, 0, batch_size=min(batch_size, len(order) - cursor),
-                index=data.index, mean=mean, std=std, padding=recipe.crop_padding, flip=recipe.flip,
-                reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
+        for cursor in range(0, len(order) - batch_size + 1, batch_size):
+            batch = kernels_augment(
+                data.images, data.labels, order, cursor, number, 0, batch_size=batch_size, index=data.index, mean=mean, std=std,
+                padding=recipe.crop_padding, flip=recipe.flip, reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
+                out=batch,
             )  # fmt: skip
 
     return run

@@ -69,6 +69,7 @@ class TrainStep:
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
         self._seed, self._start = (torch.tensor(value, device=mean.device) for value in (settings.seed, 0))
+        self._last_images: Tensor | None = None
         self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
@@ -120,7 +121,11 @@ class TrainStep:
                 backend="triton",
             )  # fmt: skip
         else:
-            images = augment(settings, data.images, positions, plan.draws, self.mean, self.std, self.augments_by)
+            images = augment(
+                settings, data.images, positions, plan.draws, self.mean, self.std, self.augments_by, self._last_images
+            )
+            if self.augments_by == "numba":
+                self._last_images = images  # nothing needs it after this step: its memory serves the next
             labels = data.labels[positions]
         if self.augmentation.mixes:
             images = mix(images, blend, box)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import philox as keyed
-from kernels.augment import _augment, augment
+from kernels.augment import _augment, _augment_into, augment
 from kernels.augment_reference import augment_numpy
 
 N = 40
@@ -90,6 +90,20 @@ def test_every_value_of_the_output_is_written(monkeypatch):
         assert (labels >= 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_an_earlier_batch_can_be_overwritten(backend):
+    old = run(backend, batch_size=3, cutout=8)
+    memory = old[0].data_ptr()
+    new = run(backend, batch_size=3, cutout=8, cursor=20, out=old)
+    expected = run(backend, batch_size=3, cutout=8, cursor=20)
+    assert new[0].data_ptr() == memory
+    for ours, theirs in zip(new, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for batch, labels in ((old[0][:2], old[1]), (old[0].contiguous(), old[1]), (old[0].double(), old[1]), (old[0], old[1][:2])):
+        with pytest.raises(ValueError, match=r"out must be \[3, 3, 32, 32\] float32 channels_last on cpu and \[3\] int64"):
+            run(backend, batch_size=3, out=(batch, labels))
+
+
 def test_numbas_philox_is_philox():
     from kernels.augment_numba import philox, u64
 
@@ -104,6 +118,7 @@ def test_the_operator_keeps_the_compilers_contract():
         8, 4, False, 1, 8, torch.float32, "numba",
     )  # fmt: skip
     torch.library.opcheck(_augment, arguments)
+    torch.library.opcheck(_augment_into, (*arguments[:9], *_augment(*arguments), *arguments[10:14], "numba"))
 
     def step(cursor):
         batch, labels = run("numba", cursor=cursor, cutout=8)

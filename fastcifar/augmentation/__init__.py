@@ -117,15 +117,17 @@ def augment(
     mean: Tensor,
     std: Tensor,
     backend: Backend = "torch",
+    reuse: Tensor | None = None,
 ) -> Tensor:
     """Return the augmented, normalised float32 batch [B, 3, 32, 32] channels_last of the samples at `positions` [B].
 
     images: [N, 32, 32, 3] uint8, the resident set. drawn: parameters of its N samples. mean, std: [3] float32 in 0..1.
+    reuse: an earlier batch of the same size whose memory the Numba form may overwrite.
     """
     if backend == "numba" and numba_serves(settings, images.device):
         from fastcifar.augmentation.compiled import augment_compiled  # here, since only a CPU's training needs Numba
 
-        return augment_compiled(settings, images, positions, drawn, mean, std)
+        return augment_compiled(settings, images, positions, drawn, mean, std, reuse)
     batch = drawn.at(positions)
     pixels = crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, reflect=settings.crop_mode == "reflect")
     if settings.recolours:

@@ -23,11 +23,11 @@ NOTHING: dict[str, compiled.Array] = {
 
 
 def augment_compiled(
-    settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor
+    settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor, reuse: Tensor | None
 ) -> Tensor:
     """`augment` for CPU tensors: the same pixels, bit for bit."""
     count = len(positions)
-    out = torch.empty(count, SIDE, SIDE, 3)
+    out = torch.empty(count, SIDE, SIDE, 3) if reuse is None or len(reuse) != count else reuse.permute(0, 2, 3, 1)
     table = _table(tuple(mean.tolist()), tuple(std.tolist()))
     moves, rotations = NOTHING["moves"], NOTHING["rotations"]
     if drawn.operations is not None and drawn.magnitudes is not None:
