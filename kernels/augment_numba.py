@@ -360,9 +360,9 @@ def apply_operation(x, operation, magnitude, matrix, spare):
 @njit(**KEPT)
 def recipe_batch(
     first, last, images, positions, down, right, mirrored, reflect, recolours, jitters, turns_hue, factors, order, grey,
-    operations, magnitudes, moves, rotations, boxes, table, out,
+    operations, magnitudes, moves, rotations, erased, cutout, table, out,
 ):  # fmt: skip
-    """A whole recipe; what it leaves out is an array of length 0. moves, rotations, boxes: the batch's, the rest the set's."""
+    """A whole recipe. Parameters are the whole set's, looked up by position; what the recipe leaves out has length 0."""
     moved, x, spare = np.empty((SIDE, ROW), np.uint8), np.empty((3, AREA), np.float32), np.empty((3, AREA), np.float32)
     for b in range(first, last):
         position = positions[b]
@@ -379,13 +379,14 @@ def recipe_batch(
                 for channel in range(3):
                     x[channel] = spare[0]
             for k in range(operations.shape[1]):
-                apply_operation(x, operations[position, k], magnitudes[position, k], moves[b, k], spare)
+                apply_operation(x, operations[position, k], magnitudes[position, k], moves[position, k], spare)
             if len(rotations) > 0:
-                affine(x, rotations[b], spare)
+                affine(x, rotations[position], spare)
             for channel in range(3):
                 for i in range(AREA):
                     pixels[i, channel] = np.uint8(x[channel, i])
         normalise(moved, table, out[b])
-        for k in range(boxes.shape[1]):
-            box = boxes[b, k]
-            clear(out[b], box[0], box[1], box[2], box[3])
+        for boxes in (erased, cutout):
+            if len(boxes) > 0:
+                box = boxes[position]
+                clear(out[b], box[0], box[1], box[2], box[3])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.augmentation import Augmentation, geometry, policies
+from fastcifar.augmentation import Augmentation
 from fastcifar.augmentation.draws import Draws
 from kernels import augment_numba as compiled
 from kernels.augment_reference import SIDE, level_table
@@ -29,21 +29,14 @@ def augment_compiled(
     count = len(positions)
     out = torch.empty(count, SIDE, SIDE, 3) if reuse is None or len(reuse) != count else reuse.permute(0, 2, 3, 1)
     table = _table(tuple(mean.tolist()), tuple(std.tolist()))
-    moves, rotations = NOTHING["moves"], NOTHING["rotations"]
-    if drawn.operations is not None and drawn.magnitudes is not None:
-        places = drawn.operations.shape[1]
-        operations, magnitudes = (values[positions].view(-1) for values in (drawn.operations, drawn.magnitudes))
-        moves = policies.move_matrices(operations, magnitudes).view(count, places, 2, 3).numpy()
-    if drawn.degrees is not None:
-        rotations = geometry.rotation_matrix(drawn.degrees[positions]).numpy()
-    boxes = [box[positions] for box in (drawn.erased, drawn.cutout) if box is not None]
+    # No tensor operation in here: PyTorch's idle threads spin for a while after each, on the cores these loops need.
     compiled.in_threads(
         compiled.recipe_batch, count, images.view(-1, SIDE, SIDE * 3).numpy(), positions.numpy(),
         drawn.down.numpy(), drawn.right.numpy(), drawn.mirrored.numpy(), settings.crop_mode == "reflect", settings.recolours,
         drawn.jitter is not None, settings.hue > 0, _array(drawn.jitter, "floats"), _array(drawn.jitter_order, "numbers"),
         _array(drawn.grey, "flags"), _array(drawn.operations, "operations"), _array(drawn.magnitudes, "magnitudes"),
-        moves, rotations, (torch.stack(boxes, 1) if boxes else torch.empty(0, 0, 4, dtype=torch.int64)).numpy(),
-        table.numpy(), out.view(count, SIDE, SIDE * 3).numpy(),
+        _array(drawn.moves, "moves"), _array(drawn.rotations, "rotations"), _array(drawn.erased, "numbers"),
+        _array(drawn.cutout, "numbers"), table.numpy(), out.view(count, SIDE, SIDE * 3).numpy(),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 

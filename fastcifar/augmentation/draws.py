@@ -8,11 +8,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcifar.augmentation.geometry import rotation_matrix
 from fastcifar.augmentation.policies import (
     AUTO_AUGMENT_CIFAR10,
     BINS,
@@ -23,6 +25,7 @@ from fastcifar.augmentation.policies import (
     WIDE,
     PolicyName,
     magnitude_table,
+    move_matrices,
 )
 from kernels.augment_reference import SIDE
 from kernels.philox import Purpose, below, philox, uniform
@@ -48,6 +51,18 @@ class Draws:
     magnitudes: Tensor | None = None  # [N, K] float32
     cutout: Tensor | None = None  # [N, 4] int64: top, bottom, left, right, not clipped
     erased: Tensor | None = None  # [N, 4] int64: the same of random erasing, empty where nothing is erased
+
+    @cached_property
+    def moves(self) -> Tensor | None:
+        """Inverse matrices [N, K, 2, 3] of a policy's operations that move pixels; of the others the identity."""
+        if self.operations is None or self.magnitudes is None:
+            return None
+        return move_matrices(self.operations.flatten(), self.magnitudes.flatten()).view(*self.operations.shape, 2, 3)
+
+    @cached_property
+    def rotations(self) -> Tensor | None:
+        """Inverse matrices [N, 2, 3] of the rotations."""
+        return None if self.degrees is None else rotation_matrix(self.degrees)
 
     def at(self, positions: Tensor) -> "Draws":
         """The parameters of the samples at `positions` [B]."""
