@@ -141,9 +141,8 @@ def our_step(options: Options, device: torch.device, kernels: Literal["auto", "t
 def plain_step(options: Options, device: torch.device) -> Callable[[], None]:
     """A closure that runs one step as an ordinary PyTorch script does: eager, float32, NCHW, foreach SGD."""
     recipe = reported(options.arch).recipe
-    model: nn.Module = build_model(options.arch, head_dropout=recipe.head_dropout, block_dropout=recipe.block_dropout).to(
-        device
-    )
+    head, block = recipe.head_dropout, recipe.block_dropout
+    model: nn.Module = build_model(options.arch, head_dropout=head, block_dropout=block, kernels="torch").to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (options.batch_size,), device=device)

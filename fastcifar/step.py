@@ -15,6 +15,8 @@ from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.losses import mixed_cross_entropy
 from kernels.augment import augment as augment_keyed
+from kernels.augment_reference import SIDE
+from kernels.backends import has_won
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +72,9 @@ class TrainStep:
         self.mean, self.std = mean, std
         self._seed, self._start = (torch.tensor(value, device=mean.device) for value in (settings.seed, 0))
         self._last_images: Tensor | None = None
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
+        # Where nothing mixes them, images can be rounded at once: autocast would round them before the first convolution.
+        self._image_dtype = torch.float32 if augmentation.mixes else settings.autocast_dtype or torch.float32
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, self._image_dtype)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = torch.compile(self.loss, dynamic=False)
@@ -81,7 +85,10 @@ class TrainStep:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
         seed, device = self.settings.seed, self.mean.device
         mixing = self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
-        return EpochPlan(draw(self.augmentation, self.data.index, seed, epoch), mixing, torch.tensor(epoch, device=device))
+        draws = draw(self.augmentation, self.data.index, seed, epoch)
+        if self.augments_by == "numba":
+            _ = draws.moves, draws.rotations  # computed here, not in the first step
+        return EpochPlan(draws, mixing, torch.tensor(epoch, device=device))
 
     def __call__(self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally) -> None:
         """Train on the samples at `positions` [B].
@@ -117,7 +124,7 @@ class TrainStep:
             images, labels = augment_keyed(
                 data.images, data.labels, positions, self._start, plan.epoch, self._seed, batch_size=len(positions),
                 index=data.index, mean=self.mean, std=self.std, padding=settings.crop_padding,
-                reflect=settings.crop_mode == "reflect", flip=settings.flip, cutout=settings.cutout, dtype=torch.float32,
+                reflect=settings.crop_mode == "reflect", flip=settings.flip, cutout=settings.cutout, dtype=self._image_dtype,
                 backend="triton",
             )  # fmt: skip
         else:
@@ -139,14 +146,20 @@ class TrainStep:
 
 
 def choose_augmentation(
-    augmentation: Augmentation, kernels: Literal["auto", "triton", "torch"], device: torch.device
+    augmentation: Augmentation, kernels: Literal["auto", "triton", "torch"], device: torch.device, dtype: torch.dtype
 ) -> Literal["torch", "numba", "triton"]:
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
     if kernels == "auto" and numba_serves(augmentation, device):
         return "numba"
-    if kernels == "triton" and not (augmentation.recolours or augmentation.random_erasing):
+    able = device.type == "cuda" and not (augmentation.recolours or augmentation.random_erasing)
+    if able and (kernels == "triton" or (kernels == "auto" and measured_faster(device, dtype))):
         return "triton"
     return "torch"
+
+
+def measured_faster(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused augmentation won on this device where it was measured."""
+    return has_won("augment", torch.empty(0, 3, SIDE, SIDE, dtype=dtype, device=device))
 
 
 class AveragedModel(Generic[Model]):

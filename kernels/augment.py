@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.augment_reference import SIDE, Flip, augment_torch, level_table
-from kernels.backends import describe, interpreting
+from kernels.backends import describe, has_won, interpreting
 
 AugmentBackend = Literal["auto", "torch", "numba", "triton"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,14 +41,16 @@ def augment(
     """Return the batch [B, 3, 32, 32] of `dtype`, channels_last, and its labels [B] int64.
 
     images: [N, 32, 32, 3] uint8. labels: [N] int64. permutation: [M] int64 positions, of which cursor .. cursor + B - 1 are
-    taken. cursor, epoch, seed: numbers, or 0-d int64 tensors on the images' device, which a captured step can advance.
-    mean, std: [3] float32 in 0..1. index: [N] int64, the samples' numbers, by which they are keyed; default 0..N-1. padding:
-    0..31 pixels. cutout: side in pixels, 0..32, 0 = off. backend: auto takes Triton on CUDA and Numba on the CPU. out: a batch
-    and labels of an earlier call to overwrite, which spares fresh memory: on a CPU more than half of the time.
-    Raises ValueError naming what was given and what is expected.
+    taken. cursor, epoch, seed (0..2^63-1): numbers, or 0-d int64 tensors on the images' device, which a captured step needs
+    and can advance. mean, std: [3] float32 in 0..1. index: [N] int64, the samples' numbers, by which they are keyed; default
+    0..N-1. padding: 0..31 pixels. cutout: side in pixels, 0..32, 0 = off. backend: auto takes Numba on a CPU, and on CUDA
+    Triton where it measured faster. out: a batch and labels of an earlier call to overwrite, which spares fresh memory.
+
+    Raises ValueError naming what was given and what is expected; on CUDA, where reading the positions would wait for the
+    device, not for positions outside the set.
     """
     if index is None:
-        index = torch.arange(len(images), device=images.device)
+        index = torch.arange(len(images) if images.ndim else 0, device=images.device)
     _check(images, labels, permutation, index, mean, std)
     for name, value, top in (("padding", padding, SIDE - 1), ("cutout", cutout, SIDE)):
         if not 0 <= value <= top:
@@ -60,23 +62,39 @@ def augment(
             f"augment: cursor .. cursor + batch_size must lie in 0..{len(permutation)}, got {cursor} and {batch_size}"
         )
     cursor, epoch, seed = (
-        value if isinstance(value, Tensor) else torch.tensor(value, device=images.device) for value in (cursor, epoch, seed)
+        _scalar(name, value, images.device) for name, value in (("cursor", cursor), ("epoch", epoch), ("seed", seed))
     )
     inputs = (images, labels, index, permutation, cursor, epoch, seed, mean, std)
     settings = (padding, reflect, FLIPS.index(flip), cutout)
     if out is None:
-        return _augment(*inputs, batch_size, *settings, dtype, _resolve(backend, images))
+        return _augment(*inputs, batch_size, *settings, dtype, _resolve(backend, images, dtype))
     _check_out(*out, images, batch_size, dtype)
-    _augment_into(*inputs, *out, *settings, _resolve(backend, images))
+    _augment_into(*inputs, *out, *settings, _resolve(backend, images, dtype))
     return out
 
 
-def _resolve(backend: AugmentBackend, images: Tensor) -> str:
+def _scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        if not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ValueError(f"augment: {name} must be a whole number, 0..2^63-1, got {value!r}")
+        return torch.tensor(value, device=device)
+    if value.ndim or value.dtype != torch.int64 or value.device != device:
+        raise ValueError(f"augment: {name} must be 0-d int64 on {device}, got {describe(value)}")
+    return value
+
+
+def _resolve(backend: AugmentBackend, images: Tensor, dtype: torch.dtype) -> str:
     """Raises ValueError where the backend cannot run."""
     if backend not in get_args(AugmentBackend):
         raise ValueError(f"augment: backend must be one of {', '.join(get_args(AugmentBackend))}, got {backend!r}")
     if backend == "auto":
-        return "triton" if images.is_cuda else "numba"
+        return (
+            "numba"
+            if not images.is_cuda
+            else "triton"
+            if has_won("augment", images.new_empty(0, 3, SIDE, SIDE, dtype=dtype))
+            else "torch"
+        )
     if backend == "triton" and not (images.is_cuda or interpreting()):
         raise ValueError(f"augment: triton needs CUDA tensors (or TRITON_INTERPRET=1), got {describe(images)}")
     if backend == "numba" and images.is_cuda:
@@ -102,13 +120,12 @@ def _check(images: Tensor, labels: Tensor, permutation: Tensor, index: Tensor, m
 
 def _check_out(batch: Tensor, batch_labels: Tensor, images: Tensor, batch_size: int, dtype: torch.dtype) -> None:
     shapes = list(batch.shape) == [batch_size, 3, SIDE, SIDE] and list(batch_labels.shape) == [batch_size]
-    kinds = batch.dtype == dtype and batch_labels.dtype == torch.int64
+    kinds = batch.dtype == dtype and batch_labels.dtype == torch.int64 and batch_labels.is_contiguous()
     places = batch.device == batch_labels.device == images.device
     if not (shapes and kinds and places and batch.is_contiguous(memory_format=torch.channels_last)):
         wanted = f"[{batch_size}, 3, {SIDE}, {SIDE}] {str(dtype).removeprefix('torch.')} channels_last on {images.device}"
-        raise ValueError(
-            f"augment: out must be {wanted} and [{batch_size}] int64, got {describe(batch)} and {describe(batch_labels)}"
-        )
+        given = f"{describe(batch)} and {describe(batch_labels)}"
+        raise ValueError(f"augment: out must be {wanted} and contiguous [{batch_size}] int64, got {given}")
 
 
 @torch.library.custom_op("fastcifar::augment", mutates_args=())
@@ -184,7 +201,7 @@ def _fill(
         from kernels.augment_triton import launch  # here, since Triton takes a while to import and a CPU needs none
 
         launch(
-            images, labels, index, permutation, cursor, epoch, seed, 255 * mean, 1 / (255 * std),
+            images, labels, index, permutation, cursor, epoch, seed, mean, std,
             padding, reflect, flip, cutout, pixels, out_labels,
         )  # fmt: skip
     else:
@@ -193,10 +210,14 @@ def _fill(
         first = int(cursor)
         if not 0 <= first <= len(permutation) - batch_size:
             raise ValueError(f"augment: cursor must be 0..{len(permutation) - batch_size}, got {first}")
+        positions = permutation[first : first + batch_size].numpy()
+        if positions.min() < 0 or positions.max() >= len(images):
+            outside = next(int(position) for position in positions if not 0 <= position < len(images))
+            raise ValueError(f"augment: permutation must hold positions 0..{len(images) - 1}, got {outside}")
         table = _cached_table(tuple(mean.tolist()), tuple(std.tolist()), out.dtype)
         compiled.in_threads(
             compiled.gather_batch, batch_size, images.view(len(images), SIDE, SIDE * 3).numpy(), labels.numpy(), index.numpy(),
-            permutation[first : first + batch_size].numpy(), compiled.u64(int(seed)), compiled.u64(int(epoch)), padding,
+            positions, compiled.u64(int(seed)), compiled.u64(int(epoch)), padding,
             reflect, flip, cutout, compiled.plain(table), compiled.plain(pixels).reshape(batch_size, SIDE, SIDE * 3),
             out_labels.numpy(),
         )  # fmt: skip

@@ -33,7 +33,8 @@ THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
 
 def _can_cache() -> bool:
     """Whether Numba finds a place for compiled code: beside this file, or its folder in the home of the user."""
-    return any(os.access(folder, os.W_OK) for folder in (Path(__file__).parent, Path.home()))
+    places = [os.environ.get("NUMBA_CACHE_DIR"), Path(__file__).parent, os.path.expanduser("~")]
+    return any(os.access(place, os.W_OK) for place in places if place)
 
 
 KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}
@@ -49,9 +50,11 @@ class BatchLoop(Protocol):
 
 def in_threads(loop: BatchLoop, count: int, *arguments: Any) -> None:
     """Run `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
+    if count == 0:
+        return
     parts = min(torch.get_num_threads(), count)
     edges = [count * part // parts for part in range(parts + 1)]
-    others = [_pool(parts - 1).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
+    others = [_pool(parts - 1, os.getpid()).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
     loop(edges[0], edges[1], *arguments)
     wait(others)
     for other in others:
@@ -64,7 +67,8 @@ def plain(tensor: torch.Tensor) -> Array:
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """A forked process has no threads of its parent, so it makes its own."""
     return ThreadPoolExecutor(threads, thread_name_prefix="augment")
 
 

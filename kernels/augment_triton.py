@@ -33,7 +33,7 @@ def reflected(place):
 
 @triton.jit
 def augment_kernel(
-    images, labels, index, permutation, cursor, epoch, seed, offset, scale, out, out_labels,
+    images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
     padding: tl.constexpr, reflect: tl.constexpr, flip: tl.constexpr, cutout: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -61,7 +61,9 @@ def augment_kernel(
     row_there, column_there = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
     source = images + position * 3072
     level = tl.load(source + (row * 96 + (column * 3 + channel)), mask=row_there & column_there, other=0).to(tl.float32)
-    value = (level - tl.load(offset + channel)) * tl.load(scale + channel)
+    offset = 255.0 * tl.load(mean + channel)
+    scale = tl.div_rn(1.0, 255.0 * tl.load(std + channel))  # rounded as PyTorch rounds it
+    value = (level - offset) * scale
     if cutout > 0:
         row_word, column_word, _, _ = tl.philox(key, sample, number, nothing + CUTOUT, nothing)
         top, left = (row_word >> 27).to(tl.int32) - cutout // 2, (column_word >> 27).to(tl.int32) - cutout // 2
@@ -72,11 +74,11 @@ def augment_kernel(
 
 def launch(
     images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
-    offset: Tensor, scale: Tensor, padding: int, reflect: bool, flip: int, cutout: int, out: Tensor, out_labels: Tensor,
+    mean: Tensor, std: Tensor, padding: int, reflect: bool, flip: int, cutout: int, out: Tensor, out_labels: Tensor,
 ) -> None:  # fmt: skip
     """Fill out [B, 32, 32, 3] and out_labels [B]; arguments as `kernels.augment`, checked there. No host sync."""
     with torch.cuda.device_of(images):
         augment_kernel[(len(out_labels),)](
-            images, labels, index, permutation, cursor, epoch, seed, offset, scale, out, out_labels,
+            images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
             padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
         )  # fmt: skip

@@ -17,17 +17,23 @@ from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
-MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["CxHxW", ...] where it won}}
+MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["bf16 CxHxW", ...] where it won}}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def read_wins(path: Path) -> dict[str, dict[str, list[list[int]]]]:
-    """{device name: {kernel: [[C, H, W], ...]}}; nothing where nothing was measured."""
+DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def read_wins(path: Path) -> dict[str, dict[tuple[str, torch.dtype], list[list[int]]]]:
+    """{device name: {(kernel, dtype): [[C, H, W], ...]}}; nothing where nothing was measured."""
+    wins: dict[str, dict[tuple[str, torch.dtype], list[list[int]]]] = {}
     measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {
-        device: {kernel: [[int(side) for side in shape.split("x")] for shape in shapes] for kernel, shapes in kernels.items()}
-        for device, kernels in measured.items()
-    }
+    for device, kernels in measured.items():
+        for kernel, maps in kernels.items():
+            for dtype, shape in (entry.split() for entry in maps):
+                shapes = wins.setdefault(device, {}).setdefault((kernel, DTYPE_NAMES[dtype]), [])
+                shapes.append([int(side) for side in shape.split("x")])
+    return wins
 
 
 WINS = read_wins(MEASURED)  # once, here: the compiler cannot trace the reading of a file
@@ -55,9 +61,12 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "trito
 
 
 def has_won(kernel: str, x: Tensor) -> bool:
-    """Whether a committed measurement says that our kernel is the fastest for this shape on this device."""
+    """Whether a committed measurement says that our kernel is the fastest for x's dtype and shape on its device.
+
+    What is measured is training with batches of 512 (bench/kernel_rows.py); smaller batches are taken to behave alike.
+    """
     device_name = torch.cuda.get_device_properties(x.device).name
-    return list(x.shape[1:]) in WINS.get(device_name, {}).get(kernel, ())
+    return list(x.shape[1:]) in WINS.get(device_name, {}).get((kernel, x.dtype), ())
 
 
 def describe(x: Tensor) -> str:

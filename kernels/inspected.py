@@ -140,7 +140,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "augment crop flip cutout", augment_triton.augment_kernel,
         dict.fromkeys(("labels", "index", "permutation", "cursor", "epoch", "seed", "out_labels"), "*i64")
-        | {"images": "*u8", "offset": "*fp32", "scale": "*fp32", "out": "*T"},
+        | {"images": "*u8", "mean": "*fp32", "std": "*fp32", "out": "*T"},
         {"padding": 4, "reflect": True, "flip": 1, "cutout": 8}, augment_triton.WARPS, 3072, 72, 58,
     ),
 )  # fmt: skip

@@ -196,6 +196,8 @@ def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeyp
     ids=["A", "D", "C", "everything", "rand_augment", "auto_augment", "trivial_augment", "strong", "extreme"],
 )
 def test_numba_shows_pytorchs_pixels_to_the_bit(images, settings):
+    nobody = torch.arange(0)
+    assert augment(settings, images, nobody, draw(settings, torch.arange(N), 0, 0), MEAN, STD, "numba").shape == (0, 3, 32, 32)
     index = torch.arange(N) * 1000 + 7
     for epoch in range(6):
         arguments = (settings, images, torch.arange(N).flip(0), draw(settings, index, 2**63 - 1, epoch), MEAN, STD)
@@ -214,6 +216,15 @@ def test_numba_computes_every_policy_operation_as_pytorch_does(images):
         drawn = replace(drawn, operations=torch.full((N, 1), number), magnitudes=(table[torch.arange(N) % 31] * sign)[:, None])
         arguments = (settings, images, torch.arange(N), drawn, MEAN, STD)
         assert torch.equal(augment(*arguments, "numba"), augment(*arguments)), name
+
+
+def test_matrices_follow_their_samples():
+    drawn, positions = draw(NEAREST, torch.arange(N), 0, 0), torch.tensor([5, 2, 40])
+    fresh = drawn.at(positions)
+    for name in ("moves", "rotations"):
+        whole = getattr(drawn, name)
+        assert torch.equal(getattr(drawn.at(positions), name), whole[positions])
+        assert torch.equal(getattr(fresh, name), whole[positions])
 
 
 def test_bilinear_rotation_is_left_to_pytorch(images):

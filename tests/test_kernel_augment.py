@@ -99,8 +99,16 @@ def test_an_earlier_batch_can_be_overwritten(backend):
     assert new[0].data_ptr() == memory
     for ours, theirs in zip(new, expected, strict=True):
         assert torch.equal(ours, theirs)
-    for batch, labels in ((old[0][:2], old[1]), (old[0].contiguous(), old[1]), (old[0].double(), old[1]), (old[0], old[1][:2])):
-        with pytest.raises(ValueError, match=r"out must be \[3, 3, 32, 32\] float32 channels_last on cpu and \[3\] int64"):
+    for batch, labels in (
+        (old[0][:2], old[1]),
+        (old[0].contiguous(), old[1]),
+        (old[0].double(), old[1]),
+        (old[0], old[1][:2]),
+        (old[0], torch.zeros(6, dtype=torch.int64)[::2]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"out must be \[3, 3, 32, 32\] float32 channels_last on cpu and contiguous \[3\] int64"
+        ):
             run(backend, batch_size=3, out=(batch, labels))
 
 
@@ -139,6 +147,12 @@ def test_the_operator_keeps_the_compilers_contract():
         ({"mean": MEAN.double()}, "mean must be"),
         ({"cursor": 21}, "cursor .* must lie in 0..40"),
         ({"cursor": torch.tensor(21)}, "cursor must be 0..20"),
+        ({"cursor": 1.7}, "cursor must be a whole number, 0..2\\^63-1, got 1.7"),
+        ({"cursor": torch.tensor([1])}, "cursor must be 0-d int64 on cpu, got \\[1\\] int64"),
+        ({"seed": 2**63}, "seed must be a whole number"),
+        ({"permutation": ORDER + 1}, "permutation must hold positions 0..39, got 40"),
+        ({"permutation": -ORDER}, "permutation must hold positions 0..39, got -"),
+        ({"images": torch.tensor(3, dtype=torch.uint8)}, "images must be"),
         ({"cutout": 33}, "cutout must be 0..32 pixels, got 33"),
         ({"padding": -1}, "padding must be 0..31 pixels, got -1"),
         ({"flip": "up"}, "flip must be one of"),
@@ -157,9 +171,9 @@ def test_bad_input_is_refused_by_name(change, message):
         "std": STD,
         "backend": "numba",
     }
-    values |= change
+    values |= {"seed": 0, "epoch": 0} | change
     with pytest.raises(ValueError, match=message):
-        augment(epoch=0, seed=0, batch_size=20, **values)
+        augment(batch_size=20, **values)
 
 
 def test_triton_on_the_cpu_is_refused_without_the_interpreter():

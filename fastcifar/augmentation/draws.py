@@ -70,7 +70,11 @@ class Draws:
         for entry in fields(self):
             value = getattr(self, entry.name)
             values[entry.name] = None if value is None else value[positions]
-        return Draws(**values)
+        batch = Draws(**values)
+        for name in ("moves", "rotations"):  # what is computed already need not be computed again
+            if self.__dict__.get(name) is not None:
+                batch.__dict__[name] = self.__dict__[name][positions]
+        return batch
 
 
 def draw_jitter(samples: Tensor, seed: int, epoch: int, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
