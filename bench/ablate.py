@@ -104,7 +104,7 @@ class Options:
     """Train configurations of a recipe over the same seeds and compare them; the same command again goes on."""
 
     study: Literal["report_d", "report_c", "report_e"] | None = None  # one of the reports' own comparisons
-    arms: tuple[str, ...] = ()  # instead: NAME=FIELD=VALUE,FIELD=VALUE of a recipe's fields; 'full=' changes nothing
+    arms: tuple[str, ...] = ()  # instead: NAME=FIELD=VALUE,FIELD=VALUE of a recipe's fields (null: none); 'full=': none of them
     arch: str = "se_resnet18"  # architecture of --arms
     name: str = "ablation"  # what --arms is called in the results
     epochs: int = 10  # of each training; every schedule is stretched to them
@@ -157,9 +157,9 @@ def chosen_study(options: Options) -> tuple[str, Study]:
 
 
 def parse_arm(text: str) -> Configuration:
-    """`NAME=FIELD=VALUE,FIELD=VALUE`; values are JSON, or words. Raises InputError for anything else."""
+    """`NAME=FIELD=VALUE,FIELD=VALUE`; values are JSON, lists with commas too, or words. Raises InputError for anything else."""
     name, found, rest = text.partition("=")
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    pairs = [pair.partition("=") for pair in re.split(r",(?![^\[\]]*\])", rest) if pair]
     if not found or not name or any(not key or not separator for key, separator, _ in pairs):
         raise InputError(f"--arms takes NAME=FIELD=VALUE,FIELD=VALUE, got {text!r}: for example no_se=squeeze_excitation=false")
     return Configuration(name, {key: _value(value) for key, _, value in pairs})
@@ -167,7 +167,7 @@ def parse_arm(text: str) -> Configuration:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
 
@@ -234,6 +234,8 @@ def make_job(options: Options, study: Study, row: Configuration, seed: int, devi
     overrides = dict(row.overrides)
     arch = str(overrides.pop("arch", study.arch))
     architecture(arch)
+    if "epochs" in overrides:
+        raise InputError(f"{row.name}: epochs are the same for all configurations: give --epochs instead")
     if options.batch_size:
         overrides.setdefault("batch_size", options.batch_size)
     return Job(

@@ -94,10 +94,12 @@ def run_jobs(
 
 def run_job(job: Job, advance: Callable[[float], None] = lambda share: None) -> Cell:
     """Train a job in a fresh process; whatever goes wrong there becomes the cell's error. advance: takes the share done."""
-    cell, epochs_done = None, 0.0
+    cell, epochs_done, unreadable = None, 0.0, ""
     with tempfile.TemporaryFile() as errors:
         command = [sys.executable, "-m", "bench.train_cell"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        )
         assert child.stdin is not None
         assert child.stdout is not None
         try:
@@ -107,12 +109,15 @@ def run_job(job: Job, advance: Callable[[float], None] = lambda share: None) -> 
             except BrokenPipeError:  # it ended before it read; its exit says why
                 pass
             for line in child.stdout:
-                told = json.loads(line)
-                if "cell" in told:
-                    cell = from_json(Cell, told["cell"], job.key)
-                else:
-                    epochs_done = told["epochs"]
-                    advance(epochs_done / job.epochs)
+                try:
+                    told = json.loads(line)
+                    if "cell" in told:
+                        cell = from_json(Cell, told["cell"], job.key)
+                    else:
+                        epochs_done = float(told["epochs"])
+                except (ValueError, KeyError, TypeError, InputError):  # cut off by the end of its process
+                    unreadable = line.strip()
+                advance(epochs_done / job.epochs)
             code = child.wait()
         finally:
             child.kill()
@@ -121,6 +126,8 @@ def run_job(job: Job, advance: Callable[[float], None] = lambda share: None) -> 
         said = errors.read().decode("utf-8", "replace").strip().splitlines()
     if code == 0 and cell is not None:
         return cell
+    if code == 0 and unreadable:
+        said = [f"its process told what is no cell: {unreadable}"]
     return Cell(job.key, job.arch, job.seed, job.levers, error=_failure(code, said))
 
 

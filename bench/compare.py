@@ -2,6 +2,9 @@
 """Two benchmarks' results enter; the change of every cell with its interval leaves, and exit code 1 when something got worse.
 
 python bench/compare.py bench/results/before bench/results/after --threshold 5
+
+Cells belong together by architecture and levers; an architecture with one set of levers on each side is compared whatever they
+are, after a warning. What A has and B has not is a warning; exit code 2 says that nothing of A could be compared.
 """
 
 import sys
@@ -20,9 +23,12 @@ from bench.figures import finished, grouped, load_results, steady_rates, worked
 from bench.intervals import change_apart, welch
 from bench.schema import Cell, Ladder, Results
 from bench.view.wording import percent, significant
-from fastcifar.errors import require, run_command
+from fastcifar.errors import InputError, require, run_command
 
 SPEED, ACCURACY = "images/s", "top-1"
+# One seed a side does not tell how far seeds lie apart: only a fall of this many thresholds is taken for more than that.
+ALONE = 5
+Key = tuple[str, tuple[str, ...]]  # architecture and levers
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Options:
     a: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="A")]]  # results.json before, or its folder
     b: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="B")]]  # results.json after, or its folder
     threshold: float = 5.0  # percent of throughput that may be lost
-    accuracy_threshold: float = 1.0  # percentage points of top-1 that may be lost
+    accuracy_threshold: float = 1.0  # points of top-1 that may be lost; 5 times as many where one seed a side has no interval
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.threshold < 100, "threshold", "0 to below 100 percent")
@@ -53,17 +59,23 @@ class Row:
     repetitions: str = ""
 
     def worse(self, options: Options) -> bool:
-        """Whether it lost more than the threshold and its interval excludes no change."""
+        """Whether it lost more than the threshold and its interval excludes no change; top-1 without one, `ALONE` times it."""
         if self.change is None:
             return True
         allowed = (options.threshold if self.what == SPEED else options.accuracy_threshold) / 100
-        return self.high is not None and self.high < 0 and self.change < -allowed
+        if self.high is None:
+            return self.what == ACCURACY and self.change < -ALONE * allowed
+        return self.high < 0 and self.change < -allowed
+
+    def judged(self, options: Options) -> bool:
+        """Whether the verdict says anything: no interval, no verdict, but for what is worse beyond doubt."""
+        return self.high is not None or self.worse(options)
 
     def verdict(self, options: Options) -> str:
         """The last column."""
         if self.worse(options):
             return "WORSE" if self.change is not None else "FAILED"
-        if self.low is None or self.high is None:
+        if self.low is None or self.high is None:  # not self.judged(options), as the type checker understands it
             return "no interval: not judged"
         if self.low <= 0 <= self.high:
             return "no change shown"
@@ -80,13 +92,14 @@ def main() -> None:
     rows = list(compare(before, after))
     console.print(f"A = {before_path}, B = {after_path}")
     if not rows:
-        console.print("nothing is in both results")
-        return
+        raise InputError(f"nothing of {before_path} could be compared: {after_path} has none of its cells and rungs")
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table(rows, options))
+    alone, unjudged = ALONE * options.accuracy_threshold, sum(not row.judged(options) for row in rows)
     console.print(
         "Rates are geometric means. Intervals are 95 %, over runs where there are several, else over the epochs or rounds "
         "within one; they do not know how a machine's speed differs between two days, and one row in twenty excludes no "
-        "change by chance."
+        f"change by chance. Without an interval a fall of top-1 by more than {alone:g} points counts as worse "
+        f"({ALONE} times the threshold) and nothing else is judged: {unjudged} of {len(rows)} rows were not."
     )
     lost = [row for row in rows if row.worse(options)]
     if lost:
@@ -98,18 +111,35 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
     """Every variant's throughput and accuracy and every rung of the ladder that A has, where B tried the same."""
     cells_a, cells_b = grouped(before.cells), grouped(after.cells)
     failed = {(cell.arch, tuple(cell.levers), cell.seed) for cell in after.cells if not finished(cell)}
-    for key, old in cells_a.items():
-        name = f"{key[0]} ({' + '.join(key[1]) or 'no levers'})" if sum(arch == key[0] for arch, _ in cells_a) > 1 else key[0]
-        new = cells_b.get(key, [])
+    for key, other in partners(before, after).items():
+        if other is None:
+            continue
+        name = label(key) if sum(arch == key[0] for arch, _ in cells_a) > 1 else key[0]
+        old, new = cells_a[key], cells_b.get(other, [])
         if new:
             yield throughput(name, old, new)
             if recipe_of(old) == recipe_of(new):
                 yield accuracy(name, old, new)
         for cell in old:
-            if (*key, cell.seed) in failed:
+            if (*other, cell.seed) in failed:
                 yield Row(f"{name}, seed {cell.seed}", SPEED, significant(median(steady_rates(cell))), "failed", None)
     if before.ladder and after.ladder and same_ladder(before.ladder, after.ladder):
         yield from rungs(before.ladder, after.ladder)
+
+
+def partners(before: Results, after: Results) -> dict[Key, Key | None]:
+    """For every key of A that has finished cells, the key in B (finished or not) to compare it with; None: there is none."""
+    keys_a, keys_b = list(grouped(before.cells)), {(cell.arch, tuple(cell.levers)) for cell in after.cells}
+    found: dict[Key, Key | None] = {}
+    for key in keys_a:
+        there = [other for other in keys_b if other[0] == key[0]]
+        alone = len(there) == 1 and sum(arch == key[0] for arch, _ in keys_a) == 1
+        found[key] = key if key in keys_b else there[0] if alone else None
+    return found
+
+
+def label(key: Key) -> str:
+    return f"{key[0]} ({' + '.join(key[1]) or 'no levers'})"
 
 
 def throughput(name: str, old: list[Cell], new: list[Cell]) -> Row:
@@ -171,13 +201,44 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
             yield "versions differ: " + ", ".join(f"{name} {old.get(name)} in A, {new.get(name)} in B" for name in changed)
     if before.ladder and after.ladder and not same_ladder(before.ladder, after.ladder):
         yield "the ladders are of other models or batch sizes: not compared"
-    cells_a, cells_b = grouped(before.cells), grouped(after.cells)
-    for arch, levers in cells_a.keys() & cells_b.keys():
-        if recipe_of(cells_a[arch, levers]) != recipe_of(cells_b[arch, levers]):
-            yield f"{arch} was trained differently (epochs, batch or images): its accuracy is not compared"
-    missing = sorted({arch for arch, _ in cells_a} - {cell.arch for cell in after.cells})
+    yield from unequal_cells(before, after)
+    yield from missing_parts(before, after)
+
+
+def unequal_cells(before: Results, after: Results) -> Iterator[str]:
+    """Which cells of A are compared with others than their like, or with none."""
+    cells_a, cells_b, pairs = grouped(before.cells), grouped(after.cells), partners(before, after)
+    for key, other in pairs.items():
+        if other is None:
+            continue
+        old, new = cells_a[key], cells_b.get(other, [])
+        if key != other:
+            yield f"levers differ: {label(key)} in A is compared with {label(other)} in B"
+        seeds = [", ".join(str(cell.seed) for cell in cells) or "none" for cells in (old, new)]
+        if seeds[0] != seeds[1]:
+            yield f"{label(key)}: finished seeds differ: {seeds[0]} in A, {seeds[1]} in B"
+        if new and recipe_of(old) != recipe_of(new):
+            yield f"{label(key)} was trained differently (epochs, batch or images): its accuracy is not compared"
+    missing = [label(key) for key, other in pairs.items() if other is None]
     if missing:
         yield f"only in A: {', '.join(missing)}"
+
+
+def missing_parts(before: Results, after: Results) -> Iterator[str]:
+    """Ladder, peers and ablations of A that B lacks, whole or in part. (A rung that fails in B is a row of the table.)"""
+    if before.ladder:
+        there = {rung.name for rung in after.ladder.rungs} if after.ladder else set()
+        lost = [rung.name for rung in before.ladder.rungs if worked(rung) and rung.name not in there]
+        if lost:
+            yield f"only in A's ladder: {', '.join(lost)}" if after.ladder else "only in A: the ladder"
+    if before.peers:
+        there = {peer.name for peer in after.peers.entries if worked(peer)} if after.peers else set()
+        lost = [peer.name for peer in before.peers.entries if worked(peer) and peer.name not in there]
+        if lost:
+            yield f"only A's peers have a rate of: {', '.join(lost)}" if after.peers else "only in A: the peers"
+    ablations = sorted({ablation.name for ablation in before.ablations} - {ablation.name for ablation in after.ablations})
+    if ablations:
+        yield f"ablations only in A: {', '.join(ablations)}"
 
 
 def table(rows: list[Row], options: Options) -> Table:

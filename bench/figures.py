@@ -13,6 +13,7 @@ from fastcifar.errors import InputError
 
 EPOCH_IMAGES = 50_000  # CIFAR's training set: epochs per second always mean so many images
 TARGET_STEP = 0.05  # a target accuracy nobody stated is a multiple of this
+LEFT_OUT = ("not applicable", "left out")  # how bench/ladder.py and bench/peers.py begin an error that is none
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def check(results: Results, where: str = "results") -> None:
 def worked(entry: Rung | Peer) -> bool:
     """Whether a rung or a peer was measured."""
     return entry.error is None and bool(entry.images_per_second)
+
+
+def broke(entry: Rung | Peer) -> bool:
+    """Whether a rung or a peer failed; what a device does not have, or a run does without, did not."""
+    return entry.error is not None and not entry.error.startswith(LEFT_OUT)
 
 
 def in_turns(ours: Peer, peer: Peer) -> bool:

@@ -6,6 +6,7 @@ its reason and the rungs above it go on without it.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 
 from bench.levers import BASELINE, LEVERS, why_not
 from bench.loops import Task, ordinary, ours
@@ -37,10 +38,13 @@ def climb(task: Task, *, rounds: int, left_out: Collection[str] = (), say: Say =
         else:
             rungs[name], turns[name], held = Rung(title, note=what), turn, levers
         say(f"ladder: {title}: {rungs[name].error or 'ready'}")
-    timings = interleaved(turns, rounds=rounds, warmup=WARMUP)
-    rates = {name: [task.images / seconds for seconds in timings.seconds[name]] for name in turns}
-    made = [Rung(rung.name, rates.get(name, []), rung.note, rung.error) for name, rung in rungs.items()]
-    return Ladder(task.arch, task.recipe.batch_size, made)
+    timings = interleaved(turns, rounds=rounds, warmup=WARMUP, drop=True)
+    for name, seconds in timings.seconds.items():
+        rungs[name] = replace(rungs[name], images_per_second=[task.images / one for one in seconds])
+    for name, raised in timings.errors.items():
+        rungs[name] = replace(rungs[name], error=one_line(raised))
+        say(f"ladder: {rungs[name].name}: {rungs[name].error}")
+    return Ladder(task.arch, task.recipe.batch_size, list(rungs.values()))
 
 
 def one_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 Every loop of this process trains the same model on the same images by crop and flip, which all of them can do:
 
-    fastcifar              the real training path with this device's levers
+    fastcifar              the real training path with the levers of the benchmark
     ordinary loop          torchvision DataLoader with 2 workers, eager, float32, NCHW
     every built-in lever   the same with more workers, pinned memory, channels_last, bf16 autocast, fused optimizer, and on CUDA
                            torch.compile
@@ -14,19 +14,21 @@ An outside script (`--peer NAME=PATH`) is timed as `PROTOCOL` says, which `pytho
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.figures import broke
 from bench.ladder import one_line
-from bench.levers import default_levers
 from bench.loops import Task, ffcv, ordinary, ours
 from bench.schema import Peer, Peers
 from bench.timing import interleaved
@@ -46,7 +48,7 @@ PROTOCOL = """An outside script (--peer NAME=PATH) is run by this Python in a pr
 If the last line it prints is JSON with "images_per_second" (a number, or a list of repetitions), that is its rate. Otherwise it
 is the images it trained on (--peer-images, by default FASTCIFAR_EPOCHS x FASTCIFAR_IMAGES) over the wall time of the process,
 start and evaluation included; a script with its own number of epochs and runs needs --peer-images. A script that fails
-leaves its last line of error, one that takes longer than two hours is ended, and the others go on.
+leaves its last line of error, one that takes longer than two hours is ended with its workers, and the others go on.
 """
 
 SHARED = Augmentation()  # crop with padding 4 and flip: what every loop can do
@@ -73,13 +75,36 @@ def outside_scripts(named: tuple[str, ...]) -> dict[str, Path]:
     return scripts
 
 
-def meet(task: Task, *, rounds: int, scripts: dict[str, Path], epochs: int, peer_images: int, say: Say = print) -> Peers:
-    """Time all loops of this process in turns, then each outside script in its own. peer_images: 0 = epochs x images."""
+def meet(
+    task: Task, *, levers: list[str], rounds: int, scripts: dict[str, Path], epochs: int, peer_images: int,
+    before: Peers | None = None, say: Say = print,
+) -> Peers:  # fmt: skip
+    """Time all loops of this process in turns, then each outside script in its own.
+
+    levers: ours. peer_images: 0 = epochs x images. before: what an earlier run measured; only what failed in it is timed again,
+    which for the loops of this process means all of them.
+    """
+    known = {peer.name: peer for peer in before.entries} if before else {}
+    if all(name in known and not broke(known[name]) for name in LOOPS):
+        peers = {name: known[name] for name in LOOPS}
+    else:
+        peers = meet_loops(task, levers=levers, rounds=rounds, say=say)
+    for name, path in scripts.items():
+        if name in known and not broke(known[name]):
+            peers[name] = known[name]
+            continue
+        peers[name] = run_script(name, path, task, epochs=epochs, peer_images=peer_images)
+        say(f"peer: {name}: {peers[name].error or f'{peers[name].images_per_second[0]:,.0f} img/s'}")
+    return Peers(task.arch, task.recipe.batch_size, list(peers.values()))
+
+
+def meet_loops(task: Task, *, levers: list[str], rounds: int, say: Say) -> dict[str, Peer]:
+    """Time the loops of this process in turns."""
     task = replace(task, recipe=replace(task.recipe, augmentation=SHARED))
     builders: tuple[tuple[Callable[[], Callable[[], None]], str], ...] = (
         (
-            lambda: ours(task, default_levers(task.arch, task.device)),
-            "the real training path; all loops crop and flip",
+            lambda: ours(task, levers),
+            f"the real training path with {', '.join(levers)}; all loops crop and flip",
         ),
         (lambda: ordinary(task), "DataLoader with 2 workers, eager, fp32, NCHW"),
         (lambda: ordinary(task, built_in=True), _built_in(task.device)),
@@ -93,15 +118,16 @@ def meet(task: Task, *, rounds: int, scripts: dict[str, Path], epochs: int, peer
             turn()  # compiles, starts workers; and shows whether it works at all
             peers[name], turns[name] = Peer(name, note=note), turn
         except Exception as error:  # whatever a peer raises, the others go on
-            peers[name] = Peer(name, note=note, error=one_line(error))
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "ffcv"  # an option, which is no failure
+            peers[name] = Peer(name, note=note, error="not applicable: no FFCV here" if absent else one_line(error))
         say(f"peer: {name}: {peers[name].error or 'ready'}")
-    timings = interleaved(turns, rounds=rounds, warmup=WARMUP)
-    for name in turns:
-        peers[name] = replace(peers[name], images_per_second=[task.images / seconds for seconds in timings.seconds[name]])
-    for name, path in scripts.items():
-        peers[name] = run_script(name, path, task, epochs=epochs, peer_images=peer_images)
-        say(f"peer: {name}: {peers[name].error or f'{peers[name].images_per_second[0]:,.0f} img/s'}")
-    return Peers(task.arch, task.recipe.batch_size, list(peers.values()))
+    timings = interleaved(turns, rounds=rounds, warmup=WARMUP, drop=True)
+    for name, seconds in timings.seconds.items():
+        peers[name] = replace(peers[name], images_per_second=[task.images / one for one in seconds])
+    for name, raised in timings.errors.items():
+        peers[name] = replace(peers[name], error=one_line(raised))
+        say(f"peer: {name}: {peers[name].error}")
+    return peers
 
 
 def _built_in(device: torch.device) -> str:
@@ -123,18 +149,23 @@ def run_script(name: str, path: Path, task: Task, *, epochs: int, peer_images: i
         for split, data in (("train", task.data.train), ("test", task.data.test)):
             _export(Path(folder) / "cifar10" / f"{split}.pt", data, task.data.manifest.class_names)
         started = time.perf_counter()
-        try:
-            process = subprocess.run(
-                [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return Peer(name, note=str(path), error=f"not done after {PATIENCE / 3600:.0f} hours")
+        with subprocess.Popen(
+            [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                told, complained = process.communicate(timeout=PATIENCE)
+            except BaseException as stopped:  # too late, or Ctrl-C, which a session of its own does not hear
+                with suppress(ProcessLookupError):  # it had just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
+                if isinstance(stopped, subprocess.TimeoutExpired):
+                    return Peer(name, note=str(path), error=f"not done after {PATIENCE / 3600:.0f} hours")
+                raise
         seconds = time.perf_counter() - started
     if process.returncode:
-        lines = (process.stderr or process.stdout).strip().splitlines()
+        lines = (complained or told).strip().splitlines()
         return Peer(name, note=str(path), error=f"exit code {process.returncode}: {(lines or ['no output'])[-1][:200]}")
-    printed = process.stdout.strip().splitlines()
+    printed = told.strip().splitlines()
     rates = stated_rates(printed[-1]) if printed else None
     if rates is not None:
         return Peer(name, rates, f"{path}, by its own clock", apart=True)

@@ -6,7 +6,9 @@ python bench/run.py --quick               # the same in small, within ten minute
 python bench/run.py --archs se_resnet18 --epochs 30 --seeds 0 1 2 3 4 --out runs/bench-se
 
 Each training is a cell, runs in a process of its own and is saved when it is finished; the same command again does what is
-left. `results.json`, `report.md` and `report.html` in the folder always show what is there.
+left, and what failed: the whole ladder for one of its rungs, all loops of the peers for one of them, an outside script for
+itself. `results.json`, `report.md` and `report.html` in the folder always show what is there; seconds to an accuracy in them
+are to `--target`, which may be given or changed at any time without another training.
 """
 
 import sys
@@ -22,12 +24,13 @@ from rich.table import Table
 
 from bench.cells import START_SECONDS, estimate, finished, run_jobs, settle
 from bench.collect import collect, open_header, read_part
+from bench.figures import broke
 from bench.ladder import climb
 from bench.levers import LEVERS, chosen_levers, why_not
 from bench.loops import Task
 from bench.peers import PROTOCOL, meet, outside_scripts
 from bench.roofline import Rates
-from bench.schema import Ladder, Peers
+from bench.schema import Ladder, Peer, Peers, Rung
 from bench.train_cell import Job
 from fastcifar import files
 from fastcifar.dataset import Splits, load_splits
@@ -60,6 +63,7 @@ class Options:
     limit_test: int = 0  # use only the first so many test images, 0 = all
     batch_size: int = 0  # images per step, 0 = each recipe's own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    target: float = 0.0  # top-1 in percent to which the report counts seconds; 0 = the most that half of the variants reach
     ladder: bool = True  # time the levers one after the other
     peers: bool = True  # time other training loops beside ours
     peer_arch: str = "se_resnet18"  # the architecture of ladder and peers
@@ -76,6 +80,7 @@ class Options:
         require(self, bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), "seeds", "at least one, 0..2^63-1")
         require(self, self.epochs >= 1, "epochs", "at least 1")
         require(self, self.rounds >= 2, "rounds", "at least 2")
+        require(self, 0 <= self.target < 100, "target", "0 to below 100 percent")
         require(self, self.batch_size == 0 or self.batch_size >= 2, "batch_size", "0 or at least 2")
         for name in ("limit_train", "limit_test", "steps", "peer_images"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
@@ -124,7 +129,8 @@ def main() -> None:
         raise KeyboardInterrupt(f"what is finished is in {bench.out}; the same command goes on") from None
     bench.console.print(f"results and report: {bench.out}")
     if failures:
-        bench.console.print(f"{failures} trainings failed, see above; the same command tries them again", style="yellow")
+        named = f"{len(failures)} failed ({', '.join(failures)}), see above"
+        bench.console.print(f"{named}; the same command tries them again", style="yellow")
         sys.exit(1)
 
 
@@ -148,6 +154,8 @@ def prepare(options: Options, console: Console) -> Bench:
     ]
     for job in jobs:
         steps_per_epoch(data, job.recipe.batch_size)
+    if options.ladder or options.peers:
+        steps_per_epoch(data, options.batch_size or reported(options.peer_arch).recipe.batch_size)
     out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
     settle(out / "settings.json", defining(options, device, data))
     header = open_header(out, device, data, list(dict.fromkeys(options.archs)), _plain(options))
@@ -176,18 +184,21 @@ def make_job(options: Options, arch: str, seed: int, device: torch.device) -> Jo
 def defining(options: Options, device: torch.device, data: Splits) -> dict[str, Any]:
     """What all figures of a folder have in common; a restart with anything else is refused."""
     timed = {"arch": options.peer_arch, "rounds": options.rounds, "steps": options.steps}
+    met = {"scripts": list(options.peer), "images": options.peer_images}
+    met["levers"] = chosen_levers(options.levers, options.peer_arch, device)
     return {
         "hardware": device_name(device),
         "torch": torch.__version__,
         "data": list(data.sha256),
         **{name: getattr(options, name) for name in ("epochs", "limit_train", "limit_test", "batch_size")},
         **({"ladder": timed} if options.ladder else {}),
-        **({"peers": timed | {"scripts": list(options.peer), "images": options.peer_images}} if options.peers else {}),
+        **({"peers": timed | met} if options.peers else {}),
     }
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return plain | {"target_top1": round(options.target / 100, 6) or None}  # a share, as bench/figures.py reads it
 
 
 def show_plan(bench: Bench) -> None:
@@ -208,11 +219,15 @@ def show_plan(bench: Bench) -> None:
     console.print("\n".join(f"no lever {line}" for line in lacking))
     console.print(table)
     total = sum(seconds for key, seconds in bench.seconds.items() if key not in done)
-    for name, wanted in (("ladder", options.ladder), ("peers", options.peers)):
-        state = "not wanted" if not wanted else "done" if (bench.out / f"{name}.json").exists() else ""
+    ladder = read_part(bench.out / "ladder.json", Ladder, Console(quiet=True))
+    peers = read_part(bench.out / "peers.json", Peers, Console(quiet=True))
+    for name, wanted, part in (("ladder", options.ladder, ladder), ("peers", options.peers, peers)):
+        failed = failures_of(part)
+        state = "not wanted" if not wanted else "done" if part is not None and not failed else ""
         seconds = 0.0 if state else timed_seconds(bench, name)
         total += seconds
-        console.print(f"{name} of {options.peer_arch}: {state or f'about {clock(seconds)}'}")
+        again = f"; again for {', '.join(failed)}" if wanted and failed else ""
+        console.print(f"{name} of {options.peer_arch}: {state or f'about {clock(seconds)}'}{again}")
     console.print(f"in all about {clock(total)}, guessed from FLOPs, bytes and this device's rates; into {bench.out}")
 
 
@@ -225,29 +240,44 @@ def timed_seconds(bench: Bench, part: str) -> float:
     return compiling + 15.0 + loops * (bench.options.rounds + 2) * bench.task.images * one_image * 2
 
 
-def measure(bench: Bench) -> int:
-    """Run all that is not finished; return how many cells failed. A peer that failed is a line in the report."""
+def failures_of(part: Ladder | Peers | None) -> list[str]:
+    """What failed in a ladder or in peers; not what this device lacks or what was left out."""
+    if part is None:
+        return []
+    entries: list[tuple[str, Rung | Peer]]
+    if isinstance(part, Ladder):
+        entries = [("ladder", rung) for rung in part.rungs]
+    else:
+        entries = [("peer", peer) for peer in part.entries]
+    return [f"{kind}: {entry.name}" for kind, entry in entries if broke(entry)]
+
+
+def measure(bench: Bench) -> list[str]:
+    """Run all that is not finished or failed before; return what failed now: cells, rungs, peers."""
     options, out, console = bench.options, bench.out, bench.console
 
     def saved() -> None:
         collect(out, console)
 
     cells = run_jobs(bench.jobs, out, bench.seconds, console, saved)
-    failures = sum(cell.error is not None for cell in cells)
-    if options.ladder and read_part(out / "ladder.json", Ladder, console) is None:
+    failures = [cell.key for cell in cells if cell.error is not None]
+    ladder, peers = read_part(out / "ladder.json", Ladder, console), read_part(out / "peers.json", Peers, console)
+    if options.ladder and (ladder is None or failures_of(ladder)):
         # Compiling for a CPU takes a minute and gains nothing there (LOG.md): not in the small version.
         left_out = {"compile"} if options.quick and bench.device.type == "cpu" else set()
         ladder = climb(bench.task, rounds=options.rounds, left_out=left_out, say=console.print)
         files.write_json(out / "ladder.json", asdict(ladder))
         saved()
-    if options.peers and read_part(out / "peers.json", Peers, console) is None:
+    if options.peers and (peers is None or failures_of(peers)):
+        levers = chosen_levers(options.levers, options.peer_arch, bench.device)
         peers = meet(
-            bench.task, rounds=options.rounds, scripts=bench.scripts, epochs=options.epochs, peer_images=options.peer_images,
-            say=console.print,
+            bench.task, levers=levers, rounds=options.rounds, scripts=bench.scripts, epochs=options.epochs,
+            peer_images=options.peer_images, before=peers, say=console.print,
         )  # fmt: skip
         files.write_json(out / "peers.json", asdict(peers))
     collect(out, console)
-    return failures
+    failures += failures_of(ladder) if options.ladder else []
+    return failures + (failures_of(peers) if options.peers else [])
 
 
 if __name__ == "__main__":

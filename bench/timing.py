@@ -7,7 +7,7 @@ ratio is taken within each round, and its interval is a bootstrap over rounds.
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -28,9 +28,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each peer in each round."""
+    """Seconds of each peer in each round, and what was raised by those that are dropped."""
 
     seconds: dict[str, list[float]]
+    errors: dict[str, Exception] = field(default_factory=dict)
 
     def rate(self, name: str, units: int) -> dict[str, Any]:
         """Units per second of a call that handles `units`: median, and the 10th and 90th percentile over rounds."""
@@ -43,21 +44,34 @@ class Timings:
         return bootstrap_ratio(self.seconds[slower], self.seconds[faster])
 
 
-def interleaved(peers: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1, seed: int = 0) -> Timings:
+def interleaved(
+    peers: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1, seed: int = 0, drop: bool = False
+) -> Timings:
     """Call every peer once a round, `rounds` times, in an order drawn anew each round, after `warmup` untimed rounds.
 
-    Peers must be finished when they return (a GPU's work synchronised).
+    Peers must be finished when they return (a GPU's work synchronised). drop: a peer that raises has no further turns and no
+    seconds, only its error, and the others go on in the order they would have had; else the exception is the caller's.
     """
+    errors: dict[str, Exception] = {}
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     order, shuffle = list(peers), random.Random(seed)
     for number in range(warmup + rounds):
         shuffle.shuffle(order)
         for name in order:
+            if name in errors:
+                continue
             started = time.perf_counter()
-            peers[name]()
+            try:
+                peers[name]()
+            except Exception as error:
+                if not drop:
+                    raise
+                errors[name] = error
+                del seconds[name]
+                continue
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - started)
-    return Timings(seconds)
+    return Timings(seconds, errors)
 
 
 def bootstrap_ratio(numerator: list[float], denominator: list[float], *, samples: int = 2000, seed: int = 0) -> Ratio:

@@ -4,13 +4,15 @@
 
 The training is `python -m fastcifar.train`'s own, epoch by epoch, without checkpoints and plots: the same data, weights and
 steps, hence the same losses and accuracies. A process of its own keeps peak memory and time to the first step apart, and a
-crash away from other cells. Lines of JSON report progress; the last one holds the cell. When standard input is closed, which
-the death of the parent does, the process ends.
+crash away from other cells. Lines of JSON report progress; the last one holds the cell. A job that comes through a pipe is one
+line, after which the pipe stays open: when it is closed, which the death of the parent does, the process ends. From a file, as
+above, the job is all of it, and the process ends with the training.
 """
 
 import json
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from rich.console import Console
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from bench.levers import compiler_settings, run_options
 from bench.loops import build_step
-from bench.schema import Cell, Epoch
+from bench.schema import Cell, Epoch, from_json
 from fastcifar.dataset import load_splits
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, run_command, unknown
@@ -161,7 +163,8 @@ def _epoch(record: dict[str, Any]) -> Epoch:
 def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """Replace fields of a recipe, its schedule or its augmentation by name.
 
-    Raises InputError for an unknown name, or a value of another type or out of range.
+    None is a value where the field may be None. Raises InputError for an unknown name, or a value of another type or out of
+    range.
     """
     parts: dict[str, Any] = {"": recipe, "schedule": recipe.schedule, "augmentation": recipe.augmentation}
     homes = {name: part for part, row in parts.items() for name in vars(row) if name not in parts}
@@ -169,14 +172,21 @@ def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     for name, value in values.items():
         if name not in homes:
             raise unknown("field of a recipe", name, homes)
-        now = getattr(parts[homes[name]], name)
-        kind = float if now is None else type(now)
+        home = parts[homes[name]]
+        now, hint = getattr(home, name), get_type_hints(type(home))[name]
+        if value is None and type(None) in get_args(hint):
+            changed[homes[name]][name] = None
+            continue
+        kind = next(option for option in get_args(hint) if option is not type(None)) if now is None else type(now)
         if isinstance(value, int) and not isinstance(value, bool) and kind is float:
             value = float(value)
         if isinstance(value, list) and kind is tuple:
+            if not all(type(entry) in (int, float) for entry in value):
+                raise InputError(f"{name} must be a list of numbers, got {value!r}")
             value = tuple(value)
         if type(value) is not kind:
-            raise InputError(f"{name} must be of type {kind.__name__}, e.g. {now}, got {value!r}")
+            example = "" if now is None else f", e.g. {now}"
+            raise InputError(f"{name} must be of type {kind.__name__}{example}, got {value!r}")
         changed[homes[name]][name] = value
     nested = {part: replace(parts[part], **changed[part]) for part in ("schedule", "augmentation")}
     return replace(recipe, **changed[""], **nested)
@@ -226,8 +236,14 @@ class EnergyMeter:
 
 def main() -> None:
     """Read the job, train, tell the cell."""
-    job = Job(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    piped = stat.S_ISFIFO(os.fstat(0).st_mode)
+    try:
+        values = json.loads(sys.stdin.readline() if piped else sys.stdin.read())
+    except ValueError as error:
+        raise InputError(f"standard input holds no job as JSON: {error}") from None
+    job = from_json(Job, values, "the job")
+    if piped:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is not ours to parse
 

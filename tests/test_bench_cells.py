@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import psutil
 import pytest
@@ -138,6 +138,29 @@ def killed_at_once(popen):
     return lambda command, **keywords: popen(["/bin/sh", "-c", "kill -9 $$"], **keywords)
 
 
+@pytest.mark.parametrize("line", ['{"cell": {"key": "ce', '{"epochs"}', "[]", "{}", '{"cell": {"key": "cell"}}'])
+def test_a_line_cut_off_is_the_cells_failure(betons, monkeypatch, line):
+    popen = subprocess.Popen
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda command, **keywords: popen(["/bin/echo", line], **keywords))
+    assert run_job(job_for(betons)).error == f"its process told what is no cell: {line}"
+
+
+def test_a_job_in_a_file_is_trained(betons, tmp_path):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(asdict(job_for(betons, epochs=1)), indent=1))
+    for content, code in ((path.read_text(), 0), ("{", 2), ('{"key": "a"}', 2)):
+        path.write_text(content)
+        with path.open() as file:
+            process = subprocess.run(
+                [sys.executable, "-m", "bench.train_cell"], stdin=file, capture_output=True, text=True, cwd=REPOSITORY
+            )
+        assert process.returncode == code, process.stderr
+        if code:
+            assert len(process.stderr.splitlines()) == 1
+        else:
+            assert json.loads(process.stdout.splitlines()[-1])["cell"]["key"] == "cell"
+
+
 def test_a_broken_cell_file_is_named_and_its_cell_runs_again(betons, tmp_path):
     job = job_for(betons)
     write_cell(tmp_path, fake_cell(job))
@@ -192,6 +215,8 @@ def test_overrides_reach_every_part_of_a_recipe_and_are_checked():
     assert (changed.head_dropout, changed.schedule.peak_lr, changed.augmentation.cutout) == (0.0, 0.2, 0)
     assert (changed.schedule.milestones, changed.optimizer) == ((3, 5), "adamw")
     assert recipe.schedule.peak_lr == 0.1
+    ending = override(recipe, {"mixup_alpha": 0.4, "mixup_alpha_end": 0.1})
+    assert override(ending, {"mixup_alpha_end": None}).augmentation.mixup_alpha_end is None
     for values, message in (
         ({"cutuot": 0}, "did you mean cutout"),
         ({"cutout": 40}, "cutout must be 0..32"),
@@ -199,6 +224,9 @@ def test_overrides_reach_every_part_of_a_recipe_and_are_checked():
         ({"squeeze_excitation": 1}, "must be of type bool"),
         ({"peak_lr": "high"}, "must be of type float"),
         ({"augmentation": {}}, "unknown field"),
+        ({"cutout": None}, "cutout must be of type int"),
+        ({"mixup_alpha_end": "x"}, "mixup_alpha_end must be of type float"),
+        ({"milestones": ["x"]}, "milestones must be a list of numbers"),
     ):
         with pytest.raises(InputError, match=message):
             override(recipe, values)

@@ -1,5 +1,6 @@
 """bench/run.py and bench/ablate.py in small: plan, resumption, Ctrl-C, ladder and peers with one that crashes, studies."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -10,15 +11,12 @@ from rich.console import Console
 
 from bench import ablate, cells, collect, ladder, peers, run
 from bench.ablate import STUDIES, Configuration, Study, make_job, parse_arm
-from bench.loops import Task, ours
-from bench.peers import meet, outside_scripts, run_script, stated_rates
+from bench.figures import all_figures, target_top1
 from bench.roofline import Rates, cost_of_arch
 from bench.run import QUICK, Options, measure, prepare
 from bench.schema import read_results
-from fastcifar.dataset import load_splits
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
-from fastcifar.recipes import reported
 from tests.conftest import assert_user_error, run_cli
 from tests.test_bench_cells import fake_cell
 
@@ -39,13 +37,6 @@ def small(betons, tmp_path):
         QUICK, archs=("se_resnet18", "resnet42"), data=betons, out=tmp_path / "bench", limit_train=64, limit_test=20,
         batch_size=16, epochs=2, rounds=2, steps=1, ladder=False, peers=False, device="cpu",
     )  # fmt: skip
-
-
-@pytest.fixture
-def task(betons):
-    """One step of 16 images."""
-    data = load_splits(betons, CPU, limit_train=64, limit_test=20, val_fraction=0.0, seed=0, verify=False)
-    return Task("se_resnet18", replace(reported("se_resnet18").recipe, batch_size=16), data, betons, steps=1)
 
 
 def count_cells(monkeypatch, stop_after=None):
@@ -78,18 +69,21 @@ def test_a_plan_comes_first_and_a_finished_cell_is_not_run_again(small, monkeypa
     bench = prepare(small, console)
     run.show_plan(bench)
     ran = count_cells(monkeypatch)
-    assert measure(bench) == 0
+    assert measure(bench) == []
     assert len(ran) == 2
     said = console.export_text()
     assert said.index("in all about") < said.index("[1/2] se_resnet18")
-    assert measure(prepare(small, QUIET)) == 0
+    assert measure(prepare(small, QUIET)) == []
     assert len(ran) == 2
-    assert measure(prepare(replace(small, seeds=(0, 1)), QUIET)) == 0
+    assert measure(prepare(replace(small, seeds=(0, 1), target=42.5), QUIET)) == []
     assert len(ran) == 4  # another seed is more of the same
     results = read_results(small.out / "results.json")
     assert [(cell.arch, cell.seed) for cell in results.cells] == [(a, s) for a in ("resnet42", "se_resnet18") for s in (0, 1)]
     assert results.environment["rates"]["flops_per_second"] > 0
     assert results.settings["batch_size"] == 16
+    assert target_top1(results, all_figures(results)) == 0.425
+    assert prepare(small, QUIET).out == small.out  # without --target it is derived again
+    assert target_top1(collect.collect(small.out, QUIET), all_figures(results)) != 0.425
     assert results.variants[0].roofline_images_per_second is not None
     assert (small.out / "report.html").exists()
     with pytest.raises(InputError, match=r"begun with other settings \(epochs: 2 there, 3 given\)"):
@@ -126,6 +120,7 @@ def test_mistakes_are_one_line(betons, tmp_path):
         ({"peer": ("airbench=/nowhere/a.py",)}, "not a file"),
         ({"peer": (f"FFCV={__file__}",)}, "taken"),
         ({"limit_train": 10**6}, "lower the limit"),
+        ({"limit_train": 128, "batch_size": 0, "peer_arch": "mish_se_resnet18", "ladder": True}, "batch_size 512 is larger"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(small, changes, message):
@@ -134,78 +129,41 @@ def test_what_cannot_run_is_refused_before_anything_is_written(small, changes, m
     assert not small.out.exists()
 
 
-def test_the_ladder_times_every_rung_in_turns_and_names_those_it_lacks(task, monkeypatch):
-    def broken(task, levers):
-        if levers[-1] == "bf16":
-            raise RuntimeError("no such\ninstruction")
-        return ours(task, levers)
+def test_what_failed_is_counted_and_tried_again_and_nothing_else_is(small, tmp_path, monkeypatch):
+    count_cells(monkeypatch)
+    broken, levers = True, []
 
-    monkeypatch.setattr(ladder, "ours", broken)
-    made = ladder.climb(task, rounds=2, left_out={"compile"}, say=lambda line: None)
-    by_name = {rung.name: rung for rung in made.rungs}
-    assert next(iter(by_name)) == "eager fp32 NCHW, DataLoader"
-    for name in (ladder.BASELINE_TITLE, "resident data", "channels_last", "fused kernels"):
-        assert by_name[name].error is None, by_name[name]
-        assert len(by_name[name].images_per_second) == 2
-    assert by_name["bf16 autocast"].error == "RuntimeError: no such instruction"
-    assert by_name["torch.compile"].error == "left out of this run"
-    assert by_name["whole step captured"].error == "not applicable: CUDA graphs need a GPU"
-    assert all(not rung.images_per_second for rung in made.rungs if rung.error)
+    def loop(task, built_in=False):
+        if broken:
+            raise RuntimeError("no")
+        return lambda: None
 
-
-def test_peers_are_timed_beside_ours_and_one_that_crashes_is_a_line(task, tmp_path, monkeypatch):
-    def no_ffcv(task):
-        raise ImportError("libopencv_core.so.406: cannot open shared object file")
-
-    monkeypatch.setattr(peers, "ffcv", no_ffcv)
-    script = tmp_path / "peer.py"
-    script.write_text('print("epoch 1"); print(\'{"images_per_second": [100, 110]}\')')
-    scripts = outside_scripts((f"mine={script}",))
-    met = meet(task, rounds=2, scripts=scripts, epochs=3, peer_images=0, say=lambda line: None)
-    by_name = {peer.name: peer for peer in met.entries}
-    assert next(iter(by_name)) == "fastcifar"
-    for name in ("fastcifar", "ordinary loop", "every built-in lever"):
-        assert by_name[name].error is None
-        assert len(by_name[name].images_per_second) == 2
-    assert by_name["FFCV"].error == "ImportError: libopencv_core.so.406: cannot open shared object file"
-    assert by_name["mine"].images_per_second == [100, 110]
-
-
-def test_an_outside_script_gets_the_data_and_is_timed_by_its_word_or_the_wall(task, tmp_path):
-    script = tmp_path / "peer.py"
-    script.write_text(
-        "import os, torch\n"
-        "data = torch.load('cifar10/train.pt')\n"
-        "assert data['images'].dtype == torch.uint8 and tuple(data['images'].shape) == (64, 32, 32, 3), data['images'].shape\n"
-        "assert len(data['labels']) == 64 and len(data['classes']) == 10\n"
-        "assert os.path.isfile(os.environ['FASTCIFAR_DATA'] + '/train.beton')\n"
-        "assert os.environ['FASTCIFAR_EPOCHS'] == '3' and os.environ['FASTCIFAR_IMAGES'] == '64'\n"
-        "print('done')\n"
-    )
-    peer = run_script("mine", script, task, epochs=3, peer_images=0)
-    assert peer.error is None, peer
-    assert "192 images over the wall time" in peer.note
-    script.write_text("raise RuntimeError('needs eight GPUs')")
-    assert run_script("mine", script, task, epochs=3, peer_images=0).error == "exit code 1: RuntimeError: needs eight GPUs"
-    for line in (
-        "",
-        "{}",
-        "[1]",
-        '{"images_per_second": "x"}',
-        '{"images_per_second": 0}',
-        '{"images_per_second": [NaN]}',
-        "12",
-    ):
-        assert stated_rates(line) is None, line
-    assert stated_rates('{"images_per_second": 5, "accuracy": 0.9}') == [5.0]
-
-
-@pytest.mark.slow
-def test_ffcvs_loader_trains_beside_ours_and_leaves_the_threads_alone(task):
-    before = torch.get_num_threads()
-    met = meet(task, rounds=2, scripts={}, epochs=1, peer_images=0, say=lambda line: None)
-    assert [peer.error for peer in met.entries] == [None] * 4
-    assert torch.get_num_threads() == before
+    monkeypatch.setattr(ladder, "ours", lambda task, levers: lambda: None)
+    monkeypatch.setattr(peers, "ours", lambda task, named: levers.append(named) or (lambda: None))
+    monkeypatch.setattr(ladder, "ordinary", loop)
+    monkeypatch.setattr(peers, "ordinary", lambda task, built_in=False: lambda: None)
+    monkeypatch.setattr(peers, "ffcv", lambda task: importlib.import_module("ffcv") if broken else lambda: None)
+    monkeypatch.setitem(sys.modules, "ffcv", None)  # not installed, which is no failure
+    scripts = [tmp_path / "good.py", tmp_path / "bad.py"]
+    for script in scripts:
+        script.write_text(f"open({str(tmp_path / script.stem)!r}, 'a').write('ran ')\n")
+    with scripts[1].open("a") as file:
+        file.write(f"import os; os.path.exists({str(tmp_path / 'mended')!r}) or exit('not yet')\n")
+    options = replace(small, ladder=True, peers=True, levers=(), peer=tuple(f"{s.stem}={s}" for s in scripts))
+    assert measure(prepare(options, QUIET)) == ["ladder: eager fp32 NCHW, DataLoader", "peer: bad"]
+    results = read_results(small.out / "results.json")
+    assert results.peers.entries[3].error == "not applicable: no FFCV here"
+    broken = False
+    (tmp_path / "mended").touch()
+    console = Console(record=True, width=400, file=open("/dev/null", "w"))  # noqa: SIM115
+    bench = prepare(options, console)
+    run.show_plan(bench)
+    assert "; again for peer: bad" in console.export_text()
+    assert measure(bench) == []
+    assert [(tmp_path / script.stem).read_text() for script in scripts] == ["ran ", "ran ran "]
+    assert levers == [["resident", "channels_last"]]  # those of --levers; the loops were not timed again
+    with pytest.raises(InputError, match="peers levers"):
+        prepare(replace(options, levers=("bf16",)), QUIET)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -224,6 +182,12 @@ def test_arms_are_lists_of_overrides():
     assert parse_arm("a=cutout=0,squeeze_excitation=false,optimizer=adamw,peak_lr=1e-3").overrides == {
         "cutout": 0, "squeeze_excitation": False, "optimizer": "adamw", "peak_lr": 1e-3,
     }  # fmt: skip
+    lists = parse_arm("a=milestones=[3,5],mixup_alpha_end=null,cutout=0").overrides
+    assert lists == {"milestones": [3, 5], "mixup_alpha_end": None, "cutout": 0}
+    with pytest.raises(InputError, match="give --epochs"):
+        make_job(
+            ablate.Options(arms=("a=",)), Study("se_resnet18", "x", (parse_arm("a=epochs=1"),)), parse_arm("a=epochs=1"), 0, CPU
+        )
     for text in ("full", "=cutout=0", "a=cutout", "a==3"):
         with pytest.raises(InputError, match="--arms takes"):
             parse_arm(text)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.compare import Options, compare
+from bench.compare import Options, compare, warnings
 from bench.schema import Cell, write_results
 from tests.bench_results import make_results
 from tests.conftest import assert_user_error, run_cli
@@ -68,6 +68,34 @@ def test_lost_accuracy_is_judged_over_seeds(options):
     one_seed = [row for row in compare(make_results(seeds=1), less_accurate(make_results(seeds=1), 4)) if row.what == "top-1"]
     assert all(row.low is None and not row.worse(options) for row in one_seed)
     assert {row.verdict(options) for row in one_seed} == {"no interval: not judged"}
+    far = [row for row in compare(make_results(seeds=1), less_accurate(make_results(seeds=1), 6)) if row.what == "top-1"]
+    assert {row.verdict(options) for row in far} == {"WORSE"}  # 5 x 1 point without an interval
+    assert not any(row.worse(replace(options, accuracy_threshold=1.5)) for row in far)
+
+
+def with_levers(results, *levers):
+    return replace(results, cells=[replace(cell, levers=list(levers)) for cell in results.cells])
+
+
+def test_other_levers_are_compared_where_there_is_one_set_on_each_side(options):
+    before, after = make_results(), slowed(with_levers(make_results(seed=1), "channels_last"), 1.5)
+    assert sum(row.worse(options) for row in compare(before, after)) >= 9
+    told = list(warnings(before, after))
+    assert "levers differ: resnet18 (channels_last + bf16) in A is compared with resnet18 (channels_last) in B" in told
+    two_sets = replace(after, cells=[*after.cells, *with_levers(after, "channels_last", "compile").cells])
+    assert not any(row.name == "resnet18" for row in compare(before, two_sets))
+    (missing,) = [line for line in warnings(before, two_sets) if line.startswith("only in A: ")]
+    assert "resnet18 (channels_last + bf16)" in missing
+
+
+def test_what_b_lacks_is_a_warning():
+    before, after = make_results(seeds=2), make_results(seeds=1)
+    assert not list(warnings(before, before))
+    assert "resnet18 (channels_last + bf16): finished seeds differ: 0, 1 in A, 0 in B" in list(warnings(before, after))
+    told = list(warnings(before, replace(before, ladder=None, peers=None, ablations=[])))
+    assert told == ["only in A: the ladder", "only in A: the peers", "ablations only in A: report D"]
+    fewer = replace(before, ladder=replace(before.ladder, rungs=before.ladder.rungs[1:]))
+    assert list(warnings(before, fewer)) == ["only in A's ladder: eager fp32 NCHW, DataLoader"]
 
 
 def test_what_fails_now_is_worse(options):
@@ -96,6 +124,13 @@ def test_the_command_ends_with_its_verdict(tmp_path):
     better = run_cli("bench/compare.py", b, a, "--threshold", "2")
     assert better.returncode == 0, better.stderr
     assert "better" in better.stdout
+    assert "0 of 23 rows were not" in better.stdout.replace("\n", " ")
+    empty = written(tmp_path / "empty", replace(before, cells=[], ladder=None))
+    nothing = run_cli("bench/compare.py", a, empty)
+    assert nothing.returncode == 2
+    assert "warning: only in A: dropout_resnet24 (channels_last + bf16)" in nothing.stdout
+    assert nothing.stderr.startswith("error: nothing of ")
+    assert len(nothing.stderr.splitlines()) == 1
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bench.figures import in_turns, worked
+from bench.figures import broke, in_turns, worked
 from bench.intervals import (
     MIN_ROUNDS,
     Change,
@@ -171,9 +171,8 @@ def _reach(entry: Rung | Peer, longest: float) -> Whisker:
 
 
 def _failed(entry: Rung | Peer) -> Bar:
-    error = entry.error or "not measured"
-    left_out = error.startswith(("not applicable", "left out", "not measured"))  # as bench/ladder.py words it
-    return Bar(entry.name, entry.note, None, [], error=error if left_out else f"failed: {error}", failed=not left_out)
+    error = f"failed: {entry.error}" if broke(entry) else entry.error or "not measured"
+    return Bar(entry.name, entry.note, None, [], error=error, failed=broke(entry))
 
 
 def _round_notes(rounds: int) -> list[str]:
