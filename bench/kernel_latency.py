@@ -4,12 +4,13 @@
 python bench/kernel_latency.py --out bench/results/h200/kernel_latency.json --record
 
 A win is claimed only where the 95 % interval of the ratio excludes 1 against every peer. `--record` writes those maps to
-kernels/measured.json, from which `--kernels auto` chooses. A form that fails its check against float64 is not timed. Without a
-CUDA device the kernels are left out, and what runs on the CPU is measured: the augmentation.
+kernels/measured.json, from which `--kernels auto` chooses. A form that fails its check (against float64; of the augmentation
+against NumPy's pixels) is not timed. Without a CUDA device the Triton kernels are left out, and what runs on the CPU is
+measured: the augmentation.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -22,18 +23,20 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.collect import environment
+from bench.input_pipelines import PIPELINES
 from bench.input_pipelines import measure as pipeline
 from bench.kernel_rows import KERNELS, KernelRow
 from bench.kernel_timing import OURS, CudaStopwatch, Measurement, measure, peers_of, shape_name
-from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, load_resident
+from fastcifar import augmentation
+from fastcifar.augmentation import Augmentation
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, load_resident
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
 from kernels import augment
 from kernels.augment_reference import augment_numpy
-from kernels.backends import MEASURED
+from kernels.backends import DTYPE_NAMES, MEASURED
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what kernels.augment does
 CHECKED = 512  # images compared with NumPy's before anything is timed
 
@@ -44,7 +47,7 @@ class Options:
 
     kernels: tuple[str, ...] = tuple(KERNELS)  # which, by name
     shapes: tuple[str, ...] = ()  # which maps, as 48x32x32; default: all that the architectures have
-    batch_size: int = 512  # images of a map
+    batch_size: int = 512  # images of a map, or of a batch on the CPU
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the maps; weights are float32
     rounds: int = 40  # timed turns of each form
     data: Path = Path("data/beton")  # folder with the betons, for the CPU's part
@@ -61,8 +64,10 @@ class Options:
         for shape in self.shapes:
             if shape not in known:
                 raise unknown("map", shape, known)
-        if self.record and (self.dtype != "bf16" or not torch.cuda.is_available()):
-            raise InputError("record writes what training on a CUDA device uses: it needs one, and dtype bf16")
+        if not torch.cuda.is_available():
+            given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+            if idle := sorted(given & {"kernels", "shapes", "dtype", "record"}):
+                raise InputError(f"{', '.join(idle)}: for the Triton kernels on a CUDA device, and there is none: leave it out")
 
 
 def main() -> None:
@@ -100,7 +105,7 @@ def gpu_part(options: Options, device: torch.device, console: Console) -> list[M
 
 def measure_kernel(row: KernelRow, options: Options, device: torch.device) -> list[Measurement]:
     """One kernel on its maps."""
-    settings: dict[str, Any] = {"batch": options.batch_size, "dtype": DTYPES[options.dtype], "rounds": options.rounds}
+    settings: dict[str, Any] = {"batch": options.batch_size, "dtype": DTYPE_NAMES[options.dtype], "rounds": options.rounds}
     measurements = []
     for shape in row.shapes:
         if not options.shapes or shape_name(shape) in options.shapes:
@@ -152,29 +157,48 @@ def _beside(ours: int | None, peer: int | None) -> str:
 
 
 def record(path: Path, device_name: str, measurements: Iterable[Measurement]) -> None:
-    """Write the maps where ours won, cold, in both directions, into measured.json; what was not measured now stays."""
+    """Write dtype and map where ours won, cold, in each direction, into measured.json; what was not measured now stays."""
     known: dict[str, dict[str, list[str]]] = read_json(path, remedy="delete it") if path.exists() else {}
     wins = known.setdefault(device_name, {})
-    ordered = sorted((each for each in measurements if each.cache == "cold"), key=lambda each: (each.kernel, each.shape))
-    for (kernel, shape), each in groupby(ordered, key=lambda each: (each.kernel, each.shape)):
-        kept = set(wins.get(kernel, ())) - {shape}
-        wins[kernel] = sorted(kept | {shape} if all(one.won for one in each) else kept)
+    short = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPE_NAMES.items()}
+    cold = ((each.kernel, f"{short[each.dtype]} {each.shape}", each.won) for each in measurements if each.cache == "cold")
+    for (kernel, entry), each in groupby(sorted(cold), key=lambda one: one[:2]):
+        kept = set(wins.get(kernel, ())) - {entry}
+        wins[kernel] = sorted(kept | {entry} if all(won for _, _, won in each) else kept)
     write_json(path, known)
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
     """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
     data, _ = load_resident(options.data / "train.beton", torch.device("cpu"), limit=CHECKED)
-    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
-    shared: dict[str, Any] = {"padding": 4, "reflect": False, "flip": "random", "cutout": 8}
-    ours, _ = augment(
-        data.images, data.labels, data.index, 0, 1, 0, batch_size=CHECKED, mean=mean, std=std, dtype=torch.float32, **shared
-    )
+    for name in CPU_PIPELINES:
+        check_pixels(PIPELINES[name], data)
+    return {name: pipeline(name, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
+
+
+def check_pixels(recipe: Augmentation, data: ResidentSet) -> None:
+    """Raise InputError unless both forms that are timed show the pixels expected, into new memory and into used."""
+    positions, mean, std = torch.arange(len(data.images)), torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
+    settings: dict[str, Any] = {
+        "padding": recipe.crop_padding, "flip": recipe.flip, "reflect": recipe.crop_mode == "reflect", "cutout": recipe.cutout,
+    }  # fmt: skip
     images, labels, index = data.images.numpy(), data.labels.numpy(), data.index.numpy()
-    expected, _ = augment_numpy(images, labels, index, index, 1, 0, mean=mean.numpy(), std=std.numpy(), **shared)
-    if not np.array_equal(ours.numpy(), expected):
-        raise InputError("kernels.augment does not show NumPy's pixels on this machine: not timed; please report it")
-    return {name: pipeline(name, options.data, 512, options.rounds, console) for name in CPU_PIPELINES}
+    batch, loop = None, None
+    for epoch in range(2):  # the second overwrites the first
+        expected, its_labels = augment_numpy(
+            images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), **settings
+        )
+        batch = augment(
+            data.images, data.labels, positions, 0, epoch, 0, batch_size=len(positions), index=data.index, mean=mean, std=std,
+            out=batch, **settings,
+        )  # fmt: skip
+        drawn = augmentation.draw(recipe, data.index, 0, epoch)
+        plain = augmentation.augment(recipe, data.images, positions, drawn, mean, std, "torch")
+        loop = augmentation.augment(recipe, data.images, positions, drawn, mean, std, "numba", loop)
+        if not (torch.equal(batch[0], torch.from_numpy(expected).bfloat16()) and np.array_equal(batch[1].numpy(), its_labels)):
+            raise InputError("kernels.augment does not show NumPy's pixels on this machine: not timed; please report it")
+        if not torch.equal(loop, plain):
+            raise InputError("Numba's loop does not show PyTorch's pixels on this machine: not timed; please report it")
 
 
 if __name__ == "__main__":

@@ -5,33 +5,38 @@ Adding a kernel is adding a row. Maps are those of the architectures that use it
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
-from kernels import mish, reference, squeeze_excite
+from kernels import augment, mish, reference, squeeze_excite
+from kernels.augment_reference import SIDE, Flip, augment_numpy, augment_torch
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
 
 Shape = tuple[int, int, int]  # C, H, W
 Inputs = list[Tensor | None]
+Form = Callable[..., Tensor | tuple[Tensor, ...]]  # the first tensor of several is the map
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One kernel and what it is compared with. The three forms take the inputs in their order and return one tensor."""
+    """One kernel and what it is compared with. All forms take the inputs in their order and return the same tensors."""
 
     name: str  # as `auto` looks it up in kernels/measured.json
     shapes: tuple[Shape, ...]
     inputs: Callable[[Shape, int, torch.dtype, torch.device, int], Inputs]  # of shape, batch, dtype, device, seed
-    ours: Callable[..., Tensor]
-    eager: Callable[..., Tensor]  # PyTorch's own operations: compiled too, as a peer; in float64, the oracle
+    ours: Form
+    eager: Form  # PyTorch's own operations: compiled too, as a peer; in float64, the oracle
     forward_passes: int  # reads and writes of a whole map by our kernels
-    backward_passes: int
-    same_algebra: Callable[..., Tensor] | None = None  # our formulas as operations for the compiler to fuse, where we have them
+    backward_passes: int  # 0: nothing has a gradient, only the forward pass is timed
+    same_algebra: Form | None = None  # our formulas as operations for the compiler to fuse, where we have them
+    exact: Form | None = None  # the oracle of a kernel without gradients: the very values, rounded once
+    read_beside: int = 0  # bytes of a sample that are read and belong to no map
 
 
 def maps(uses: Callable[[Architecture, int], bool]) -> tuple[Shape, ...]:
@@ -98,6 +103,54 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool) -
     )  # fmt: skip
 
 
+AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8}
+FLIP: Flip = "random"
+IMAGES = 50_000  # of the resident set, as CIFAR-10's
+
+
+@cache
+def resident_set(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images [N, 32, 32, 3], labels, sample numbers, permutation: random. One for all calls, as training has one."""
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randint(256, (count, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator, device=device)
+    labels = torch.randint(10, (count,), generator=generator, device=device)
+    return images, labels, torch.arange(count, device=device), torch.randperm(count, generator=generator, device=device)
+
+
+def augment_inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """The resident set, cursor, epoch and seed, mean and std, and an empty [B, 0] that says how many of which dtype to make."""
+    count = max(IMAGES, batch)
+    scalars = (torch.tensor(value, device=device) for value in (seed * batch % (count - batch + 1), 1, 0))
+    constants = (torch.tensor(values, device=device) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    return [*resident_set(count, device), *scalars, *constants, torch.empty(batch, 0, dtype=dtype, device=device)]
+
+
+def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
+    return augment(
+        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index, flip=FLIP,
+        dtype=like.dtype, backend="triton", **AUGMENTATION,
+    )  # fmt: skip
+
+
+def augment_eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
+    positions = permutation[cursor + torch.arange(len(like), device=images.device)]
+    return augment_torch(
+        images, labels, index, positions, epoch, seed, mean=mean, std=std, flip=FLIP, dtype=like.dtype, **AUGMENTATION
+    )
+
+
+def augment_exact(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """NumPy's pixels, on the inputs' device."""
+    images, labels, index, permutation, cursor, epoch, seed, mean, std = (t.cpu().numpy() for t in tensors[:-1])
+    positions, like = permutation[cursor : cursor + len(tensors[-1])], tensors[-1]
+    x, own_labels = augment_numpy(
+        images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, flip=FLIP, **AUGMENTATION
+    )
+    return torch.from_numpy(x).to(like), torch.from_numpy(own_labels).to(like.device)
+
+
 KERNELS: dict[str, KernelRow] = {
     row.name: row
     for row in (
@@ -114,5 +167,9 @@ KERNELS: dict[str, KernelRow] = {
         tail_row("relu", shortcut=True, se=False),
         tail_row("relu", shortcut=True, se=True),
         tail_row("mish", shortcut=True, se=True),
+        KernelRow(  # the batch is written once; 3,072 bytes of an image are read
+            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_fused, augment_eager,
+            forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,
+        ),
     )
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 Each form is captured as one CUDA graph of calls on several sets of inputs, as a captured training step would run it, so that
 the host's pace does not enter. Cold: the sets are over 150 MB together, three times an H200's cache, and each call meets its
-own; hot: all calls meet the first set. A round replays every form once, in an order drawn anew; beside them a copy of one
-map, whose bandwidth is the ceiling of that round.
+own and writes to memory of its own; hot: all calls meet the first set, and memory is used again. A round replays every form
+once, in an order drawn anew; beside them a copy of one map, whose bandwidth is the ceiling of that round.
 """
 
 import random
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.kernel_rows import Inputs, KernelRow, Shape
+from bench.kernel_rows import Form, Inputs, KernelRow, Shape
+from bench.levers import TUNED
 from bench.timing import Ratio, bootstrap_ratio
 
 OURS, EAGER = "ours", "eager"
@@ -32,17 +33,13 @@ COLD_BYTES = 150e6
 SLACK, FLOOR = 2.0, 4.0  # as tests/kernel_checks.py: times eager's error, and units in the last place forgiven
 PEERS_SLACK = 10.0  # of what PyTorch compiled: to see that it is no other function; a peer lost by chance would flatter ours
 REORDERED = 1e-6  # a float32 gradient of few numbers, summed in another order: its ratio of errors is luck in the one draw here
-TUNED: dict[str, Any] = {
-    "realize_opcount_threshold": 200,
-    "realize_reads_threshold": 32,
-}  # PERFORMANCE.md: cut 29 % of mish_se_resnet18's bytes
 
 
 class Stopwatch(Protocol):
     """How work is prepared and timed; a test has its own."""
 
-    def prepare(self, name: str, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """What does all the calls at once."""
+    def prepare(self, name: str, calls: Sequence[Callable[[], object]], *, keep: bool) -> Callable[[], object]:
+        """What does all the calls at once. keep: no call's results may take the memory of an earlier call's."""
 
     def seconds(self, name: str, replay: Callable[[], object]) -> float:
         """What one replay takes."""
@@ -57,7 +54,7 @@ class Stopwatch(Protocol):
 class CudaStopwatch:
     """Captured graphs between two CUDA events."""
 
-    def prepare(self, name: str, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    def prepare(self, name: str, calls: Sequence[Callable[[], object]], *, keep: bool) -> Callable[[], object]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,9 +62,13 @@ class CudaStopwatch:
                 calls[0]()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        kept = []
         with torch.cuda.graph(graph):
             for call in calls:
-                call()
+                results = call()
+                if keep:  # else the graph's pool gives the next call this memory, which is still in the cache
+                    kept.append(results)
+                del results
         return graph.replay
 
     def seconds(self, name: str, replay: Callable[[], object]) -> float:
@@ -152,7 +153,7 @@ class Measurement:
         return vars(self) | made
 
 
-def peers_of(row: KernelRow) -> dict[str, Callable[..., Tensor]]:
+def peers_of(row: KernelRow) -> dict[str, Form]:
     """Every form of a kernel by name. Compiled ones are compiled at their first call; earlier shapes' are forgotten."""
     torch._dynamo.reset()
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -162,11 +163,11 @@ def peers_of(row: KernelRow) -> dict[str, Callable[..., Tensor]]:
     return peers | {OURS: row.ours}
 
 
-def tuned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def tuned(function: Form) -> Form:
     """`function` compiled to fuse longer chains and to recompute more in the backward pass."""
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=TUNED)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, options=dict(TUNED))
 
-    def call(*inputs: Tensor | None) -> Tensor:
+    def call(*inputs: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         with torch._functorch.config.patch(ban_recompute_used_far_apart=False):  # read when the compiler runs
             return compiled(*inputs)
 
@@ -176,7 +177,7 @@ def tuned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def measure(
     row: KernelRow,
     shape: Shape,
-    peers: dict[str, Callable[..., Tensor]],
+    peers: dict[str, Form],
     stopwatch: Stopwatch,
     *,
     batch: int,
@@ -184,16 +185,15 @@ def measure(
     device: torch.device,
     rounds: int,
 ) -> list[Measurement]:
-    """Check and time a kernel on one map: two directions, cold and hot. What fails its check is not timed."""
+    """Check and time a kernel on one map: each direction it has, cold and hot. What fails its check is not timed."""
     sets = input_sets(row, shape, batch, dtype, device)
-    slack = {name: SLACK if name == OURS else PEERS_SLACK for name in peers}
-    checked = {name: disagreement(form, row.eager, *sets[0], slack[name]) for name, form in peers.items()}
+    checked = {name: check(row, name, form, *sets[0]) for name, form in peers.items()}
     refused = {name: reason for name, reason in checked.items() if reason is not None}
     copies: Work = {COPY: [partial(torch.empty_like(gradient).copy_, gradient) for _, gradient in sets]}
     map_bytes = sets[0][1].numel() * dtype.itemsize
     common: dict[str, Any] = {"kernel": row.name, "shape": shape_name(shape), "batch": batch, "refused": refused}
     results = []
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS if row.backward_passes else DIRECTIONS[:1]:
         calls: Work = {
             name: [partial(call, form, direction, *one) for one in sets] for name, form in peers.items() if name not in refused
         }
@@ -202,14 +202,14 @@ def measure(
         passes = row.forward_passes + (row.backward_passes if direction == "forward+backward" else 0)
         for cache in CACHES:
             work = {name: each if cache == "cold" else each[:1] * len(each) for name, each in (calls | copies).items()}
-            seconds = timed(work, stopwatch, rounds)
+            seconds = timed(work, stopwatch, rounds, keep=cache == "cold")
             results.append(
                 Measurement(
                     **common,
                     dtype=str(dtype).removeprefix("torch."),
                     direction=direction,
                     cache=cache,
-                    bytes=passes * map_bytes,
+                    bytes=passes * map_bytes + batch * row.read_beside,
                     copy_bytes=2 * map_bytes,
                     copy_seconds=seconds.pop(COPY),
                     seconds=seconds,
@@ -232,17 +232,23 @@ def input_sets(
     for seed in range(min(max(ceil(COLD_BYTES / map_bytes) + 1, 2), 256)):
         inputs = row.inputs(shape, batch, dtype, device, seed)
         with torch.no_grad():
-            y = row.eager(*clones(inputs, None))
+            y = tensors(row.eager(*clones(inputs, None)))[0]
         sets.append((inputs, torch.randn_like(y)))
     return sets
 
 
-def call(form: Callable[..., Tensor], direction: Direction, inputs: Inputs, gradient: Tensor) -> object:
-    """One forward pass without, or one with, the gradients of all inputs that want one."""
+def call(form: Form, direction: Direction, inputs: Inputs, gradient: Tensor) -> object:
+    """One forward pass without, or one with, the gradients of all inputs that want one: what a training step keeps of it."""
     if direction == "forward":
         with torch.no_grad():
             return form(*inputs)
-    return torch.autograd.grad(form(*inputs), wanting(inputs), gradient)
+    y = tensors(form(*inputs))[0]
+    return y.detach(), *torch.autograd.grad(y, wanting(inputs), gradient)
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A form's result, which may be one tensor or several."""
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def wanting(inputs: Inputs) -> list[Tensor]:
@@ -255,14 +261,33 @@ def clones(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
     return [None if t is None else t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad) for t in inputs]
 
 
-def disagreement(
-    form: Callable[..., Tensor], eager: Callable[..., Tensor], inputs: Inputs, gradient: Tensor, slack: float = SLACK
-) -> str | None:
+def check(row: KernelRow, name: str, form: Form, inputs: Inputs, gradient: Tensor) -> str | None:
+    """Why a form is not to be timed, or None; ours is held to more than its peers."""
+    if row.exact is not None:
+        return difference(form, row.exact, inputs, equal=name == OURS)
+    return disagreement(form, row.eager, inputs, gradient, SLACK if name == OURS else PEERS_SLACK)
+
+
+def difference(form: Form, exact: Form, inputs: Inputs, *, equal: bool) -> str | None:
+    """Why a form is not to be timed; None when its results are the exact ones: equal, or within torch.testing's defaults.
+
+    The second is for what PyTorch compiled, whose division is not rounded as IEEE's and which fuses products into sums.
+    """
+    tolerances: dict[str, Any] = {"rtol": 0, "atol": 0} if equal else {}
+    try:
+        for mine, expected in zip(tensors(form(*inputs)), tensors(exact(*inputs)), strict=True):
+            torch.testing.assert_close(mine, expected, **tolerances)
+    except Exception as error:  # as below; a difference is an AssertionError, whose lines count and place the elements
+        return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    return None
+
+
+def disagreement(form: Form, eager: Form, inputs: Inputs, gradient: Tensor, slack: float = SLACK) -> str | None:
     """Why a form is not to be timed; None when result and gradients are as near float64 as `slack` times eager's own error."""
 
-    def results(function: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    def results(function: Form, dtype: torch.dtype | None) -> list[Tensor]:
         leaves = clones(inputs, dtype)
-        y = function(*leaves)
+        y = tensors(function(*leaves))[0]
         return [y.detach(), *torch.autograd.grad(y, wanting(leaves), gradient.to(y.dtype))]
 
     try:
@@ -278,9 +303,9 @@ def disagreement(
     return None
 
 
-def timed(work: Work, stopwatch: Stopwatch, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call by each form in each round, after two untimed rounds."""
-    replays = {name: stopwatch.prepare(name, calls) for name, calls in work.items()}
+def timed(work: Work, stopwatch: Stopwatch, rounds: int, *, keep: bool) -> dict[str, list[float]]:
+    """Seconds of one call by each form in each round, after two untimed rounds; keep: as for a stopwatch."""
+    replays = {name: stopwatch.prepare(name, calls, keep=keep) for name, calls in work.items()}
     seconds: dict[str, list[float]] = {name: [] for name in work}
     order, shuffle = sorted(work), random.Random(0)
     for number in range(2 + rounds):

@@ -69,8 +69,9 @@ def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Levels [B, 32, 32, 3] -> float32 [B, 3, 32, 32] channels_last, a view of NHWC: (x - 255 mean) / (255 std).
 
-    Subtract, then multiply: no backend can fuse that into one rounding, so all of them agree to the bit. The constants are
-    repeated along a whole image row, since loops over three channels do not vectorise.
+    Subtract, then multiply: that cannot become one rounding, so all backends agree to the bit (a compiler that computes 255
+    mean beside it must be told not to fuse those two). The constants are repeated along a whole image row, since loops over
+    three channels do not vectorise.
     """
     rows = pixels.reshape(len(pixels), SIDE, SIDE * 3).float()  # [B, 32, 96]
     rows = (rows - (255 * mean).repeat(SIDE)).mul_((1 / (255 * std)).repeat(SIDE))

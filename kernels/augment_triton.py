@@ -81,4 +81,5 @@ def launch(
         augment_kernel[(len(out_labels),)](
             images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
             padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
+            enable_fp_fusion=False,  # level - 255 mean in one rounding would not be NumPy's pixel
         )  # fmt: skip

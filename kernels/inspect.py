@@ -3,7 +3,8 @@
 Triton compiles for a target it does not have (sm_90: H100, H200), its own ptxas reports registers and spills, and its
 cuobjdump the machine code. Instructions are counted as they stand in the code, loops once, and divided by the elements a
 thread holds at once: what a straight kernel executes per element, and for one with loops a figure to watch. Where there is no
-cuobjdump the instructions are PTX's. The command fails when a kernel spills or passes its ceiling, so that CI shows it.
+cuobjdump the instructions are PTX's. The command fails when a kernel spills or passes its ceiling, so that CI shows it; where
+nothing can be compiled, or no row has the name asked for, one line says so.
 """
 
 import json
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -60,18 +61,40 @@ class Report:
 
 
 def main() -> None:
-    """Print what was asked for; exit code 1 when a kernel regressed, 2 where none can be compiled."""
+    """Print what was asked for; exit code 1 when a kernel regressed, 2 where none can be compiled or none was chosen."""
     options = tyro.cli(Options, prog="python -m kernels.inspect")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("error: TRITON_INTERPRET=1 leaves no kernel to compile: unset it")
-    from kernels.inspected import ROWS  # imports Triton, which takes a while: not for --help
-
-    reports = inspected(row for row in ROWS if options.only in row.name)
+    rows = compilable()
+    chosen = [row for row in rows if options.only in row.name]
+    if not chosen:
+        kernels = ", ".join(dict.fromkeys(row.name.split()[0] for row in rows))
+        fail(f"only: no row has {options.only!r} in its name; they are of {kernels}")
+    reports = inspected(chosen)
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=2))
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(reports))  # a log has no width of its own
     sys.exit(any(report.regressed for report in reports))
+
+
+def compilable() -> "tuple[Row, ...]":
+    """The table of kernels; one line and exit code 2 where they cannot be compiled."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        fail("TRITON_INTERPRET=1 leaves no kernel to compile: unset it")
+    try:  # here, since Triton takes a while to import: not for --help
+        from triton import knobs
+
+        from kernels.inspected import ROWS
+
+        _ = knobs.nvidia.ptxas.path  # RuntimeError where there is none
+    except (ImportError, RuntimeError) as error:
+        fail(f"no kernel can be compiled here: {' '.join(str(error).split())}; install Triton with its ptxas (Linux)")
+    return ROWS
+
+
+def fail(message: str) -> NoReturn:
+    """Say what the user can mend; exit code 2, for 1 means a regression."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def inspected(rows: "Iterable[Row]") -> list[Report]:
@@ -115,7 +138,8 @@ def compile_row(row: "Row", dtype: str) -> Any:
         if name in row.signature and name not in row.unaligned and not row.signature[name].startswith("fp")
     }
     source = ASTSource(row.kernel, signature, dict(row.constants), aligned)
-    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": row.warps})
+    options = {"num_warps": row.warps, "enable_fp_fusion": row.fuses}
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
 
 
 def resources(ptx: str) -> dict[str, int]:

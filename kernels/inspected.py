@@ -33,6 +33,7 @@ class Row:
     instructions: float  # ceiling, per element
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     unaligned: tuple[str, ...] = ()  # arguments not known to be multiples of 16
+    fuses: bool = True  # whether multiply and add may become one rounding, as in the launch
 
 
 def _squeeze_excite(channels: int, side: int, reduced: int, contiguous: bool, ceilings: tuple[int, int, int, int]) -> list[Row]:
@@ -132,6 +133,20 @@ ROWS: tuple[Row, ...] = (
             "channel_gradient": (88, 30),
         },
     ),
+    *_residual_tail(
+        340, 4, 21, "relu", True,
+        {
+            "statistics": (106, 24), "batch": (99, 46), "tail": (62, 15), "sums": (62, 30), "map_gradient": (80, 15),
+            "excite": (131, 39), "excite_gradient": (125, 14), "parameter_gradient": (117, 151),
+        },
+    ),
+    *_residual_tail(
+        512, 4, 0, "relu", True,
+        {
+            "statistics": (125, 28), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
+            "channel_gradient": (71, 23),
+        },
+    ),
     *_squeeze_excite(45, 32, 2, False, (44, 39, 60, 46)),
     *_squeeze_excite(48, 32, 3, False, (44, 34, 58, 41)),
     *_squeeze_excite(48, 32, 3, True, (44, 25, 52, 30)),
@@ -141,6 +156,7 @@ ROWS: tuple[Row, ...] = (
         "augment crop flip cutout", augment_triton.augment_kernel,
         dict.fromkeys(("labels", "index", "permutation", "cursor", "epoch", "seed", "out_labels"), "*i64")
         | {"images": "*u8", "mean": "*fp32", "std": "*fp32", "out": "*T"},
-        {"padding": 4, "reflect": True, "flip": 1, "cutout": 8}, augment_triton.WARPS, 3072, 72, 58,
+        {"padding": 4, "reflect": True, "flip": 1, "cutout": 8}, augment_triton.WARPS, 3072, 72, 62,
+        fuses=False,
     ),
 )  # fmt: skip

@@ -179,11 +179,10 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_reduce, w_expand, b_reduce, b_expand, ctx.activation = inputs
+    x, w_reduce, w_expand, _, _, ctx.activation = inputs
     _, squeezed, hidden, scale = output
     ctx.save_for_backward(x, w_reduce, w_expand, squeezed, hidden, scale)
     ctx.set_materialize_grads(False)
-    ctx.bias_dtypes = tuple(None if b is None else b.dtype for b in (b_reduce, b_expand))
 
 
 def _gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,6 @@
 """`kernels.augment`: NumPy, PyTorch, Numba and Triton show the same pixels to the bit, for every sample by its own key."""
 
+import os
 import subprocess
 import sys
 
@@ -174,6 +175,18 @@ def test_bad_input_is_refused_by_name(change, message):
     values |= {"seed": 0, "epoch": 0} | change
     with pytest.raises(ValueError, match=message):
         augment(batch_size=20, **values)
+
+
+def test_the_compiled_kernel_rounds_every_product():
+    """level - 255 mean as one fused multiply-add would be another pixel than NumPy's; the interpreter cannot show it."""
+    code = (
+        "from kernels.inspect import compile_row; from kernels.inspected import ROWS\n"
+        "row = next(row for row in ROWS if row.name.startswith('augment'))\n"
+        "print('fma' in compile_row(row, 'fp32').asm['ptx'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert process.stdout.split() == ["False"]
 
 
 def test_triton_on_the_cpu_is_refused_without_the_interpreter():

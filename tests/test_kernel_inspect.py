@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from kernels.inspect import SASS_LINE, Report, table
-from tests.conftest import run_cli
+from tests.conftest import assert_user_error, run_cli
 
 COMPILING = {"TRITON_INTERPRET": "0"}
+EVERY_TAIL = {"statistics", "batch", "tail", "sums", "map_gradient"}
+EXCITING, PLAIN = {"excite", "excite_gradient", "parameter_gradient"}, {"channel_gradient"}  # with squeeze-excitation, without
 
 GOOD = Report("k", "bf16", 32, 0, 0, 100, 12.5, "SASS", registers_ceiling=32, per_element_ceiling=12.5)
 
@@ -17,7 +19,10 @@ GOOD = Report("k", "bf16", 32, 0, 0, 100, 12.5, "SASS", registers_ceiling=32, pe
 def test_every_kernel_keeps_its_ceilings():
     process = run_cli("-m", "kernels.inspect", "--json", env=COMPILING)
     reports = [Report(**fields) for fields in json.loads(process.stdout)]
-    assert {report.name.split()[0] for report in reports} >= {"mish", "squeeze_excite", "augment"}
+    assert {report.name.split()[0] for report in reports} >= {"mish", "residual_tail", "squeeze_excite", "augment"}
+    tails = {tuple(report.name.split()[1:]) for report in reports if report.name.startswith("residual_tail ")}
+    for shape, own in (("256x8x8", EXCITING), ("340x4x4", EXCITING), ("45x32x32", PLAIN), ("512x4x4", PLAIN)):
+        assert {kernel for kernel, its_shape in tails if its_shape == shape} == EVERY_TAIL | own
     assert [report for report in reports if report.regressed] == []
     assert process.returncode == 0, process.stderr
     for report in reports:
@@ -34,10 +39,18 @@ def test_the_table_is_readable():
     assert "squeeze" not in process.stdout
 
 
-def test_under_the_interpreter_nothing_can_be_compiled():
-    process = run_cli("-m", "kernels.inspect", env={"TRITON_INTERPRET": "1"})
-    assert process.returncode == 1
-    assert process.stderr == "error: TRITON_INTERPRET=1 leaves no kernel to compile: unset it\n"
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET=1 leaves no kernel to compile: unset it"),
+        (["--only", "nosuchkernel"], COMPILING, "no row has 'nosuchkernel' in its name; they are of mish, residual_tail"),
+        ([], COMPILING | {"PYTHONPATH": "without_triton"}, "no kernel can be compiled here: no Triton for this system"),
+    ],
+)
+def test_where_nothing_is_compiled_one_line_says_so_and_it_is_no_regression(arguments, environment, message, tmp_path):
+    (tmp_path / "triton.py").write_text("raise ImportError('no Triton for this system')")
+    environment = {name: value.replace("without_triton", str(tmp_path)) for name, value in environment.items()}
+    assert_user_error(run_cli("-m", "kernels.inspect", *arguments, env=environment), message)
 
 
 @pytest.mark.parametrize("change", [{"registers": 33}, {"spilled_bytes": 4}, {"per_element": 12.6}])

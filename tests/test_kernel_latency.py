@@ -2,6 +2,8 @@
 
 import json
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,8 @@ from rich.console import Console
 from bench import kernel_latency
 from bench.kernel_latency import Options, cpu_part, latency_table, record
 from bench.kernel_rows import KERNELS, KernelRow
-from bench.kernel_timing import Measurement, disagreement, input_sets, measure, shape_name
+from bench.kernel_timing import CudaStopwatch, Measurement, call, check, disagreement, input_sets, measure, shape_name
+from fastcifar import augmentation
 from fastcifar.errors import InputError
 from kernels import backends, reference
 from tests.conftest import assert_user_error, run_cli
@@ -25,10 +28,11 @@ class Told:
     """A stopwatch that runs everything and says what it was told a replay takes; every round a little more."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
-        self.per_call, self.calls, self.replays = seconds, {}, []
+        self.per_call, self.calls, self.replays, self.kept = seconds, {}, [], []
 
-    def prepare(self, name, calls):
+    def prepare(self, name, calls, *, keep):
         self.calls[name] = len(calls)
+        self.kept.append((name, keep))
         return lambda: [call() for call in calls]
 
     def seconds(self, name, replay):
@@ -47,6 +51,7 @@ class Told:
 @pytest.fixture(autouse=True)
 def few_sets(monkeypatch):
     monkeypatch.setattr("bench.kernel_timing.COLD_BYTES", 3e4)
+    monkeypatch.setattr("bench.kernel_rows.IMAGES", 20)
 
 
 def measured(name="mish", ours=None, seconds=None):
@@ -69,6 +74,8 @@ def test_each_direction_is_timed_cold_and_hot_with_all_peers_in_turns():
         assert each.won
     assert len(stopwatch.replays) == 4 * 32 * 4  # states, rounds, forms and the copy
     assert len(set(map(tuple, zip(*[iter(stopwatch.replays)] * 4, strict=True)))) > 1  # in changing order
+    # Cold, no call's results take the memory of an earlier call's, the copy's neither.
+    assert [keep for _, keep in stopwatch.kept] == [True] * 4 + [False] * 4 + [True] * 4 + [False] * 4
     # Mish forward moves 2 maps in 2 us, with its backward pass 5; the copy 2 maps in 1 us.
     assert [each.share_of_copy for each in results] == pytest.approx([0.5, 0.5, 1.25, 1.25], rel=0.01)
     json.dumps([each.to_json() for each in results], allow_nan=False)
@@ -79,6 +86,34 @@ def test_inputs_rotate_over_more_than_the_cache_holds():
     assert sum(x.numel() * 4 for (x, *_), _ in sets) > 3e4
     assert len({x.data_ptr() for (x, *_), _ in sets}) == len(sets)
     assert not torch.equal(sets[0][0][0], sets[1][0][0])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_cold_captures_results_stay_alive_and_a_hot_ones_are_given_back(keep, monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda what: nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    results, alive = [], []
+
+    def call():
+        alive.append(sum(result() is not None for result in results))
+        result = torch.empty(1)
+        results.append(weakref.ref(result))
+        return (result,)
+
+    CudaStopwatch().prepare("mish", [call] * 4, keep=keep)
+    assert alive == [0, 0, 0] + ([0, 1, 2, 3] if keep else [0, 0, 0, 0])  # three calls before the capture
+
+
+def test_a_call_returns_the_result_and_every_gradient():
+    (inputs, gradient), *_ = input_sets(KERNELS["squeeze_excite"], SHAPE, 2, torch.float32, CPU)
+    y, *gradients = call(reference.squeeze_excite, "forward+backward", inputs, gradient)
+    assert torch.equal(y, reference.squeeze_excite(*inputs))
+    assert not y.requires_grad
+    assert [g.shape for g in gradients] == [t.shape for t in inputs]
 
 
 @pytest.mark.parametrize(
@@ -102,13 +137,56 @@ def test_a_wrong_kernel_is_not_timed_and_the_others_are(wrong, reason):
     assert latency_table(results).row_count == 4
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name, row in KERNELS.items() if row.exact is None])
 def test_every_row_agrees_with_itself_and_with_the_triton_kernel(name):
     row = KERNELS[name]
     assert row.shapes
     inputs, gradient = input_sets(row, SHAPE, 2, torch.float32, CPU)[0]
     forms = [row.eager, row.ours] + ([row.same_algebra] if row.same_algebra is not None else [])
     assert [disagreement(form, row.eager, inputs, gradient) for form in forms] == [None] * len(forms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_augmentation_is_held_to_numpys_pixels_and_timed_forward_only(dtype):
+    row = KERNELS["augment"]
+    (shape,) = row.shapes
+    stopwatch = Told({"eager": 8e-6, "ours": 2e-6, "copy": 1e-6})
+    ours = row.ours if dtype is torch.float32 else row.eager  # Triton's interpreter truncates to bfloat16
+    peers = {"eager": row.eager, "ours": ours}
+    results = measure(row, shape, peers, stopwatch, batch=4, dtype=dtype, device=CPU, rounds=30)
+    assert shape_name(shape) == "3x32x32"
+    assert [(each.direction, each.cache, each.refused) for each in results] == [("forward", "cold", {}), ("forward", "hot", {})]
+    written = 3072 * dtype.itemsize
+    assert {(each.bytes, each.copy_bytes) for each in results} == {(4 * (3072 + written), 4 * 2 * written)}
+
+
+def test_the_augmentations_sets_are_batches_of_one_resident_set():
+    row = KERNELS["augment"]
+    sets = input_sets(row, row.shapes[0], 4, torch.bfloat16, CPU)
+    assert len({images.data_ptr() for (images, *_), _ in sets}) == 1
+    assert [int(inputs[4]) for inputs, _ in sets] == [4 * number for number in range(len(sets))]
+
+
+def test_an_augmentation_off_by_one_rounding_is_refused_and_a_compiled_peer_is_not():
+    row = KERNELS["augment"]
+    inputs = row.inputs(row.shapes[0], 4, torch.float32, CPU, 0)
+    towards = torch.tensor(torch.inf)
+
+    def rounded_otherwise(*inputs):
+        x, labels = row.eager(*inputs)
+        return torch.nextafter(x, towards), labels
+
+    def other_labels(*inputs):
+        x, labels = row.eager(*inputs)
+        return x, labels + 1
+
+    assert "Mismatched elements" in check(row, "ours", rounded_otherwise, inputs, None)
+    assert check(row, "compiled", rounded_otherwise, inputs, None) is None
+    assert "Mismatched elements" in check(
+        row, "compiled", lambda *inputs: (row.eager(*inputs)[0].flip(3), inputs[1][:4]), inputs, None
+    )
+    assert "Mismatched elements" in check(row, "compiled", other_labels, inputs, None)
+    assert "ValueError: " in check(row, "compiled", lambda *inputs: row.eager(*inputs)[0], inputs, None)
 
 
 def test_a_win_needs_an_interval_that_excludes_one_against_every_peer():
@@ -135,17 +213,19 @@ def test_the_table_shows_both_times_and_the_ratio_with_its_interval():
 
 def test_only_maps_that_won_cold_in_both_directions_are_recorded_and_the_rest_stays(tmp_path):
     path = tmp_path / "measured.json"
-    path.write_text(json.dumps({"H100": {"mish": ["1x1x1"]}, "H200": {"mish": ["8x4x4", "9x9x9"], "other": ["2x2x2"]}}))
+    before = {"mish": ["bf16 7x7x7", "fp32 8x4x4", "fp32 9x9x9"], "other": ["fp32 2x2x2"]}
+    path.write_text(json.dumps({"H100": {"mish": ["bf16 1x1x1"]}, "H200": before}))
     won, _ = measured()
     lost = [replace(each, shape="7x7x7") for each in won]
     lost[2] = replace(lost[2], seconds=lost[2].seconds | {"ours": lost[2].seconds["eager"]})
-    hot_lost = [replace(each, shape="6x6x6") for each in won]
+    hot_lost = [replace(each, shape="6x6x6", dtype="bfloat16") for each in won]
     hot_lost[3] = replace(hot_lost[3], seconds=hot_lost[3].seconds | {"ours": hot_lost[3].seconds["eager"]})
     record(path, "H200", [*won, *lost, *hot_lost])
-    expected = {"H100": {"mish": ["1x1x1"]}, "H200": {"mish": ["6x6x6", "8x4x4", "9x9x9"], "other": ["2x2x2"]}}
+    mish = ["bf16 6x6x6", "bf16 7x7x7", "fp32 8x4x4", "fp32 9x9x9"]  # the loss in fp32 says nothing of bf16
+    expected = {"H100": {"mish": ["bf16 1x1x1"]}, "H200": {"mish": mish, "other": ["fp32 2x2x2"]}}
     assert json.loads(path.read_text()) == expected
     record(path, "H200", [replace(each, shape="9x9x9") for each in lost])
-    assert json.loads(path.read_text())["H200"]["mish"] == ["6x6x6", "8x4x4"]
+    assert json.loads(path.read_text())["H200"]["mish"] == ["bf16 6x6x6", "bf16 7x7x7", "fp32 8x4x4"]
 
 
 def test_what_is_recorded_is_what_auto_reads(tmp_path, monkeypatch):
@@ -153,19 +233,46 @@ def test_what_is_recorded_is_what_auto_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "WINS", backends.read_wins(tmp_path / "measured.json"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200"))
     assert backends.has_won("mish", torch.empty(512, *SHAPE))
+    assert not backends.has_won("mish", torch.empty(512, *SHAPE, dtype=torch.bfloat16))
     assert not backends.has_won("mish", torch.empty(512, 8, 4, 5))
     assert not backends.has_won("squeeze_excite", torch.empty(512, *SHAPE))
 
 
-def test_the_cpu_part_times_the_augmentation_only_where_its_pixels_are_numpys(betons, monkeypatch):
-    monkeypatch.setattr(kernel_latency, "CHECKED", 100)
-    monkeypatch.setattr(kernel_latency, "pipeline", lambda name, folder, batch_size, rounds, console: {"rounds": rounds})
-    options, console = Options(rounds=31, data=betons), Console(quiet=True)
-    assert cpu_part(options, console) == {name: {"rounds": 31} for name in kernel_latency.CPU_PIPELINES}
+@pytest.fixture
+def few_checked(betons, monkeypatch):
+    """Options, console, and a set whose numbers are not in order: 60 of the beton's images from the 140th back."""
+    data, manifest = kernel_latency.load_resident(betons / "train.beton", CPU, limit=150)
+    backwards = replace(data, **{name: getattr(data, name).flip(0)[:60].contiguous() for name in ("images", "labels", "index")})
+    monkeypatch.setattr(kernel_latency, "load_resident", lambda *arguments, **named: (backwards, manifest))
+    monkeypatch.setattr(kernel_latency, "pipeline", lambda name, folder, batch_size, rounds, console: (batch_size, rounds))
+    return Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
+
+
+def test_the_cpu_part_times_what_shows_the_right_pixels(few_checked):
+    assert cpu_part(*few_checked) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
+
+
+def test_the_cpu_part_does_not_time_a_kernel_that_differs_when_it_overwrites_a_batch(few_checked, monkeypatch):
     right = kernel_latency.augment
-    monkeypatch.setattr(kernel_latency, "augment", lambda *arguments, **named: (right(*arguments, **named)[0].flip(3), None))
-    with pytest.raises(InputError, match="not timed"):
-        cpu_part(options, console)
+
+    def wrong(*arguments, out=None, **named):
+        x, labels = right(*arguments, out=out, **named)
+        return (x if out is None else x.flip(3)), labels
+
+    monkeypatch.setattr(kernel_latency, "augment", wrong)
+    with pytest.raises(InputError, match="NumPy's pixels on this machine: not timed"):
+        cpu_part(*few_checked)
+
+
+def test_the_cpu_part_does_not_time_a_loop_that_differs_from_pytorch(few_checked, monkeypatch):
+    right = augmentation.augment
+
+    def wrong(*arguments):
+        return right(*arguments) + (1e-7 if "numba" in arguments else 0)
+
+    monkeypatch.setattr(augmentation, "augment", wrong)
+    with pytest.raises(InputError, match="PyTorch's pixels on this machine: not timed"):
+        cpu_part(*few_checked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
@@ -188,9 +295,17 @@ def test_bad_options_are_named(monkeypatch):
         Options(kernels=("mesh",))
     with pytest.raises(InputError, match="unknown map '31x32x32'"):
         Options(shapes=("31x32x32",))
-    with pytest.raises(InputError, match="record writes what training on a CUDA device uses"):
-        Options(record=True, dtype="fp32")
     assert_user_error(run_cli("bench/kernel_latency.py", "--batch-size", "0"), "batch_size must be at least 1, got 0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_what_is_for_triton_is_refused_without_a_gpu():
+    assert Options(kernels=tuple(KERNELS), batch_size=8, dtype="bf16").batch_size == 8
+    for given in ({"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"dtype": "fp32"}, {"record": True}):
+        with pytest.raises(InputError, match=f"^{next(iter(given))}: for the Triton kernels on a CUDA device"):
+            Options(**given)
+    process = run_cli("bench/kernel_latency.py", "--kernels", "mish", "--dtype", "fp32")
+    assert_user_error(process, "dtype, kernels: for the Triton kernels on a CUDA device, and there is none: leave it out")
 
 
 def test_the_gpus_part_goes_through_every_map(monkeypatch):
