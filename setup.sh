@@ -2,6 +2,8 @@
 # A machine with Debian, Python 3.11 or newer and pip enters; .venv with the locked packages leaves. Run by `make setup`.
 set -euo pipefail
 python=${PYTHON:-python3}
+# An active environment made by uv has no pip: take the interpreter it stands on.
+"$python" -m pip --version >/dev/null 2>&1 || python=$("$python" -c 'import sys; print(sys._base_executable)')
 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
   echo "error: $("$python" --version) is not 3.11 to 3.13, for which torch 2.11 is locked: set PYTHON=/path/to/one" >&2
