@@ -4,7 +4,8 @@ Each peer is a function that delivers `images` training images in batches and re
 normalise to float32 but FFCV's own, which stops at uint8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -210,30 +211,46 @@ def _kornia(recipe: Augmentation, data: ResidentSet, batch_size: int, images: in
 
 
 def _ffcv(recipe: Augmentation, folder: Path, batch_size: int, images: int) -> Callable[[], None]:
-    threads = torch.get_num_threads()
-    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import Cutout, RandomHorizontalFlip, RandomTranslate, ToTensor
+    with own_threads():
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import Cutout, RandomHorizontalFlip, RandomTranslate, ToTensor
 
-    steps = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=recipe.crop_padding)]
-    steps += [Cutout(recipe.cutout, tuple(int(255 * mean) for mean in CIFAR10_MEAN))] if recipe.cutout else []
-    loader = Loader(
-        str(folder / "train.beton"),
-        batch_size=batch_size,
-        num_workers=WORKERS,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        indices=range(images),
-        pipelines={"image": [*steps, ToTensor()], "label": [IntDecoder(), ToTensor()], "index": None},
-    )
-    torch.set_num_threads(threads)
+        steps = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=recipe.crop_padding)]
+        steps += [Cutout(recipe.cutout, tuple(int(255 * mean) for mean in CIFAR10_MEAN))] if recipe.cutout else []
+        loader = Loader(
+            str(folder / "train.beton"),
+            batch_size=batch_size,
+            num_workers=WORKERS,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            drop_last=True,
+            indices=range(images),
+            pipelines={"image": [*steps, ToTensor()], "label": [IntDecoder(), ToTensor()], "index": None},
+        )
 
     def run() -> None:
-        _exhaust(loader)
-        torch.set_num_threads(threads)  # FFCV sets its own number for the whole process
+        with own_threads():
+            _exhaust(loader)
 
     return run
+
+
+@contextmanager
+def own_threads() -> Iterator[Callable[[], None]]:
+    """Restore PyTorch's and Numba's numbers of threads, which FFCV sets for the whole process; what it yields does so too."""
+    import numba  # here, since only FFCV's peer needs it
+
+    threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+
+    def restore() -> None:
+        torch.set_num_threads(threads)
+        numba.set_num_threads(numba_threads)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _exhaust(loader: Any) -> None:

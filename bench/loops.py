@@ -9,7 +9,6 @@ Each closure has a set of just the images it trains on in a call, so that no loa
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ import torchvision.transforms as transforms
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench.input_pipelines import WORKERS, Pictures, transforms_of
+from bench.input_pipelines import WORKERS, Pictures, own_threads, transforms_of
 from bench.levers import TUNED, compiler_settings, run_options
+from bench.timing import synchronise
 from fastcifar.dataset import ResidentSet, Splits, epoch_order
 from fastcifar.device import choose_precision, computes_bf16
 from fastcifar.models import build_model, place
@@ -214,26 +214,3 @@ def _plain_step(task: Task, *, built_in: bool) -> Callable[[Tensor, Tensor], Non
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-@contextmanager
-def own_threads() -> Iterator[Callable[[], None]]:
-    """Restore PyTorch's and Numba's numbers of threads, which FFCV sets for the whole process; what it yields does so too."""
-    import numba  # here, since only FFCV's peer needs it
-
-    threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-
-    def restore() -> None:
-        torch.set_num_threads(threads)
-        numba.set_num_threads(numba_threads)
-
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; the CPU is done when a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -23,16 +23,17 @@ from rich.console import Console
 from torch import nn
 
 from bench.input_pipelines import PIPELINES, measure
-from bench.timing import interleaved
+from bench.loops import build_step
+from bench.timing import interleaved, synchronise
 from fastcifar.dataset import epoch_order, load_splits
-from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.models import build_model
 from fastcifar.recipes import RunOptions, reported
 from fastcifar.run_folder import environment_facts
 from fastcifar.state import build_state
-from fastcifar.step import EpochTally, StepSettings, TrainStep
+from fastcifar.step import EpochTally, TrainStep
 
 OURS, TORCH, PLAIN = "fastcifar", "--kernels torch", "eager fp32 NCHW"
 
@@ -124,9 +125,7 @@ def our_step(options: Options, device: torch.device, kernels: Literal["auto", "t
     recipe, run = reported(options.arch).recipe, RunOptions(data=options.data, max_parameters=0, kernels=kernels)
     data = load_splits(options.data, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=0, verify=True)
     state = build_state(options.arch, recipe, run, data, device)
-    dtype = choose_precision("auto", device)
-    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, 0, dtype, run.compile, run.kernels)
-    step = TrainStep(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings)
+    step = build_step(state, recipe, run, data, TrainStep)
     positions = epoch_order(data.train.index, 0, 0)[: options.batch_size]
     plan = step.plan(0, 1, progress=0.0)
     tally = EpochTally(torch.zeros(1, device=device), torch.zeros((), dtype=torch.int64, device=device))
@@ -172,12 +171,6 @@ def time_to_first_step(options: Options) -> dict[str, Any]:
             seconds.append(record["first_step_seconds"])
         time.sleep(0.5)
     return {"arch": options.arch, "seconds": seconds, "median": median(seconds)}
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; the CPU is done when a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

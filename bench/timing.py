@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,9 @@ def bootstrap_ratio(numerator: list[float], denominator: list[float], *, samples
     picks = np.random.default_rng(seed).integers(len(ratios), size=(samples, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; the CPU is done when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

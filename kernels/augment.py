@@ -88,13 +88,9 @@ def _resolve(backend: AugmentBackend, images: Tensor, dtype: torch.dtype) -> str
     if backend not in get_args(AugmentBackend):
         raise ValueError(f"augment: backend must be one of {', '.join(get_args(AugmentBackend))}, got {backend!r}")
     if backend == "auto":
-        return (
-            "numba"
-            if not images.is_cuda
-            else "triton"
-            if has_won("augment", images.new_empty(0, 3, SIDE, SIDE, dtype=dtype))
-            else "torch"
-        )
+        if not images.is_cuda:
+            return "numba"
+        return "triton" if has_won("augment", images.new_empty(0, 3, SIDE, SIDE, dtype=dtype)) else "torch"
     if backend == "triton" and not (images.is_cuda or interpreting()):
         raise ValueError(f"augment: triton needs CUDA tensors (or TRITON_INTERPRET=1), got {describe(images)}")
     if backend == "numba" and images.is_cuda:

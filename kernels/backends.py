@@ -69,6 +69,11 @@ def has_won(kernel: str, x: Tensor) -> bool:
     return list(x.shape[1:]) in WINS.get(device_name, {}).get((kernel, x.dtype), ())
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operator called with x launches a Triton kernel: an empty tensor needs none."""
+    return (x.is_cuda or interpreting()) and x.dtype in FLOATS and x.numel() > 0
+
+
 def describe(x: Tensor) -> str:
     """For messages: shape, dtype and device."""
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.backends import FLOATS, Backend, describe, interpreting, resolve
+from kernels.backends import Backend, describe, resolve, runs_triton
 
 
 def mish(x: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -46,11 +46,6 @@ def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
     result = torch.empty_like(x)
     mish_triton.backward(like(gradient, result), like(x, result), result)
     return result
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Whether an operator called with x launches a Triton kernel: an empty tensor needs none."""
-    return (x.is_cuda or interpreting()) and x.dtype in FLOATS and x.numel() > 0
 
 
 def like(x: Tensor, layout: Tensor) -> Tensor:

@@ -37,6 +37,16 @@ def mish_slope(x):
 
 
 @triton.jit
+def activated(z, activation: tl.constexpr):
+    """act(z) of a float32 block; NaN stays NaN."""
+    if activation == "relu":
+        z = tl.where(z < 0.0, 0.0, z)
+    elif activation == "mish":
+        z = mish_value(z)
+    return z
+
+
+@triton.jit
 def forward_kernel(x_pointer, y_pointer, size, block: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * block
     lane = tl.arange(0, block)

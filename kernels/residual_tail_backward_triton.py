@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.mish_triton import mish_slope
+from kernels.mish_triton import activated, mish_slope
 from kernels.residual_tail_tiles import IMAGES_TILE, channel_block, image_tile, power_of_two, sums_tile
-from kernels.residual_tail_triton import activated, channel, line, map_grid, place, reciprocal_deviation
+from kernels.residual_tail_triton import channel, line, map_grid, place, reciprocal_deviation
 
 
 @triton.jit

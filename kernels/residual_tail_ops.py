@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels import residual_tail_function as algebra
-from kernels.backends import FLOATS, interpreting
+from kernels.backends import runs_triton
 from kernels.residual_tail_function import Settings, Tensors
 from kernels.residual_tail_tiles import group_rows
-
-
-def runs_triton(x: Tensor) -> bool:
-    """Whether an operator called with x launches Triton kernels."""
-    return (x.is_cuda or interpreting()) and x.dtype in FLOATS
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -11,18 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.mish_triton import mish_value
+from kernels.mish_triton import activated
 from kernels.residual_tail_tiles import Tile, channel_block, image_tile, row_tile
-
-
-@triton.jit
-def activated(z, activation: tl.constexpr):
-    """act(z) of a float32 block; NaN stays NaN."""
-    if activation == "relu":
-        z = tl.where(z < 0.0, 0.0, z)
-    elif activation == "mish":
-        z = mish_value(z)
-    return z
 
 
 @triton.jit

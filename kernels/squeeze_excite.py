@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.backends import Backend, describe, resolve
-from kernels.mish import runs_triton
+from kernels.backends import Backend, describe, resolve, runs_triton
 from kernels.reference import Activation
 
 

@@ -18,16 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.mish_triton import mish_slope, mish_value
+from kernels.mish_triton import activated, mish_slope
 
 TILE = 4096  # elements a program holds at once: 16 a thread, which are two 16-byte accesses of bf16
 REDUCED = 4  # units of the bottleneck in one turn of the loop over them
 ACCESS = 16  # bytes of the widest
-
-
-@triton.jit
-def activated(hidden, activation: tl.constexpr):
-    return mish_value(hidden) if activation == "mish" else tl.where(hidden < 0.0, 0.0, hidden)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import reference, residual_tail_ops, residual_tail_tiles
+from kernels import backends, reference, residual_tail_ops, residual_tail_tiles
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
 from kernels.residual_tail_tiles import Tile, group_rows, image_tile, row_tile
 from tests.kernel_checks import poisoned_buffers
@@ -148,7 +148,7 @@ def test_gradcheck(activation, units, training):
 )
 def test_operators_keep_their_promises(monkeypatch, case, interpreting):
     ops = residual_tail_ops
-    monkeypatch.setattr(ops, "interpreting", lambda: interpreting)
+    monkeypatch.setattr(backends, "interpreting", lambda: interpreting)
     inputs = case.inputs(torch.float32)
     x, gradient = inputs["conv_out"], inputs["gradient"]
     weight, bias, mean, var, w_reduce, w_expand = (inputs[name] for name in list(inputs)[3:])
