@@ -91,11 +91,12 @@ def norm_act(
     assert isinstance(bn, nn.BatchNorm2d)
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
+    linears = (squeezing.reduce, squeezing.expand) if squeezing else ()
     tail: Callable[..., Tensor] = residual_tail_fusable if form == "fusable" else partial(residual_tail, backend="triton")
     return tail(
         x, shortcut, bn.weight, bn.bias, bn.running_mean, bn.running_var,
         training=bn.training, momentum=bn.momentum, eps=bn.eps, activation=name,
-        se=(squeezing.reduce.weight, squeezing.expand.weight) if squeezing else None,
+        se=(*(linear.weight for linear in linears), *(linear.bias for linear in linears)) if squeezing else None,
         se_activation=ACTIVATIONS[type(squeezing.activation)] if squeezing else "relu",
     )  # fmt: skip
 
