@@ -33,7 +33,7 @@ from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, load_resid
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
-from kernels import augment
+from kernels.augment import augment
 from kernels.augment_reference import augment_numpy
 from kernels.backends import DTYPE_NAMES, MEASURED
 

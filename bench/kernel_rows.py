@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
-from kernels import augment, mish, reference, squeeze_excite
+from kernels.augment import augment
 from kernels.augment_reference import SIDE, Flip, augment_numpy, augment_torch
+from kernels.mish import mish
+from kernels.mish.reference import mish as eager_mish
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail.reference import residual_tail as eager_residual_tail
+from kernels.squeeze_excite import squeeze_excite
+from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
 
 Shape = tuple[int, int, int]  # C, H, W
 Inputs = list[Tensor | None]
@@ -96,7 +101,7 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool) -
 
     return KernelRow(
         variant(shortcut or None, se or None, activation), maps(uses), inputs,
-        form(partial(residual_tail, backend="triton")), form(reference.residual_tail),
+        form(partial(residual_tail, backend="triton")), form(eager_residual_tail),
         # Statistics 1 read; result 1 read, 1 write. Backward: 2 reads, then 2 reads, 1 write. With a shortcut: one more read
         # forward, one more read and one more write backward.
         forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5, same_algebra=form(residual_tail_fusable),
@@ -156,11 +161,11 @@ KERNELS: dict[str, KernelRow] = {
     for row in (
         KernelRow(
             "mish", maps(lambda arch, _: arch.activation is nn.Mish), mish_inputs,
-            partial(mish, backend="triton"), reference.mish, forward_passes=2, backward_passes=3,
+            partial(mish, backend="triton"), eager_mish, forward_passes=2, backward_passes=3,
         ),
         KernelRow(  # forward: the squeeze reads, the scaling reads and writes; backward: g and x, then g and dx
             "squeeze_excite", maps(lambda arch, stage: stage in arch.se_stages), squeeze_excite_inputs,
-            partial(squeeze_excite, backend="triton"), reference.squeeze_excite, forward_passes=3, backward_passes=4,
+            partial(squeeze_excite, backend="triton"), eager_squeeze_excite, forward_passes=3, backward_passes=4,
         ),
         tail_row("relu", shortcut=False, se=False),
         tail_row("mish", shortcut=False, se=False),

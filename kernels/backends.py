@@ -1,8 +1,8 @@
-"""A backend's name and a tensor enter; which implementation runs leaves.
+"""Which implementation of an operation runs, and what all of them share.
 
     torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
     triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
-    auto     triton where a measurement on this device found it faster than every peer (`measured.json`), torch elsewhere
+    auto     triton where a measurement on this device found it faster than all else (`measured.json`), torch elsewhere
 
 `python bench/kernel_latency.py --record` writes what it measured; a device it has not run on uses PyTorch.
 """
@@ -72,6 +72,29 @@ def has_won(kernel: str, x: Tensor) -> bool:
 def runs_triton(x: Tensor) -> bool:
     """Whether an operator called with x launches a Triton kernel: an empty tensor needs none."""
     return (x.is_cuda or interpreting()) and x.dtype in FLOATS and x.numel() > 0
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype everything is computed in: float32, or float64 for float64."""
+    return cast(x, working_dtype(x))
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; not even a call of `to` where it is so already.
+
+    The compiler of torch 2.11 loses the gradient of a Function whose result is handed through by an operation that does
+    nothing (`to`, `contiguous`): silently, the gradients are 0.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def unfilled(x: Tensor, *shape: int) -> Tensor:
+    """A new tensor on x's device in the dtype everything is computed in."""
+    return torch.empty(shape, dtype=working_dtype(x), device=x.device)
 
 
 def describe(x: Tensor) -> str:

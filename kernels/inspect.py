@@ -1,10 +1,11 @@
-"""`python -m kernels.inspect`: the table of kernels enters; registers, spills and instructions of each leave. No GPU needed.
+"""`python -m kernels.inspect`: registers, spills and instructions of every Triton kernel, compiled for sm_90. No GPU needed.
 
-Triton compiles for a target it does not have (sm_90: H100, H200), its own ptxas reports registers and spills, and its
-cuobjdump the machine code. Instructions are counted as they stand in the code, loops once, and divided by the elements a
-thread holds at once: what a straight kernel executes per element, and for one with loops a figure to watch. Where there is no
-cuobjdump the instructions are PTX's. The command fails when a kernel spills or passes its ceiling, so that CI shows it; where
-nothing can be compiled, or no row has the name asked for, one line says so.
+Each operation of the table runs once on tensors without data, and its launches are recorded instead of launched: what is
+inspected is what training launches. Triton compiles them for a target it does not have (H100, H200), its own ptxas reports
+registers and spills, and its cuobjdump the machine code. Instructions are counted as they stand in the code, loops once, and
+divided by the elements a program holds at once: what a straight kernel executes per element, and for one with loops a figure to
+watch. Where there is no cuobjdump the instructions are PTX's. The command fails when a kernel spills or passes its ceiling, so
+that CI shows it; where nothing can be compiled, or no kernel has the name asked for, one line says so.
 """
 
 import json
@@ -13,21 +14,176 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+from unittest import mock
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from kernels.inspected import Row
-
 CAPABILITY = 90
+BATCH = 512
+META = torch.device("meta")  # tensors without data
+DTYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
 SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 PTX_LINE = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*\.[a-z0-9_.:]+|ret|bra)\b.*;", re.MULTILINE)
+
+
+# Operations: a training step's launches, forward and backward, at one shape
+
+
+def mish(dtype: torch.dtype) -> None:
+    from kernels.mish import triton
+
+    x = torch.empty(BATCH, 256, 8, 8, dtype=dtype, device=META)
+    triton.forward(x, torch.empty_like(x))
+    triton.backward(x, x, torch.empty_like(x))
+
+
+def squeeze_excite(
+    dtype: torch.dtype, *, channels: int, side: int, units: int, activation: str, contiguous: bool = False
+) -> None:
+    """With biases. contiguous: NCHW, not channels_last."""
+    from kernels.squeeze_excite import triton
+
+    layout = torch.contiguous_format if contiguous else torch.channels_last
+    x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=layout)
+    of_map, of_units = (torch.empty(BATCH, width, device=META) for width in (channels, units))
+    weights = torch.empty(units, channels, device=META), torch.empty(channels, units, device=META)
+    parameters = (*weights, torch.empty(units, device=META), torch.empty(channels, device=META))
+    triton.forward(x, parameters, activation, (x, of_map, of_units, of_map), contiguous)
+    triton.backward((x, x, of_units, of_map, *weights), activation, (x, of_map, of_units, of_units), contiguous)
+
+
+def residual_tail(
+    dtype: torch.dtype, *, channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool = False
+) -> None:
+    """With squeeze-excitation if it has units; its activation is the tail's own."""
+    from kernels.residual_tail import triton
+    from kernels.residual_tail.fusable import Settings, Tensors
+
+    x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(channels, device=META)
+    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0)
+    shapes: tuple[tuple[int, ...], ...] = ((units, channels), (channels, units), (units,), (channels,))
+    w_reduce, w_expand, b_reduce, b_expand = (torch.empty(shape, device=META) for shape in shapes)
+    tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
+    if units:
+        tensors = tensors._replace(w_reduce=w_reduce, w_expand=w_expand, image_mean=image_mean)
+    if biases:
+        tensors = tensors._replace(b_reduce=b_reduce, b_expand=b_expand)
+    settings = Settings(True, 1e-5, activation, activation)
+    _, scale, hidden = triton.apply(tensors, settings)
+    triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings)
+
+
+def augment(dtype: torch.dtype) -> None:
+    """The usual crop, reflected, with flip and cutout."""
+    from kernels.augment_triton import launch
+
+    images = torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device=META)
+    numbers, scalar = (torch.empty(shape, dtype=torch.int64, device=META) for shape in ((50_000,), ()))
+    constants = torch.empty(3, device=META)
+    out, labels = torch.empty(BATCH, 32, 32, 3, dtype=dtype, device=META), numbers[:BATCH]
+    launch(
+        images, numbers, numbers, numbers, scalar, scalar, scalar, constants, constants,
+        padding=4, reflect=True, flip=1, cutout=8, out=out, out_labels=labels,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operation at a shape, and for each kernel it launches the ceilings: registers of a thread, instructions an element.
+
+    A new kernel is a new row. Ceilings are the compiler's figures when the row was written plus a tenth: raise one only with
+    a reason in the commit.
+    """
+
+    operation: Callable[..., None]
+    ceilings: Mapping[str, tuple[int, float]]
+    arguments: Mapping[str, Any]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    elements: int = 0  # that a program holds at once; 0: the product of its first two block sizes
+
+    @property
+    def shape(self) -> str:
+        """For names: ` 45x32x32 NHWC`."""
+        if not self.arguments:
+            return ""
+        channels, side = self.arguments["channels"], self.arguments["side"]
+        layout = {True: " NCHW", False: " NHWC"}[self.arguments.get("contiguous", False)]
+        return f" {channels}x{side}x{side}{layout if self.operation is squeeze_excite else ''}"
+
+
+def _tail(
+    channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool, **ceilings: tuple[int, float]
+) -> Row:
+    arguments = {"channels": channels, "side": side, "units": units, "activation": activation, "shortcut": shortcut}
+    return Row(residual_tail, ceilings, arguments | {"biases": biases})
+
+
+def _excitation(
+    channels: int, side: int, units: int, activation: str, *, contiguous: bool = False, **ceilings: tuple[int, float]
+) -> Row:
+    arguments = {"channels": channels, "side": side, "units": units, "activation": activation}
+    return Row(squeeze_excite, ceilings, arguments | {"contiguous": contiguous})
+
+
+ROWS = (
+    Row(mish, {"forward": (36, 26), "backward": (40, 38)}, {}, (torch.bfloat16, torch.float32)),
+    _tail(  # mish_se_resnet18
+        256, 8, 16, "mish", True, True,
+        statistics=(125, 29), batch=(99, 45), tail=(71, 33), sums=(141, 66), map_gradient=(102, 15),
+        excite=(79, 25), excite_gradient=(62, 15), parameter_gradient=(141, 181),
+    ),
+    _tail(  # se_resnet18
+        256, 4, 16, "relu", True, False,
+        statistics=(106, 25), batch=(99, 45), tail=(70, 15), sums=(71, 34), map_gradient=(97, 15),
+        excite=(62, 19), excite_gradient=(62, 11), parameter_gradient=(122, 143),
+    ),
+    _tail(  # light_resnet18_v2_45: its widest maps, its widest layers
+        45, 32, 0, "relu", False, False,
+        statistics=(172, 43), batch=(141, 51), tail=(71, 18), sums=(124, 30), map_gradient=(106, 25), channel_gradient=(88, 30),
+    ),
+    _tail(
+        340, 4, 0, "relu", False, False,
+        statistics=(116, 26), batch=(99, 46), tail=(53, 12), sums=(99, 28), map_gradient=(88, 18), channel_gradient=(71, 23),
+    ),
+    _tail(  # resnet18
+        512, 4, 0, "relu", True, False,
+        statistics=(125, 28), batch=(99, 46), tail=(73, 15), sums=(132, 37), map_gradient=(88, 14), channel_gradient=(71, 23),
+    ),
+    _excitation(45, 32, 2, "relu", forward=(44, 38), backward=(60, 42)),  # light_resnet18_v2_45: its activated inputs
+    _excitation(90, 16, 5, "relu", forward=(85, 69), backward=(60, 47)),
+    _excitation(170, 8, 10, "relu", forward=(51, 67), backward=(70, 76)),
+    _excitation(340, 4, 21, "relu", forward=(70, 60), backward=(71, 59)),
+    _excitation(256, 8, 16, "mish", forward=(55, 59), backward=(64, 67)),  # mish_se_resnet18, where dropout keeps BN apart
+    _excitation(48, 32, 3, "mish", contiguous=True, forward=(44, 26), backward=(52, 30)),
+    Row(augment, {"augment": (72, 62)}, {}, (torch.bfloat16, torch.float32), elements=3 * 32 * 32),
+)  # fmt: skip
+
+
+# Recording, compiling, counting
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of one kernel."""
+
+    name: str
+    dtype: str
+    kernel: Any  # the @triton.jit function
+    arguments: dict[str, Any]  # as launched: tensors, numbers, None, and the compile-time ones
+    options: dict[str, Any]  # num_warps and what else the compiler is told
+    elements: int  # that a program holds at once
+    ceilings: tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +191,7 @@ class Options:
     """Compile every kernel for sm_90 and report what became of it."""
 
     json: bool = False  # print a list of objects instead of a table
-    only: str = ""  # rows whose name contains this
+    only: str = ""  # kernels whose name contains this
 
 
 @dataclass(frozen=True)
@@ -63,12 +219,12 @@ class Report:
 def main() -> None:
     """Print what was asked for; exit code 1 when a kernel regressed, 2 where none can be compiled or none was chosen."""
     options = tyro.cli(Options, prog="python -m kernels.inspect")
-    rows = compilable()
-    chosen = [row for row in rows if options.only in row.name]
+    every = launches()
+    chosen = [launch for launch in every if options.only in launch.name]
     if not chosen:
-        kernels = ", ".join(dict.fromkeys(row.name.split()[0] for row in rows))
-        fail(f"only: no row has {options.only!r} in its name; they are of {kernels}")
-    reports = inspected(chosen)
+        operations = ", ".join(dict.fromkeys(launch.name.split()[0] for launch in every))
+        fail(f"only: no kernel has {options.only!r} in its name; they are of {operations}")
+    reports = [inspect(launch) for launch in chosen]
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=2))
     else:
@@ -76,70 +232,86 @@ def main() -> None:
     sys.exit(any(report.regressed for report in reports))
 
 
-def compilable() -> "tuple[Row, ...]":
-    """The table of kernels; one line and exit code 2 where they cannot be compiled."""
+def fail(message: str) -> NoReturn:
+    """Say what the user can do; exit code 2, for 1 means a regression."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def launches() -> list[Launch]:
+    """Every launch of the table; one line and exit code 2 where nothing can be compiled."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         fail("TRITON_INTERPRET=1 leaves no kernel to compile: unset it")
     try:  # here, since Triton takes a while to import: not for --help
         from triton import knobs
 
-        from kernels.inspected import ROWS
-
         _ = knobs.nvidia.ptxas.path  # RuntimeError where there is none
     except (ImportError, RuntimeError) as error:
         fail(f"no kernel can be compiled here: {' '.join(str(error).split())}; install Triton with its ptxas (Linux)")
-    return ROWS
+    return [launch for row in ROWS for dtype in row.dtypes for launch in recorded(row, dtype)]
 
 
-def fail(message: str) -> NoReturn:
-    """Say what the user can mend; exit code 2, for 1 means a regression."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def recorded(row: Row, dtype: torch.dtype) -> list[Launch]:
+    """What the operation of `row` launches, in order."""
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+
+    def record(kernel: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
+        arguments = dict(zip(kernel.arg_names, values, strict=False)) | named
+        blocks = [arguments[name] for name in kernel.arg_names if name.startswith("block")]
+        kind = kernel.__name__.removesuffix("_kernel")
+        name = row.operation.__name__ + (f" {kind}" if kind != row.operation.__name__ else "") + row.shape
+        size = row.elements or prod(blocks[:2])
+        found.append(Launch(name, DTYPES[dtype], kernel, arguments, options, size, row.ceilings[kind]))
+
+    with mock.patch.object(JITFunction, "run", record):
+        row.operation(dtype, **row.arguments)
+    return found
 
 
-def inspected(rows: "Iterable[Row]") -> list[Report]:
-    """Compile each row in each of its dtypes."""
-    return [inspect(row, dtype) for row in rows for dtype in row.dtypes]
-
-
-def inspect(row: "Row", dtype: str) -> Report:
-    """Compile one row in one dtype."""
-    compiled = compile_row(row, dtype)
+def inspect(launch: Launch) -> Report:
+    """Compile one launch and count."""
+    compiled = compile_launch(launch)
     usage = resources(compiled.asm["ptx"])
     instructions, counted = count_instructions(compiled)
     return Report(
-        name=row.name,
-        dtype=dtype,
+        name=launch.name,
+        dtype=launch.dtype,
         registers=usage["registers"],
         spilled_bytes=usage["spilled_bytes"],
         shared_bytes=compiled.metadata.shared,
         instructions=instructions,
-        per_element=round(instructions * row.warps * 32 / row.elements, 2),
+        per_element=round(instructions * launch.options["num_warps"] * 32 / launch.elements, 2),
         counted=counted,
-        registers_ceiling=row.registers,
-        per_element_ceiling=row.instructions,
+        registers_ceiling=launch.ceilings[0],
+        per_element_ceiling=launch.ceilings[1],
     )
 
 
-def compile_row(row: "Row", dtype: str) -> Any:
-    """Triton's compiled kernel, specialised as a launch with aligned tensors would be."""
+def compile_launch(launch: Launch) -> Any:
+    """Triton's compiled kernel, specialised as its launch with aligned tensors would be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = row.kernel.arg_names
-    unknown = (row.signature.keys() | row.constants.keys()) ^ set(names)
-    if unknown:
-        raise ValueError(f"{row.name}: signature and constants must name each argument of the kernel; check {sorted(unknown)}")
-    signature = {name: row.signature.get(name, "constexpr").replace("T", dtype) for name in names}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if name in row.signature and name not in row.unaligned and not row.signature[name].startswith("fp")
-    }
-    source = ASTSource(row.kernel, signature, dict(row.constants), aligned)
-    options = {"num_warps": row.warps, "enable_fp_fusion": row.fuses}
-    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int], list[list[object]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        aligned |= {(position,): [["tt.divisibility", 16]]} if whole else {}
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=launch.options)
 
 
 def resources(ptx: str) -> dict[str, int]:

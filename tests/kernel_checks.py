@@ -2,14 +2,24 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from math import isfinite
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 SLACK = 2.0  # times eager's own error against float64
 FLOOR = 4.0  # units in the last place, at the size of the largest value, that are forgiven when eager happens to be exact
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run: else the interpreter
+
+
+def sample(*choices: Sequence[Any], every: int) -> list[Any]:
+    """Parameters for pytest: all combinations, but only one in `every` in the default suite, the rest slow or on a GPU."""
+    thorough = [pytest.mark.slow, pytest.mark.gpu]
+    return [pytest.param(*each, marks=thorough if i % every else []) for i, each in enumerate(product(*choices))]
 
 
 def error(result: Tensor, exact: Tensor) -> float:

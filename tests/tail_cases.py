@@ -1,4 +1,4 @@
-"""A residual tail's shape and options enter; its inputs, its results with every gradient, and their errors leave."""
+"""A residual tail as a test case: its inputs, its result with every gradient, and their errors against float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.residual_tail import residual_tail, residual_tail_fusable
-from tests.kernel_checks import FLOOR, SLACK, error
+from kernels.residual_tail import reference, residual_tail, residual_tail_fusable
+from tests.kernel_checks import DEVICE, FLOOR, SLACK, error
 
 Form = Callable[..., Tensor]
 TRITON: Form = partial(residual_tail, backend="triton")
@@ -37,7 +36,7 @@ class Case:
             [shape, self.activation, se, "shortcut" if self.shortcut else "alone", "train" if self.training else "eval"]
         )
 
-    def inputs(self, dtype: torch.dtype, kind: str = "plain", device: str = "cpu") -> dict[str, Tensor]:
+    def inputs(self, dtype: torch.dtype, kind: str = "plain") -> dict[str, Tensor]:
         """Maps in `dtype`, parameters and statistics in float32. kind: what the convolution's output is like."""
         torch.manual_seed(0)
         n, c, h, w = self.shape
@@ -62,7 +61,7 @@ class Case:
             "w_reduce": torch.randn(units, c) / c**0.5, "w_expand": torch.randn(c, units),
             "b_reduce": torch.randn(units) / 2, "b_expand": torch.randn(c),
         }  # fmt: skip
-        return {name: x.to(device) for name, x in (maps | parameters).items()}
+        return {name: x.to(DEVICE) for name, x in (maps | parameters).items()}
 
     def run(self, form: Form, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The result, the moved statistics and the gradients; with everything in `dtype` first, where one is given."""
@@ -79,11 +78,9 @@ class Case:
         gradients = {f"gradient of {name}": x.grad for name, x in leaves.items() if x.grad is not None}
         return {"result": out.detach(), "running_mean": mean, "running_var": var} | gradients
 
-    def errors(
-        self, form: Form, dtype: torch.dtype, kind: str = "plain", device: str = "cpu"
-    ) -> dict[str, tuple[float, float, float]]:
+    def errors(self, form: Form, dtype: torch.dtype, kind: str = "plain") -> dict[str, tuple[float, float, float]]:
         """For everything that leaves `form`: its error against float64, eager PyTorch's, and what is forgiven to both."""
-        inputs = self.inputs(dtype, kind, device)
+        inputs = self.inputs(dtype, kind)
         ours, eager = self.run(form, inputs), self.run(reference.residual_tail, inputs)
         exact = self.run(reference.residual_tail, inputs, torch.float64)
         assert ours.keys() == eager.keys()
@@ -95,8 +92,8 @@ class Case:
             found[name] = error(value, exact[name]), error(eager[name], exact[name]), forgiven
         return found
 
-    def check(self, form: Form, dtype: torch.dtype, kind: str = "plain", device: str = "cpu") -> None:
+    def check(self, form: Form, dtype: torch.dtype, kind: str = "plain") -> None:
         """Assert that `form` is as exact as eager PyTorch; where eager overflows in half precision, as exact as half can be."""
-        for name, (ours, theirs, forgiven) in self.errors(form, dtype, kind, device).items():
+        for name, (ours, theirs, forgiven) in self.errors(form, dtype, kind).items():
             bound = max(SLACK * theirs, forgiven) if isfinite(theirs) else forgiven
             assert ours <= bound, f"{name}: error {ours:.3g} against float64, eager's is {theirs:.3g}"

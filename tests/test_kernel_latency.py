@@ -17,7 +17,9 @@ from bench.kernel_rows import KERNELS, KernelRow
 from bench.kernel_timing import CudaStopwatch, Measurement, call, check, disagreement, input_sets, measure, shape_name
 from fastcifar import augmentation
 from fastcifar.errors import InputError
-from kernels import backends, reference
+from kernels import backends
+from kernels.mish import reference as mish_reference
+from kernels.squeeze_excite import reference as squeeze_excite_reference
 from tests.conftest import assert_user_error, run_cli
 
 CPU = torch.device("cpu")
@@ -110,8 +112,8 @@ def test_a_cold_captures_results_stay_alive_and_a_hot_ones_are_given_back(keep, 
 
 def test_a_call_returns_the_result_and_every_gradient():
     (inputs, gradient), *_ = input_sets(KERNELS["squeeze_excite"], SHAPE, 2, torch.float32, CPU)
-    y, *gradients = call(reference.squeeze_excite, "forward+backward", inputs, gradient)
-    assert torch.equal(y, reference.squeeze_excite(*inputs))
+    y, *gradients = call(squeeze_excite_reference.squeeze_excite, "forward+backward", inputs, gradient)
+    assert torch.equal(y, squeeze_excite_reference.squeeze_excite(*inputs))
     assert not y.requires_grad
     assert [g.shape for g in gradients] == [t.shape for t in inputs]
 
@@ -119,10 +121,10 @@ def test_a_call_returns_the_result_and_every_gradient():
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (lambda x: 1.001 * reference.mish(x), "result: error 0.001 against float64"),
-        (lambda x: reference.mish(x).detach() + 0 * x, "gradient 1: error 1 against float64"),
-        (lambda x: reference.mish(x) * torch.nan, "result: error nan against float64"),
-        (lambda x: reference.mish(x.double()), "in torch.float64, eager's is"),
+        (lambda x: 1.001 * mish_reference.mish(x), "result: error 0.001 against float64"),
+        (lambda x: mish_reference.mish(x).detach() + 0 * x, "gradient 1: error 1 against float64"),
+        (lambda x: mish_reference.mish(x) * torch.nan, "result: error nan against float64"),
+        (lambda x: mish_reference.mish(x.double()), "in torch.float64, eager's is"),
         (lambda x: torch.ops.no.kernel(x), "AttributeError: "),
     ],
 )
@@ -309,7 +311,7 @@ def test_what_is_for_triton_is_refused_without_a_gpu():
 
 
 def test_the_gpus_part_goes_through_every_map(monkeypatch):
-    row = KernelRow("mish", ((8, 4, 4), (4, 2, 2)), KERNELS["mish"].inputs, lambda x: 2 * x, reference.mish, 2, 3)
+    row = KernelRow("mish", ((8, 4, 4), (4, 2, 2)), KERNELS["mish"].inputs, lambda x: 2 * x, mish_reference.mish, 2, 3)
     stopwatch = Told({"eager": 8e-6, "ours": 2e-6, "copy": 1e-6})
     monkeypatch.setattr(kernel_latency, "KERNELS", {"mish": row})
     monkeypatch.setattr(kernel_latency, "CudaStopwatch", lambda: stopwatch)

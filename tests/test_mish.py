@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import mish, reference
-from kernels.mish import _mish, _mish_backward
+from kernels.mish import _mish, _mish_backward, mish, reference
 from tests.kernel_checks import assert_as_exact_as_eager, assert_gradients_as_exact_as_eager, poisoned_buffers
 
 CHANNELS_LAST = torch.channels_last

@@ -11,7 +11,7 @@ from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.models import layers as model_layers
 from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
 from fastcifar.models.resnet import ResNet
-from kernels import backends, residual_tail_ops
+from kernels import backends, residual_tail
 
 KINDS = ["torch", "triton", "fusable"]
 BLOCKS = [BasicBlock, PreActivationBlock]
@@ -70,10 +70,8 @@ def test_a_training_step_and_evaluation_are_the_same(block, kernels, activation)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
     calls = []
-    original = residual_tail_ops.tail
-    monkeypatch.setattr(
-        residual_tail_ops, "tail", lambda tensors, settings: calls.append(settings) or original(tensors, settings)
-    )
+    original = residual_tail._tail
+    monkeypatch.setattr(residual_tail, "_tail", lambda *arguments: calls.append(arguments) or original(*arguments))
     for training in (True, False):
         for probabilities in ({}, {"block_dropout": 0.5}, {"stochastic_depth": 0.5}):
             ours, theirs = (small(block, kernels, **probabilities).train(training) for kernels in ("triton", "torch"))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference, squeeze_excite
-from kernels.squeeze_excite import _squeeze_excite, _squeeze_excite_backward
+from kernels.squeeze_excite import _squeeze_excite, _squeeze_excite_backward, reference, squeeze_excite
 from tests.kernel_checks import assert_gradients_as_exact_as_eager, poisoned_buffers
 
 CHANNELS_LAST = torch.channels_last

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.activations import Activation
 from kernels.backends import resolve
-from kernels.reference import Activation
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a peer in measurements.

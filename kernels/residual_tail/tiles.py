@@ -1,4 +1,4 @@
-"""A map's shape enters; how a kernel of the residual tail cuts it up leaves: rows and channels of a tile, warps, groups.
+"""How the kernels of the residual tail cut a map up: rows and channels of a tile, warps, groups of rows.
 
 Chosen by arithmetic, not by autotuning, so that a captured step meets nothing new. A thread has 32 elements of a map, which
 are four 16-byte loads of bf16 in flight.

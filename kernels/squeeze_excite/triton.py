@@ -1,7 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Squeeze-excitation in Triton: a map, its weights and unfilled results enter; they leave filled, in one launch each way.
-
-The formulas are in `squeeze_excite.py`, which this is apart from so that `import kernels` does not import Triton.
+"""Squeeze-excitation in Triton: one launch forward, one backward. The formulas are in `__init__.py`.
 
 One program takes one sample: it reads the sample's map for the squeeze, goes through both linears and the sigmoid in
 registers, and reads the map again, now mostly from the L2 cache, to scale it. So no launch handles N x C numbers alone.
@@ -18,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.mish_triton import activated, mish_slope
+from kernels.mish.triton import activate, times_slope
 
 TILE = 4096  # elements a program holds at once: 16 a thread, which are two 16-byte accesses of bf16
 REDUCED = 4  # units of the bottleneck in one turn of the loop over them
@@ -26,22 +24,17 @@ ACCESS = 16  # bytes of the widest
 
 
 @triton.jit
-def activated_slope(hidden, activation: tl.constexpr):
-    return mish_slope(hidden) if activation == "mish" else tl.where(hidden > 0.0, 1.0, 0.0)
-
-
-@triton.jit
 def tile(
     start, channels: tl.constexpr, positions: tl.constexpr, lanes: tl.constexpr, contiguous: tl.constexpr,
     block_rows: tl.constexpr, block_lanes: tl.constexpr,
 ):  # fmt: skip
-    """Offsets into a sample's map [block_rows, block_lanes] from row `start` on, and which of them exist."""
+    """Offsets into a sample's map [block_rows, block_lanes] from row `start` on, and their mask."""
     row = start + tl.arange(0, block_rows)[:, None]
     lane = tl.arange(0, block_lanes)[None, :]
     if contiguous:
         return lane * positions + row, (row < positions) & (lane < channels)
-    at = row * lanes + lane
-    return at, (at < positions * channels) & (lane < lanes)
+    offsets = row * lanes + lane
+    return offsets, (offsets < positions * channels) & (lane < lanes)
 
 
 @triton.jit
@@ -79,8 +72,8 @@ def forward_kernel(
 
     total = tl.zeros([block_rows, block_lanes], tl.float32)
     for start in range(0, rows, block_rows):
-        at, inside = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        total += tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
+        total += tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     mean = per_channel(total, channels, lanes, block_lanes, block_channels) / positions
     tl.store(squeezed + n * channels + c, mean, mask=c < channels)
 
@@ -89,22 +82,22 @@ def forward_kernel(
         logit += tl.load(b_expand + c, mask=c < channels, other=0.0).to(tl.float32)
     for first in range(0, reduced, block_reduced):
         r = first + tl.arange(0, block_reduced)
-        inside = (r[:, None] < reduced) & (c[None, :] < channels)
-        inward = tl.load(w_reduce + r[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        outward = tl.load(w_expand + c[None, :] * reduced + r[:, None], mask=inside, other=0.0).to(tl.float32)
+        mask = (r[:, None] < reduced) & (c[None, :] < channels)
+        inward = tl.load(w_reduce + r[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        outward = tl.load(w_expand + c[None, :] * reduced + r[:, None], mask=mask, other=0.0).to(tl.float32)
         unit = tl.sum(inward * mean[None, :], 1)
         if b_reduce is not None:
             unit += tl.load(b_reduce + r, mask=r < reduced, other=0.0).to(tl.float32)
         tl.store(hidden + n * reduced + r, unit, mask=r < reduced)
-        logit += tl.sum(outward * activated(unit, activation)[:, None], 0)
+        logit += tl.sum(outward * activate(unit, activation)[:, None], 0)
     s = tl.sigmoid(logit)
     tl.store(scale + n * channels + c, s, mask=c < channels)
 
     s = per_lane(s, channels, lanes, block_lanes)
     for start in range(0, rows, block_rows):
-        at, inside = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        value = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        tl.store(y + at, (value * s).to(y.dtype.element_ty), mask=inside)
+        offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
+        value = tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        tl.store(y + offsets, (value * s).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -123,9 +116,9 @@ def backward_kernel(
 
     total = tl.zeros([block_rows, block_lanes], tl.float32)
     for start in range(0, rows, block_rows):
-        at, inside = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        g = tl.load(gradient + at, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        total += g * tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
+        g = tl.load(gradient + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        total += g * tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     s = tl.load(scale + n * channels + c, mask=c < channels, other=0.0)
     d_logit = per_channel(total, channels, lanes, block_lanes, block_channels) * s * (1.0 - s)
     tl.store(logit_gradient + n * channels + c, d_logit, mask=c < channels)
@@ -133,21 +126,21 @@ def backward_kernel(
     d_mean = tl.zeros([block_channels], tl.float32)
     for first in range(0, reduced, block_reduced):
         r = first + tl.arange(0, block_reduced)
-        inside = (r[:, None] < reduced) & (c[None, :] < channels)
-        inward = tl.load(w_reduce + r[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        outward = tl.load(w_expand + c[None, :] * reduced + r[:, None], mask=inside, other=0.0).to(tl.float32)
+        mask = (r[:, None] < reduced) & (c[None, :] < channels)
+        inward = tl.load(w_reduce + r[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        outward = tl.load(w_expand + c[None, :] * reduced + r[:, None], mask=mask, other=0.0).to(tl.float32)
         unit = tl.load(hidden + n * reduced + r, mask=r < reduced, other=0.0)
-        d_unit = tl.sum(outward * d_logit[None, :], 1) * activated_slope(unit, activation)
-        tl.store(unit_activated + n * reduced + r, activated(unit, activation), mask=r < reduced)
+        d_unit = times_slope(tl.sum(outward * d_logit[None, :], 1), unit, activation)
+        tl.store(unit_activated + n * reduced + r, activate(unit, activation), mask=r < reduced)
         tl.store(hidden_gradient + n * reduced + r, d_unit, mask=r < reduced)
         d_mean += tl.sum(inward * d_unit[:, None], 0)
 
     s = per_lane(s, channels, lanes, block_lanes)
     shift = per_lane(d_mean / positions, channels, lanes, block_lanes)
     for start in range(0, rows, block_rows):
-        at, inside = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        g = tl.load(gradient + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        tl.store(x_gradient + at, (g * s + shift).to(x_gradient.dtype.element_ty), mask=inside)
+        offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
+        g = tl.load(gradient + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        tl.store(x_gradient + offsets, (g * s + shift).to(x_gradient.dtype.element_ty), mask=mask)
 
 
 def blocks(channels: int, positions: int, reduced: int, itemsize: int, contiguous: bool) -> dict[str, int]:

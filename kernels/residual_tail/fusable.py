@@ -1,0 +1,176 @@
+"""The residual tail's algebra in PyTorch operations: what the compiler may fuse with what surrounds it.
+
+The operators run it where no kernel serves, and the Triton kernels compute the same formulas. With c the convolution's output
+[N, C, H, W] of P = HW positions, M = NP, r the shortcut, g the gradient of the result:
+
+    mean_nc, var_nc of each image's map; mu and var by merging over n (Chan, Golub & LeVeque 1979); rstd = 1 / sqrt(var + eps)
+    a = gamma rstd              y = a (c - mu) + beta: never stored
+    squeeze m = a (mean_nc - mu) + beta: the mean of y without a pass over it
+    q = W_reduce m + b_reduce   s = sigmoid(W_expand act(q) + b_expand)      (s = 1 without squeeze-excitation)
+    out = act(z)                z = (c - mu) s a + s beta + r
+
+    dz = g act'(z), which is the shortcut's gradient;   S1 = sum_hw dz,   S2 = sum_hw dz (c - mu)
+    ds = a S2 + beta S1         dt = ds s (1 - s)         dq = act'(q) W_expand^T dt         dm = W_reduce^T dq
+    dW_expand = sum_n dt act(q)^T      db_expand = sum_n dt      dW_reduce = sum_n dq m^T      db_reduce = sum_n dq
+    dbeta = sum_n (s S1 + dm)   dgamma = rstd sum_n (s S2 + dm (mean_nc - mu))
+    dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M    (the last two in training only)
+
+Centring on mu costs one subtraction and keeps what c a + (beta - mu a) cancels when |mu| is large. For the backward pass c,
+r, mean_nc, mu, var, s and q are kept; not z, not y.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.activations import activate, slope
+from kernels.backends import cast, wide
+
+
+class Settings(NamedTuple):
+    """The scalars of a tail; as a tuple, it goes through operators and the compiler unchanged."""
+
+    training: bool
+    eps: float
+    se_activation: str  # relu or mish
+    activation: str  # relu, mish or none
+
+
+class Tensors(NamedTuple):
+    """What a tail's result and its gradients are computed from. The first eight have gradients."""
+
+    conv_out: Tensor  # [N, C, H, W]
+    shortcut: Tensor | None  # [N, C, H, W]
+    weight: Tensor  # [C], like bias, mean and variance
+    bias: Tensor
+    w_reduce: Tensor | None  # [R, C]; None, like w_expand [C, R], image_mean, scale and hidden, without squeeze-excitation
+    w_expand: Tensor | None
+    b_reduce: Tensor | None  # [R]; None, like b_expand [C], where the linear layer has none
+    b_expand: Tensor | None
+    image_mean: Tensor | None  # mean_nc [N, C]
+    mean: Tensor  # mu
+    variance: Tensor  # biased
+    scale: Tensor | None = None  # s [N, C]; computed by `apply`, as is hidden
+    hidden: Tensor | None = None  # q [N, R]
+
+
+GIVEN = len(Tensors._fields) - 2  # how many `apply` takes
+Gradients = tuple[Tensor | None, ...]  # of the first eight; None where there is nothing
+
+
+def spread(channels: Tensor) -> Tensor:
+    """[C] or [N, C] beside a map [N, C, H, W]."""
+    return channels[..., None, None]
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (mean_nc [N, C], or empty without `per_image`; mu [C]; var [C]) and move the running statistics."""
+    if per_image:
+        image_var, image_mean = torch.var_mean(wide(x), (2, 3), correction=0)
+        var_of_means, mean = torch.var_mean(image_mean, 0, correction=0)
+        variance = image_var.mean(0) + var_of_means
+    else:
+        variance, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
+        image_mean = mean.new_empty(0)
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    running_mean.mul_(1 - momentum).add_(cast(mean, running_mean.dtype), alpha=momentum)
+    running_var.mul_(1 - momentum).add_(cast(variance, running_var.dtype), alpha=momentum * count / max(count - 1, 1))
+    return image_mean, mean, variance
+
+
+def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return act(z) in conv_out's dtype, s and q."""
+    tensors = _excited(tensors, settings)
+    _, _, z = _linear(tensors, settings)
+    return cast(activate(z, settings.activation), tensors.conv_out.dtype), tensors.scale, tensors.hidden
+
+
+def _excited(tensors: Tensors, settings: Settings) -> Tensors:
+    """With s [N, C] and q [N, R], where there is squeeze-excitation."""
+    if tensors.w_reduce is None or tensors.w_expand is None:
+        return tensors
+    with torch.autocast(tensors.conv_out.device.type, enabled=False):
+        hidden = _squeezed(tensors, settings) @ wide(tensors.w_reduce).T
+        hidden = hidden if tensors.b_reduce is None else hidden + wide(tensors.b_reduce)
+        logits = activate(hidden, settings.se_activation) @ wide(tensors.w_expand).T
+        logits = logits if tensors.b_expand is None else logits + wide(tensors.b_expand)
+    return tensors._replace(scale=torch.sigmoid(logits), hidden=hidden)
+
+
+def _squeezed(tensors: Tensors, settings: Settings) -> Tensor:
+    """m [N, C]."""
+    assert tensors.image_mean is not None
+    a = wide(tensors.weight) * torch.rsqrt(wide(tensors.variance) + settings.eps)
+    return (tensors.image_mean - wide(tensors.mean)) * a + wide(tensors.bias)
+
+
+def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c - mu [N, C, H, W], s a [C] or [N, C], and z [N, C, H, W]."""
+    slopes = wide(tensors.weight) * torch.rsqrt(wide(tensors.variance) + settings.eps)
+    intercepts = wide(tensors.bias)
+    if tensors.scale is not None:
+        slopes, intercepts = tensors.scale * slopes, tensors.scale * intercepts
+    centred = wide(tensors.conv_out) - spread(wide(tensors.mean))
+    z = centred * spread(slopes) + spread(intercepts)
+    return centred, slopes, z if tensors.shortcut is None else z + wide(tensors.shortcut)
+
+
+def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
+    """Return the gradients of the first eight of `tensors`, each in its dtype."""
+    conv_out, _, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
+    centred, slopes, z = _linear(tensors, settings)
+    dz = wide(gradient) * slope(z, settings.activation)
+    s1, s2 = dz.sum((2, 3)), (dz * centred).sum((2, 3))  # [N, C]
+    rstd = torch.rsqrt(wide(variance) + settings.eps)
+    a = wide(weight) * rstd
+    positions = conv_out.shape[2] * conv_out.shape[3]
+    d_conv = dz * spread(slopes)
+    d_linear: Gradients = (None, None, None, None)
+    if scale is None:
+        d_bias, d_weight = s1.sum(0), s2.sum(0) * rstd
+    else:
+        assert w_reduce is not None
+        assert w_expand is not None
+        assert image_mean is not None
+        assert hidden is not None
+        with torch.autocast(conv_out.device.type, enabled=False):
+            dt = (a * s2 + wide(bias) * s1) * scale * (1 - scale)
+            dq = dt @ wide(w_expand) * slope(hidden, settings.se_activation)
+            dm = dq @ wide(w_reduce)
+            d_expand = dt.T @ activate(hidden, settings.se_activation)
+            d_linear = (dq.T @ _squeezed(tensors, settings), d_expand, dq.sum(0), dt.sum(0))
+        d_bias = (scale * s1 + dm).sum(0)
+        d_weight = (scale * s2 + dm * (image_mean - wide(mean))).sum(0) * rstd
+        d_conv = d_conv + spread(a * dm / positions)
+    if settings.training:
+        count = conv_out.shape[0] * positions
+        d_conv = d_conv - spread(a * d_bias / count) - centred * spread(a * rstd * d_weight / count)
+    found = (d_conv, dz, d_weight, d_bias, *d_linear)
+    return tuple(None if x is None or g is None else cast(g, x.dtype) for x, g in zip(tensors, found, strict=False))
+
+
+class ResidualTail(torch.autograd.Function):
+    """out and its gradients; the statistics enter as constants, and the formulas above know better."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, *given: Tensor | None) -> Tensor:
+        tensors = Tensors(*given)  # type: ignore[arg-type]
+        out, scale, hidden = apply(tensors, settings)
+        ctx.settings = settings
+        ctx.save_for_backward(*given, scale, hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        found = gradients(gradient, Tensors(*ctx.saved_tensors), ctx.settings)
+        return None, *found, *(None,) * (GIVEN - len(found))
+
+
+def tail(tensors: Tensors, settings: Settings) -> Tensor:
+    """act(z), channels_last, with its gradients."""
+    return ResidualTail.apply(settings, *tensors[:GIVEN]).contiguous(memory_format=torch.channels_last)

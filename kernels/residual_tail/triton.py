@@ -1,0 +1,496 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""The residual tail in Triton, by the formulas of `fusable.py`.
+
+A map is channels_last and read as rows [N * P, C], one row a position. Statistics and sums are taken over groups of rows: a
+group is an image where squeeze-excitation needs image means, else as many rows as fill the chip. Backward: one pass over the
+maps for S1, S2 and dz; small launches through sigmoid and linear layers; one pass for conv_out's gradient. Where there is no
+shortcut dz is nobody's gradient: the second pass computes it again instead of reading it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from kernels.backends import unfilled
+from kernels.mish.triton import activate, times_slope
+from kernels.residual_tail.fusable import Gradients, Settings, Tensors
+from kernels.residual_tail.tiles import (
+    IMAGES_TILE,
+    Tile,
+    channel_block,
+    group_rows,
+    image_tile,
+    power_of_two,
+    row_tile,
+    sums_tile,
+)
+
+
+@triton.jit
+def channel(pointer, c, channels: tl.constexpr):
+    """A [C] vector in float32 at the channels c; 0 beyond the last."""
+    return tl.load(pointer + c, mask=c < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def reciprocal_deviation(variance, c, eps, channels: tl.constexpr):
+    """rstd; variances beyond the last channel read as 0."""
+    return tl.rsqrt(channel(variance, c, channels) + eps)
+
+
+@triton.jit
+def merged(count, mean, m2, block: tl.constexpr):
+    """Merge `block` partial statistics per channel (Chan et al.): counts [block, 1], means and squared deviations [block, C].
+
+    Means are taken relative to the first: where all are equal the result is exactly that, and the deviation exactly 0.
+    """
+    origin = tl.sum(tl.where(tl.arange(0, block)[:, None] == 0, mean, 0.0), 0)
+    total = tl.sum(count, 0)
+    offset = tl.sum(count * (mean - origin[None, :]), 0) / total
+    delta = mean - origin[None, :] - offset[None, :]
+    return total, origin + offset, tl.sum(m2 + count * delta * delta, 0)
+
+
+@triton.jit
+def statistics_kernel(
+    x, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr,
+    block_rows: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of every group of rows: one read. Each lane runs Welford's update on its own rows."""
+    start = tl.program_id(0).to(tl.int64) * group
+    count = tl.minimum(rows - start, group).to(tl.int32)
+    r = tl.arange(0, block_rows)[:, None]
+    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    x += start * channels + (r * channels + c[None, :])
+    mean = tl.zeros([block_rows, block_channels], tl.float32)
+    m2 = tl.zeros([block_rows, block_channels], tl.float32)
+    for step in range(0, group, block_rows):
+        mask = step + r < count
+        value = tl.load(x + step * channels, mask=mask & (c[None, :] < channels), other=0.0).to(tl.float32)
+        delta = value - mean
+        fraction = 1.0 / (step // block_rows + 1)
+        mean += tl.where(mask, delta * fraction, 0.0)
+        m2 += tl.where(mask, delta * (value - mean), 0.0)
+    seen = tl.maximum((count - r + block_rows - 1) // block_rows, 0).to(tl.float32)  # rows of each lane
+    _, mean, m2 = merged(seen, mean, m2, block_rows)
+    offsets = tl.program_id(0).to(tl.int64) * channels + c
+    tl.store(group_mean + offsets, mean, mask=c < channels)
+    tl.store(group_m2 + offsets, m2, mask=c < channels)
+
+
+@triton.jit
+def batch_kernel(
+    group_mean, group_m2, mean_out, variance_out, running_mean, running_var, groups, rows, momentum,
+    channels: tl.constexpr, group: tl.constexpr, block_groups: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """Merge the groups into mu and var, and move the running statistics: var by M / (M - 1)."""
+    c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    lane = tl.arange(0, block_groups)[:, None]
+    count = tl.zeros([block_groups, 1], tl.float32)
+    mean = tl.zeros([block_groups, block_channels], tl.float32)
+    m2 = tl.zeros([block_groups, block_channels], tl.float32)
+    first = 0
+    while first < groups:  # not `for`: Triton's interpreter takes no run-time bounds there with NumPy 2.4
+        g = first + lane
+        size = tl.maximum(tl.minimum(rows - g.to(tl.int64) * group, group), 0).to(tl.float32)
+        offsets = g.to(tl.int64) * channels + c[None, :]
+        mask = (g < groups) & (c[None, :] < channels)
+        delta = tl.load(group_mean + offsets, mask=mask, other=0.0) - mean
+        fraction = size / tl.maximum(count + size, 1.0)
+        mean += delta * fraction
+        m2 += tl.load(group_m2 + offsets, mask=mask, other=0.0) + delta * delta * (count * fraction)
+        count += size
+        first += block_groups
+    total, mean, m2 = merged(count, mean, m2, block_groups)
+    inside = c < channels
+    tl.store(mean_out + c, mean, mask=inside)
+    tl.store(variance_out + c, m2 / total, mask=inside)
+    old_mean, old_var = channel(running_mean, c, channels), channel(running_var, c, channels)
+    new_mean = (1.0 - momentum) * old_mean + momentum * mean
+    new_var = (1.0 - momentum) * old_var + momentum * (m2 / (total - 1.0))
+    tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=inside)
+    tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def excite_kernel(
+    image_mean, mean, variance, weight, bias, w_reduce, w_expand, b_reduce, b_expand, scale_out, hidden_out, eps,
+    channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
+    block_channels: tl.constexpr, block_units: tl.constexpr,
+):  # fmt: skip
+    """An image's squeeze, both linear layers and the sigmoid, all channels in one program: s [N, C] and q [N, units]."""
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, block_channels)
+    inside = c < channels
+    a = channel(weight, c, channels) * reciprocal_deviation(variance, c, eps, channels)
+    centred = tl.load(image_mean + image * channels + c, mask=inside, other=0.0) - channel(mean, c, channels)
+    squeezed = tl.where(inside, centred * a + channel(bias, c, channels), 0.0)
+    logits = tl.zeros([block_channels], tl.float32)
+    if b_expand is not None:
+        logits += channel(b_expand, c, channels)
+    for start in range(0, units, block_units):
+        u = start + tl.arange(0, block_units)
+        mask = (u[:, None] < units) & inside[None, :]
+        reduce = tl.load(w_reduce + u[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        hidden = tl.sum(reduce * squeezed[None, :], 1)
+        if b_reduce is not None:
+            hidden += channel(b_reduce, u, units)
+        tl.store(hidden_out + image * units + u, hidden, mask=u < units)
+        expand = tl.load(w_expand + c[None, :] * units + u[:, None], mask=mask, other=0.0).to(tl.float32)
+        logits += tl.sum(expand * activate(hidden, activation)[:, None], 0)
+    tl.store(scale_out + image * channels + c, tl.sigmoid(logits), mask=inside)
+
+
+@triton.jit
+def row_range(rows, positions, scale, chunks: tl.constexpr, block_rows: tl.constexpr):
+    """The image this program works on, its first row and how many: any rows where no image has its own scale."""
+    block = tl.program_id(0).to(tl.int64)
+    if scale is None:
+        image, start, left = block, block * block_rows, rows - block * block_rows
+    else:
+        image = block // chunks
+        left = positions - (block % chunks) * block_rows
+        start = (image + 1) * positions - left
+    return image, start, tl.minimum(left, block_rows).to(tl.int32)
+
+
+@triton.jit
+def line(weight, bias, variance, scale, image, c, eps, channels: tl.constexpr):
+    """z = (c - mu) slope + intercept + r: slope = s a, intercept = s beta, at the channels c of an image."""
+    slope = channel(weight, c, channels) * reciprocal_deviation(variance, c, eps, channels)
+    intercept = channel(bias, c, channels)
+    if scale is not None:
+        s = channel(scale + image * channels, c, channels)
+        slope, intercept = slope * s, intercept * s
+    return slope, intercept
+
+
+@triton.jit
+def tail_kernel(
+    x, shortcut, weight, bias, mean, variance, scale, out, rows, positions, eps,
+    channels: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
+    block_rows: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """act(z): two reads (one without a shortcut), one write."""
+    image, start, count = row_range(rows, positions, scale, chunks, block_rows)
+    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
+    r = tl.arange(0, block_rows)[:, None]
+    offsets = start * channels + (r * channels + c[None, :])
+    mask = (r < count) & (c[None, :] < channels)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = (value - channel(mean, c, channels)[None, :]) * slope[None, :] + intercept[None, :]
+    if shortcut is not None:
+        z += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, activate(z, activation).to(out.dtype.element_ty), mask=mask)
+
+
+# Backward
+
+
+@triton.jit
+def sums_kernel(
+    gradient, x, shortcut, weight, bias, mean, variance, scale, dz_out, s1_out, s2_out, rows, eps,
+    channels: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
+    block_rows: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to three reads, one write."""
+    image = tl.program_id(0).to(tl.int64)  # where there is a scale, groups are images
+    start = image * group
+    count = tl.minimum(rows - start, group).to(tl.int32)
+    r = tl.arange(0, block_rows)[:, None]
+    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
+    mu = channel(mean, c, channels)
+    s1 = tl.zeros([block_rows, block_channels], tl.float32)
+    s2 = tl.zeros([block_rows, block_channels], tl.float32)
+    base = start * channels + (r * channels + c[None, :])
+    for step in range(0, group, block_rows):
+        offsets = base + step * channels
+        mask = (step + r < count) & (c[None, :] < channels)
+        dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
+        if activation != "none":
+            z = centred * slope[None, :] + intercept[None, :]
+            if shortcut is not None:
+                z += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+            dz = times_slope(dz, z, activation)
+        if dz_out is not None:
+            tl.store(dz_out + offsets, dz.to(dz_out.dtype.element_ty), mask=mask)
+        s1 += dz
+        s2 += dz * centred
+    offsets = image * channels + c
+    tl.store(s1_out + offsets, tl.sum(s1, 0), mask=c < channels)
+    tl.store(s2_out + offsets, tl.sum(s2, 0), mask=c < channels)
+
+
+@triton.jit
+def excite_gradient_kernel(
+    s1, s2, scale, hidden, weight, bias, variance, w_reduce, w_expand, d_logits, d_hidden, d_squeezed, eps,
+    channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
+    block_channels: tl.constexpr, block_units: tl.constexpr,
+):  # fmt: skip
+    """An image's dt, dq and dm: from its sums back through scale, sigmoid and both linear layers."""
+    image = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, block_channels)
+    inside = c < channels
+    offsets = image * channels + c
+    a = channel(weight, c, channels) * reciprocal_deviation(variance, c, eps, channels)
+    s = tl.load(scale + offsets, mask=inside, other=0.0)
+    sums = tl.load(s1 + offsets, mask=inside, other=0.0)
+    ds = a * tl.load(s2 + offsets, mask=inside, other=0.0) + channel(bias, c, channels) * sums
+    dt = ds * s * (1.0 - s)
+    tl.store(d_logits + offsets, dt, mask=inside)
+    dm = tl.zeros([block_channels], tl.float32)
+    for start in range(0, units, block_units):
+        u = start + tl.arange(0, block_units)
+        mask = (u[:, None] < units) & inside[None, :]
+        expand = tl.load(w_expand + c[None, :] * units + u[:, None], mask=mask, other=0.0).to(tl.float32)
+        q = tl.load(hidden + image * units + u, mask=u < units, other=0.0)
+        dq = times_slope(tl.sum(expand * dt[None, :], 1), q, activation)
+        tl.store(d_hidden + image * units + u, dq, mask=u < units)
+        reduce = tl.load(w_reduce + u[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        dm += tl.sum(reduce * dq[:, None], 0)
+    tl.store(d_squeezed + offsets, dm, mask=inside)
+
+
+@triton.jit
+def channel_gradient_kernel(
+    s1, s2, variance, d_weight, d_bias, groups, eps,
+    channels: tl.constexpr, block_groups: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """dgamma and dbeta without squeeze-excitation: sums over groups."""
+    c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    sum_weight = tl.zeros([block_groups, block_channels], tl.float32)
+    sum_bias = tl.zeros([block_groups, block_channels], tl.float32)
+    first = 0
+    while first < groups:
+        g = first + tl.arange(0, block_groups)[:, None]
+        offsets = g.to(tl.int64) * channels + c[None, :]
+        mask = (g < groups) & (c[None, :] < channels)
+        sum_bias += tl.load(s1 + offsets, mask=mask, other=0.0)
+        sum_weight += tl.load(s2 + offsets, mask=mask, other=0.0)
+        first += block_groups
+    rstd = reciprocal_deviation(variance, c, eps, channels)
+    tl.store(d_bias + c, tl.sum(sum_bias, 0), mask=c < channels)
+    tl.store(d_weight + c, tl.sum(sum_weight, 0) * rstd, mask=c < channels)
+
+
+@triton.jit
+def parameter_gradient_kernel(
+    s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, d_logits, d_hidden, d_squeezed,
+    d_weight, d_bias, d_reduce, d_expand, d_b_reduce, d_b_expand, images, eps,
+    channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
+    block_images: tl.constexpr, block_channels: tl.constexpr, block_units: tl.constexpr,
+):  # fmt: skip
+    """Sums over images: dgamma, dbeta; dW_reduce [units, C] = sum dq m^T, dW_expand [C, units] = sum dt act(q)^T; biases'."""
+    c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    u = tl.program_id(1) * block_units + tl.arange(0, block_units)
+    mu, beta = channel(mean, c, channels), channel(bias, c, channels)
+    rstd = reciprocal_deviation(variance, c, eps, channels)
+    a = channel(weight, c, channels) * rstd
+    sum_weight = tl.zeros([block_images, block_channels], tl.float32)
+    sum_bias = tl.zeros([block_images, block_channels], tl.float32)
+    reduce = tl.zeros([block_channels, block_units], tl.float32)
+    expand = tl.zeros([block_channels, block_units], tl.float32)
+    sum_dq = tl.zeros([block_images, block_units], tl.float32)
+    sum_dt = tl.zeros([block_images, block_channels], tl.float32)
+    first = 0
+    while first < images:
+        n = (first + tl.arange(0, block_images)).to(tl.int64)[:, None]
+        of_map, of_units = n * channels + c[None, :], n * units + u[None, :]
+        in_map, in_units = (n < images) & (c[None, :] < channels), (n < images) & (u[None, :] < units)
+        s = tl.load(scale + of_map, mask=in_map, other=0.0)
+        dm = tl.load(d_squeezed + of_map, mask=in_map, other=0.0)
+        centred = tl.load(image_mean + of_map, mask=in_map, other=0.0) - mu[None, :]
+        sum_bias += s * tl.load(s1 + of_map, mask=in_map, other=0.0) + dm
+        sum_weight += s * tl.load(s2 + of_map, mask=in_map, other=0.0) + dm * centred
+        # 0 beyond the last image, like dt: what they multiply is not.
+        dq = tl.load(d_hidden + of_units, mask=in_units, other=0.0)
+        dt = tl.load(d_logits + of_map, mask=in_map, other=0.0)
+        h = activate(tl.load(hidden + of_units, mask=in_units, other=0.0), activation)
+        reduce += tl.dot(tl.trans(centred * a[None, :] + beta[None, :]), dq, input_precision="ieee")
+        expand += tl.dot(tl.trans(dt), h, input_precision="ieee")
+        if d_b_reduce is not None:
+            sum_dq += dq
+        if d_b_expand is not None:
+            sum_dt += dt
+        first += block_images
+    mask = (c[:, None] < channels) & (u[None, :] < units)
+    tl.store(d_reduce + u[None, :] * channels + c[:, None], reduce.to(d_reduce.dtype.element_ty), mask=mask)
+    tl.store(d_expand + c[:, None] * units + u[None, :], expand.to(d_expand.dtype.element_ty), mask=mask)
+    if d_b_reduce is not None:
+        own_units = (u < units) & (tl.program_id(0) == 0)
+        tl.store(d_b_reduce + u, tl.sum(sum_dq, 0).to(d_b_reduce.dtype.element_ty), mask=own_units)
+    own = (c < channels) & (tl.program_id(1) == 0)
+    if d_b_expand is not None:
+        tl.store(d_b_expand + c, tl.sum(sum_dt, 0).to(d_b_expand.dtype.element_ty), mask=own)
+    tl.store(d_bias + c, tl.sum(sum_bias, 0), mask=own)
+    tl.store(d_weight + c, tl.sum(sum_weight, 0) * rstd, mask=own)
+
+
+@triton.jit
+def map_gradient_kernel(
+    gradient, x, weight, bias, mean, variance, scale, d_squeezed, d_weight, d_bias, out, rows, positions, eps,
+    per_position, per_row, channels: tl.constexpr, activation: tl.constexpr, training: tl.constexpr,
+    chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given."""
+    image, start, count = row_range(rows, positions, scale, chunks, block_rows)
+    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
+    rstd = reciprocal_deviation(variance, c, eps, channels)
+    a = channel(weight, c, channels) * rstd
+    constant = tl.zeros([block_channels], tl.float32)
+    if scale is not None:
+        constant += channel(d_squeezed + image * channels, c, channels) * a * per_position
+    r = tl.arange(0, block_rows)[:, None]
+    offsets = start * channels + (r * channels + c[None, :])
+    mask = (r < count) & (c[None, :] < channels)
+    dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    if training or activation != "none":
+        centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - channel(mean, c, channels)[None, :]
+        dz = times_slope(dz, centred * slope[None, :] + intercept[None, :], activation)
+        result = dz * slope[None, :] + constant[None, :]
+        if training:
+            mean_term = a * channel(d_bias, c, channels) * per_row
+            slope_term = a * rstd * channel(d_weight, c, channels) * per_row
+            result -= centred * slope_term[None, :] + mean_term[None, :]
+    else:
+        result = dz * slope[None, :] + constant[None, :]
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
+
+
+# Launches
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x itself if its memory is rows [N * P, C], else a copy that is."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[Tile, int, int]:
+    """The tile of a pass over a map, tiles for each image's rows, tiles in all: `row_range` reads them."""
+    tile = row_tile(channels, positions if per_image else n * positions, largest=4096)
+    chunks = cdiv(positions, tile.rows) if per_image else 1
+    return tile, chunks, n * chunks if per_image else cdiv(n * positions, tile.rows)
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fusable.statistics`."""
+    n, channels, height, width = x.shape
+    rows = n * height * width
+    group = height * width if per_image else group_rows(channels, rows)
+    groups = cdiv(rows, group)
+    group_mean, group_m2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
+    mean, variance = unfilled(x, channels), unfilled(x, channels)
+    tile, merge = row_tile(channels, group), channel_block(groups)
+    with torch.cuda.device_of(x):
+        statistics_kernel[(groups, cdiv(channels, tile.channels))](
+            channels_last(x), group_mean, group_m2, rows, channels=channels, group=group,
+            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+        )  # fmt: skip
+        batch_kernel[(cdiv(channels, merge.channels),)](
+            group_mean, group_m2, mean, variance, running_mean, running_var, groups, rows, momentum,
+            channels=channels, group=group, block_groups=merge.rows, block_channels=merge.channels, num_warps=merge.warps,
+        )  # fmt: skip
+    return group_mean if per_image else unfilled(x, 0), mean, variance
+
+
+def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`fusable.apply`."""
+    conv_out, shortcut, weight, bias, w_reduce, w_expand, b_reduce, b_expand, image_mean, mean, variance, scale, hidden = (
+        tensors
+    )
+    n, channels, positions = conv_out.shape[0], conv_out.shape[1], conv_out.shape[2] * conv_out.shape[3]
+    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    out = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        if w_reduce is not None and w_expand is not None:
+            units = len(w_reduce)
+            scale, hidden = unfilled(x, n, channels), unfilled(x, n, units)
+            tile = image_tile(channels, units)
+            excite_kernel[(n,)](
+                image_mean, mean, variance, weight, bias, w_reduce.contiguous(), w_expand.contiguous(), b_reduce, b_expand,
+                scale, hidden, settings.eps, channels=channels, units=units, activation=settings.se_activation,
+                block_channels=tile.channels, block_units=tile.rows, num_warps=tile.warps,
+            )  # fmt: skip
+        tile, chunks, blocks = map_grid(n, channels, positions, scale is not None)
+        tail_kernel[(blocks, cdiv(channels, tile.channels))](
+            x, r, weight, bias, mean, variance, scale, out, n * positions, positions, settings.eps,
+            channels=channels, activation=settings.activation, chunks=chunks,
+            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+        )  # fmt: skip
+    return out, scale, hidden
+
+
+def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
+    """`fusable.gradients`; None for a shortcut whose gradient is `gradient`."""
+    conv_out, shortcut, weight, bias, *_, mean, variance, scale, _ = tensors
+    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    n, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    group = positions if scale is not None else group_rows(channels, n * positions)
+    groups = cdiv(n * positions, group)
+    s1, s2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
+    dz = None if r is None or settings.activation == "none" else torch.empty_like(x)
+    source, activation = channels_last(gradient), settings.activation
+    d_linear: Gradients = (None,) * 4
+    d_weight, d_bias, d_conv = unfilled(x, channels), unfilled(x, channels), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        tile = sums_tile(channels, group)
+        sums_kernel[(groups, cdiv(channels, tile.channels))](
+            source, x, r, weight, bias, mean, variance, scale, dz, s1, s2, n * positions, settings.eps,
+            channels=channels, group=group, activation=activation,
+            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+        )  # fmt: skip
+        if scale is None:
+            dm = None
+            tile = channel_block(groups)
+            channel_gradient_kernel[(cdiv(channels, tile.channels),)](
+                s1, s2, variance, d_weight, d_bias, groups, settings.eps,
+                channels=channels, block_groups=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+            )  # fmt: skip
+        else:
+            dm, d_linear = _excite_gradients(s1, s2, tensors, settings, d_weight, d_bias)
+        if dz is not None:
+            source, activation = dz, "none"
+        tile, chunks, blocks = map_grid(n, channels, positions, scale is not None)
+        map_gradient_kernel[(blocks, cdiv(channels, tile.channels))](
+            source, x, weight, bias, mean, variance, scale, dm, d_weight, d_bias, d_conv, n * positions, positions,
+            settings.eps, 1 / positions, 1 / (n * positions),
+            channels=channels, activation=activation, training=settings.training, chunks=chunks,
+            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+        )  # fmt: skip
+    return d_conv, dz, d_weight.to(weight.dtype), d_bias.to(bias.dtype), *d_linear
+
+
+def _excite_gradients(
+    s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings, d_weight: Tensor, d_bias: Tensor
+) -> tuple[Tensor, Gradients]:
+    """Fill d_weight and d_bias; return dm [N, C] and the gradients of w_reduce, w_expand, b_reduce and b_expand."""
+    _, _, weight, bias, w_reduce, w_expand, b_reduce, b_expand, image_mean, mean, variance, scale, hidden = tensors
+    assert w_reduce is not None
+    assert w_expand is not None
+    assert scale is not None
+    assert hidden is not None
+    (images, channels), units = scale.shape, len(w_reduce)
+    dt, dq, dm = torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(scale)
+    linear = (w_reduce, w_expand, b_reduce, b_expand)
+    d_linear = tuple(None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in linear)
+    tile = image_tile(channels, units)
+    excite_gradient_kernel[(images,)](
+        s1, s2, scale, hidden, weight, bias, variance, w_reduce.contiguous(), w_expand.contiguous(), dt, dq, dm, settings.eps,
+        channels=channels, units=units, activation=settings.se_activation,
+        block_channels=tile.channels, block_units=tile.rows, num_warps=tile.warps,
+    )  # fmt: skip
+    tile, side = IMAGES_TILE, min(max(power_of_two(units), 16), 32)  # tl.dot wants 16 at least
+    parameter_gradient_kernel[(cdiv(channels, tile.channels), cdiv(units, side))](
+        s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, dt, dq, dm, d_weight, d_bias, *d_linear,
+        images, settings.eps, channels=channels, units=units, activation=settings.se_activation,
+        block_images=tile.rows, block_channels=tile.channels, block_units=side, num_warps=tile.warps,
+    )  # fmt: skip
+    return dm, d_linear

@@ -1,0 +1,153 @@
+"""Squeeze-excitation (Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018): scale each channel by what the map says of it.
+
+    m = mean_hw(x)      h = m W_reduce^T + b_reduce      s = sigmoid(act(h) W_expand^T + b_expand)      y = x s
+
+    t = sum_hw(g x)                  dz = t s (1 - s)                   of the sigmoid's argument
+    dh = (dz W_expand) act'(h)       dm = dh W_reduce                   dx = g s + dm / HW
+    dW_expand = dz^T act(h)          dW_reduce = dh^T m                 biases: sums of dz and dh over n
+
+The operator `fastcifar::squeeze_excite` keeps x, m, h and s for its gradient, the last three in float32.
+"""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from kernels.activations import Activation
+from kernels.backends import Backend, describe, resolve, runs_triton, unfilled
+from kernels.squeeze_excite import reference
+
+
+def squeeze_excite(
+    x: Tensor,
+    w_reduce: Tensor,
+    w_expand: Tensor,
+    activation: Activation = "relu",
+    b_reduce: Tensor | None = None,
+    b_expand: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """x * sigmoid(w_expand act(w_reduce mean_hw(x) + b_reduce) + b_expand).
+
+    x [N, C, H, W], w_reduce [R, C], w_expand [C, R], b_reduce [R], b_expand [C]; parameters in x's dtype or float32. The
+    result has x's shape and dtype, and its layout where that is contiguous or channels_last; else "triton" returns
+    channels_last. Raises ValueError naming what does not fit, and where the backend cannot serve x.
+    """
+    check(x, w_reduce, w_expand, activation, b_reduce, b_expand)
+    if resolve("squeeze_excite", backend, x) == "torch":
+        return reference.squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand)
+    return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation)[0]
+
+
+def check(
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str, b_reduce: Tensor | None, b_expand: Tensor | None
+) -> None:
+    """Raise ValueError, naming shape and expectation, unless the arguments fit one another."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"squeeze_excite: x must be a floating-point map [N, C, H, W], got {describe(x)}")
+    if activation not in get_args(Activation):
+        raise ValueError(f"squeeze_excite: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    channels, reduced = x.shape[1], w_reduce.shape[0] if w_reduce.dim() else 0
+    expected = {
+        "w_reduce": (w_reduce, [max(reduced, 1), channels]),
+        "w_expand": (w_expand, [channels, reduced]),
+        "b_reduce": (b_reduce, [reduced]),
+        "b_expand": (b_expand, [channels]),
+    }
+    for name, (parameter, shape) in expected.items():
+        if parameter is None:
+            continue
+        if list(parameter.shape) != shape:
+            raise ValueError(f"squeeze_excite: {name} must be {shape} for x {describe(x)}, got {describe(parameter)}")
+        if parameter.device != x.device or parameter.dtype not in (x.dtype, torch.float32) or parameter.dtype != w_reduce.dtype:
+            raise ValueError(
+                f"squeeze_excite: {name} must be on {x.device}, all parameters in x's dtype or all float32, "
+                f"got {describe(parameter)} for x {describe(x)}"
+            )
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The layout a map is read and its results are written in: its own if contiguous, else channels_last."""
+    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _results(x: Tensor, w_reduce: Tensor) -> Results:
+    """Unfilled y in `layout_of(x)`, squeezed [N, C], hidden [N, R], scale [N, C]."""
+    n, channels = x.shape[:2]
+    squeezed, hidden, scale = (unfilled(x, n, width) for width in (channels, w_reduce.shape[0], channels))
+    return torch.empty_like(x, memory_format=layout_of(x)), squeezed, hidden, scale
+
+
+def _gradients(x: Tensor, hidden: Tensor, scale: Tensor) -> Results:
+    """Unfilled gradients of x, of the sigmoid's argument and of hidden, and act(hidden)."""
+    d_x = torch.empty_like(x, memory_format=layout_of(x))
+    return d_x, torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(hidden)
+
+
+@torch.library.custom_op("fastcifar::squeeze_excite", mutates_args=())
+def _squeeze_excite(
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(x)
+    if not runs_triton(x):
+        found = reference.forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
+        return found[0].contiguous(memory_format=layout), *found[1:]
+    from kernels.squeeze_excite import triton
+
+    results = _results(x, w_reduce)
+    parameters = tuple(None if w is None else w.contiguous() for w in (w_reduce, w_expand, b_reduce, b_expand))
+    triton.forward(x.contiguous(memory_format=layout), parameters, activation, results, layout == torch.contiguous_format)
+    return results
+
+
+@torch.library.custom_op("fastcifar::squeeze_excite_backward", mutates_args=())
+def _squeeze_excite_backward(
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = layout_of(x)
+    if not runs_triton(x):
+        found = reference.backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
+        return found[0].contiguous(memory_format=layout), *found[1:]
+    from kernels.squeeze_excite import triton
+
+    results = _gradients(x, hidden, scale)
+    maps = [t.contiguous(memory_format=layout) for t in (gradient, x)]
+    rest = [t.contiguous() for t in (hidden, scale, w_reduce, w_expand)]
+    triton.backward((*maps, *rest), activation, results, layout == torch.contiguous_format)
+    return results
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    x, w_reduce, w_expand, _, _, ctx.activation = inputs
+    ctx.save_for_backward(x, w_reduce, w_expand, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Of x, w_reduce, w_expand, b_reduce, b_expand and the activation's name."""
+    if gradient is None:
+        return (None,) * 6
+    x, w_reduce, w_expand, squeezed, hidden, scale = ctx.saved_tensors
+    d_x, d_logits, d_hidden, active = _squeeze_excite_backward(gradient, x, hidden, scale, w_reduce, w_expand, ctx.activation)
+    _, wants_reduce, wants_expand, wants_b_reduce, wants_b_expand, _ = ctx.needs_input_grad
+    with torch.autocast(x.device.type, enabled=False):
+        return (
+            d_x,
+            (d_hidden.T @ squeezed).to(w_reduce.dtype) if wants_reduce else None,
+            (d_logits.T @ active).to(w_expand.dtype) if wants_expand else None,
+            d_hidden.sum(0).to(w_reduce.dtype) if wants_b_reduce else None,
+            d_logits.sum(0).to(w_expand.dtype) if wants_b_expand else None,
+            None,
+        )
+
+
+_squeeze_excite.register_fake(lambda x, w_reduce, *_: _results(x, w_reduce))
+_squeeze_excite_backward.register_fake(lambda _, x, hidden, scale, *__: _gradients(x, hidden, scale))
+_squeeze_excite.register_autograd(_gradient, setup_context=_keep)

@@ -1,0 +1,52 @@
+"""Squeeze-excitation in plain PyTorch: the definition, and the operators' formulas for tensors that no kernel serves."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.activations import Activation, activate, slope
+from kernels.backends import wide
+
+
+def squeeze_excite(
+    x: Tensor,
+    w_reduce: Tensor,
+    w_expand: Tensor,
+    activation: Activation = "relu",
+    b_reduce: Tensor | None = None,
+    b_expand: Tensor | None = None,
+) -> Tensor:
+    """x * sigmoid(w_expand act(w_reduce mean_hw(x) + b_reduce) + b_expand) (Hu et al., CVPR 2018).
+
+    x [N, C, H, W], w_reduce [R, C], w_expand [C, R], b_reduce [R], b_expand [C]; the result has x's shape and dtype.
+    """
+    squeezed = x.mean(dim=(2, 3)).to(w_reduce.dtype)  # [N, C]
+    hidden = F.linear(squeezed, w_reduce, b_reduce)  # [N, R]
+    scale = torch.sigmoid(F.linear(activate(hidden, activation), w_expand, b_expand))
+    return x * scale[:, :, None, None].to(x.dtype)
+
+
+def forward(
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, squeezed [N, C], hidden [N, R] and scale [N, C], the last three in float32 (float64 for float64)."""
+    biases = (None if b is None else wide(b) for b in (b_reduce, b_expand))
+    with torch.autocast(x.device.type, enabled=False):
+        squeezed = wide(x).mean(dim=(2, 3))
+        hidden = F.linear(squeezed, wide(w_reduce), next(biases))
+        scale = torch.sigmoid(F.linear(activate(hidden, activation), wide(w_expand), next(biases)))
+    return (wide(x) * scale[:, :, None, None]).to(x.dtype), squeezed, hidden, scale
+
+
+def backward(
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R]."""
+    g = wide(gradient)
+    with torch.autocast(x.device.type, enabled=False):
+        d_logits = (g * x).sum(dim=(2, 3)) * scale * (1 - scale)
+        d_hidden = d_logits @ wide(w_expand) * slope(hidden, activation)
+        d_mean = d_hidden @ wide(w_reduce)
+    positions = x.shape[2] * x.shape[3]
+    d_x = g * scale[:, :, None, None] + d_mean[:, :, None, None] / positions
+    return d_x.to(x.dtype), d_logits, d_hidden, activate(hidden, activation)
