@@ -178,7 +178,7 @@ def train_all(options: Options, curves: dict[str, Curve], train_options: list[st
     for arch in dict.fromkeys(options.archs):
         epochs = options.epochs or EPOCHS.get(arch, 1)
         if epochs_done(options.folder(arch)) >= epochs:
-            console.print(f"{arch}: {epochs} epochs are there")
+            console.print(f"{arch}: epoch {epochs} is done")
         else:
             command = train_command(options, arch, epochs, train_options)
             console.print(f"{arch}: {shlex.join(['python', *command[1:]])}")
@@ -301,13 +301,14 @@ def tables(comparisons: list[Comparison]) -> str:
     lines = ["# Our first epochs beside the authors'", "", "Differences are ours minus theirs; accuracy is in percent.", ""]
     lines += [f"- {note}" for note in NOTES]
     for comparison in comparisons:
-        run, images = comparison.run, comparison.train_images
+        run = comparison.run
+        images = "" if comparison.train_images is None else f"{comparison.train_images:,} training images, "
         versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
         lines += [
             *("", f"## {comparison.arch} (report {comparison.report})", ""),
             f"- Theirs: {comparison.theirs.source}",
-            f"- Ours: {comparison.data_name}, {'all epochs not done,' if images is None else f'{images:,} training images,'} "
-            f"seed {run['seed']}; {run['hardware']}; {versions}; commit {run['commit']}; `{run['command']}`",
+            f"- Ours: {comparison.data_name}, {images}seed {run['seed']}; "
+            f"{run['hardware']}; {versions}; commit {run['commit']}; `{run['command']}`",
             *([] if comparison.is_row_recipe else ["- **Not the recipe of this row**: see the command."]),
             "",
             "| epoch | training loss, theirs | ours | difference "
