@@ -177,6 +177,7 @@ def train_all(options: Options, curves: dict[str, Curve], train_options: list[st
     comparisons: list[Comparison] = []
     for arch in dict.fromkeys(options.archs):
         epochs = options.epochs or EPOCHS.get(arch, 1)
+        require_same_options(options.folder(arch), train_options)
         if epochs_done(options.folder(arch)) >= epochs:
             console.print(f"{arch}: epoch {epochs} is done")
         else:
@@ -196,10 +197,20 @@ def epochs_done(folder: RunFolder) -> int:
     return len(folder.read_metrics()) if (folder.path / "metrics.jsonl").exists() else 0
 
 
+def require_same_options(folder: RunFolder, train_options: list[str]) -> None:
+    """Raise InputError when the folder's run began with other options after `--`: a trial on few images must not count."""
+    if (folder.path / "config.json").exists():
+        command = shlex.split(files.read_json(folder.path / "config.json", remedy="choose another --out").get("command", ""))
+        began = command[command.index("--stop-after") + 2 :] if "--stop-after" in command else train_options
+        if began != train_options:
+            given = f"with `-- {shlex.join(began)}`" if began else "without options after `--`"
+            raise InputError(f"{folder.path} began {given}: give the same, or choose another --out")
+
+
 def train_command(options: Options, arch: str, epochs: int, train_options: list[str]) -> list[str]:
     """The command that begins a row's training, or goes on where its run stood."""
     folder = options.folder(arch).path
-    begun = (folder / "config.json").exists()  # train refuses to go on with options that are not the run's
+    begun = (folder / "config.json").exists()
     run = ["--resume", str(folder)] if begun else ["--arch", arch, "--out", str(folder), "--seed", str(options.seed)]
     program = [sys.executable, "-m", "fastcifar.train"]
     return [*program, *run, "--data", str(options.data), "--stop-after", str(epochs), *train_options]

@@ -111,7 +111,7 @@ def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, launched, tm
     write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
     write_run(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
     archs = ("se_resnet18", "resnet42", "robust_resnet64")
-    run(monkeypatch, "--out", tmp_path, "--data", "there", "--archs", *archs, "--", "--limit-train", 500)
+    run(monkeypatch, "--out", tmp_path, "--data", "there", "--archs", *archs, "--", "--limit-train", 500)  # theirs: not known
     begin = ["--arch", "robust_resnet64", "--out", str(tmp_path / "robust_resnet64-seed0"), "--seed", "0"]
     shared = ["--limit-train", "500"]
     assert [command[3:] for command in launched] == [
@@ -124,6 +124,19 @@ def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, launched, tm
     assert launched == []
     run(monkeypatch, "--out", tmp_path, "--archs", *archs, "--epochs", 3)
     assert [command[command.index("--stop-after") + 1] for command in launched] == ["3", "3"]
+
+
+def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, launched, tmp_path):
+    arguments = ("--out", tmp_path, "--archs", "resnet42")
+    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    command = f"python -m fastcifar.train {' '.join(launched[0][3:])}"  # as training writes it into its config
+    config = tmp_path / "resnet42-seed0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"command": command}))
+    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    for epochs in (2, 3):  # done, and to be resumed
+        with pytest.raises(InputError, match="began with `-- --limit-train 500`: give the same"):
+            run(monkeypatch, *arguments, "--epochs", epochs)
+    assert len(launched) == 1
 
 
 def test_a_run_killed_in_its_first_epoch_is_resumed(monkeypatch, launched, tmp_path):
