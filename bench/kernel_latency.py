@@ -34,7 +34,7 @@ from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
 from kernels.augment import augment
-from kernels.augment_reference import augment_numpy
+from kernels.augment.reference import augment_numpy
 from kernels.backends import DTYPE_NAMES, MEASURED
 
 CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what kernels.augment does

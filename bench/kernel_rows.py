@@ -15,7 +15,8 @@ from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
 from kernels.augment import augment
-from kernels.augment_reference import SIDE, Flip, augment_numpy, augment_torch
+from kernels.augment.operations import SIDE
+from kernels.augment.reference import Flip, augment_numpy, augment_torch
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant

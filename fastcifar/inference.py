@@ -11,7 +11,7 @@ from fastcifar.beton import SIDE
 from fastcifar.dataset import ResidentSet
 from fastcifar.metrics import Evaluation, EvaluationTally
 from fastcifar.step import autocast
-from kernels.augment_reference import normalise
+from kernels.augment.reference import normalise
 
 TTA = Literal["none", "flip", "flip_translate"]
 SHIFT = 1  # pixels; the two translated views look up-left and down-right of the image

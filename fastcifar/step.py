@@ -16,7 +16,7 @@ from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.losses import mixed_cross_entropy
 from fastcifar.optimizers import set_step
 from kernels.augment import augment as augment_keyed
-from kernels.augment_reference import SIDE
+from kernels.augment.operations import SIDE
 from kernels.backends import has_won
 
 Model = TypeVar("Model", bound=nn.Module)

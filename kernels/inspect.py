@@ -86,7 +86,7 @@ def residual_tail(
 
 def augment(dtype: torch.dtype) -> None:
     """The usual crop, reflected, with flip and cutout."""
-    from kernels.augment_triton import launch
+    from kernels.augment.triton import launch
 
     images = torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device=META)
     numbers, scalar = (torch.empty(shape, dtype=torch.int64, device=META) for shape in ((50_000,), ()))

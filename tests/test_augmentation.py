@@ -15,7 +15,7 @@ from fastcifar.augmentation.draws import ORDERS, draw_erasing, draw_noise_seed
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order
 from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
-from kernels.augment_reference import clear_box, crop_and_flip, noise, noise_quantiles, normalise
+from kernels.augment.reference import clear_box, crop_and_flip, noise, noise_quantiles, normalise
 
 N = 48
 MEAN, STD = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)

@@ -12,7 +12,7 @@ from fastcifar.recipes import RECIPES
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
 from kernels.augment import augment as kernels_augment
-from kernels.augment_reference import augment_numpy
+from kernels.augment.reference import augment_numpy
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kernels import philox as keyed
-from kernels.augment import _augment, _augment_into, augment
-from kernels.augment_reference import augment_numpy
+from kernels.augment import _augment, augment
+from kernels.augment.reference import augment_numpy
 
 N = 40
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
@@ -114,7 +114,7 @@ def test_an_earlier_batch_can_be_overwritten(backend):
 
 
 def test_numbas_philox_is_philox():
-    from kernels.augment_numba import philox, u64
+    from kernels.augment.numba import philox, u64
 
     for seed, sample, epoch, purpose in ((0, 0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1), (12345 << 32, 7, 9, 2)):
         expected = keyed.philox(seed, np.array([sample], dtype=np.int64), epoch, purpose)
@@ -122,12 +122,9 @@ def test_numbas_philox_is_philox():
 
 
 def test_the_operator_keeps_the_compilers_contract():
-    arguments = (
-        IMAGES, LABELS, INDEX, ORDER, torch.tensor(0), torch.tensor(1), torch.tensor(2), MEAN, STD,
-        8, 4, False, 1, 8, torch.float32, "numba",
-    )  # fmt: skip
-    torch.library.opcheck(_augment, arguments)
-    torch.library.opcheck(_augment_into, (*arguments[:9], *_augment(*arguments), *arguments[10:14], "numba"))
+    scalars = torch.tensor(0), torch.tensor(1), torch.tensor(2)
+    out = run("numba", batch_size=8)
+    torch.library.opcheck(_augment, (IMAGES, LABELS, INDEX, ORDER, *scalars, MEAN, STD, *out, 4, False, 1, 8, "numba"))
 
     def step(cursor):
         batch, labels = run("numba", cursor=cursor, cutout=8)
@@ -180,9 +177,9 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_the_compiled_kernel_rounds_every_product():
     """level - 255 mean as one fused multiply-add would be another pixel than NumPy's; the interpreter cannot show it."""
     code = (
-        "from kernels.inspect import compile_row; from kernels.inspected import ROWS\n"
-        "row = next(row for row in ROWS if row.name.startswith('augment'))\n"
-        "print('fma' in compile_row(row, 'fp32').asm['ptx'])\n"
+        "import torch; from kernels.inspect import ROWS, compile_launch, recorded\n"
+        "row = next(row for row in ROWS if row.operation.__name__ == 'augment')\n"
+        "print('fma' in compile_launch(recorded(row, torch.float32)[0]).asm['ptx'])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)

@@ -178,7 +178,8 @@ def test_gradcheck(activation, units, biases, training):
             linear = [given[name] for name in ("w_reduce", "w_expand", "b_reduce", "b_expand") if name in given]
             return residual_tail_fusable(
                 given["conv_out"], given.get("shortcut"), given["bn_weight"], given["bn_bias"], *running,
-                training=case.training, momentum=0.1, eps=1e-5, se=tuple(linear) or None, se_activation="mish", activation=case.activation,
+                training=case.training, momentum=0.1, eps=1e-5, se=tuple(linear) or None, se_activation="mish",
+                activation=case.activation,
             )  # fmt: skip
 
         assert torch.autograd.gradcheck(function, tuple(inputs.values()))

@@ -18,7 +18,7 @@ from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
 from fastcifar.beton import SIDE
 from fastcifar.errors import require
-from kernels.augment_reference import (
+from kernels.augment.reference import (
     Flip,
     clear_box,
     crop_and_flip,

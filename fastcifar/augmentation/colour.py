@@ -10,9 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-TOP = 255.0  # the brightest level
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as the columns of jitter's factors
-GREY = (2989, 5870, 1140)  # weights of R, G, B in a grey level, in ten-thousandths (ITU-R BT.601, as torchvision)
+from kernels.augment.operations import CONTRAST, HUE, LUMA, SATURATION, TOP
 
 
 def grey(pixels: Tensor) -> Tensor:
@@ -22,7 +20,7 @@ def grey(pixels: Tensor) -> Tensor:
     comes out the same whether a compiler fuses the operations or not.
     """
     red, green, blue = pixels.unbind(1)
-    weighed = (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    weighed = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
     return weighed.add_(0.5).mul_(1e-4).floor_()[:, None]
 
 

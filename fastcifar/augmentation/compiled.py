@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastcifar.augmentation import Augmentation, ErasingValue
 from fastcifar.augmentation.draws import Draws
-from kernels import augment_numba as compiled
-from kernels.augment_reference import SIDE, level_table
+from kernels.augment import numba as compiled
+from kernels.augment.operations import SIDE
+from kernels.augment.reference import level_table
 
-ERASING_VALUES = get_args(ErasingValue)  # by their numbers in kernels.augment_numba
+ERASING_VALUES = get_args(ErasingValue)  # by their numbers in kernels.augment.numba
 NOTHING: dict[str, compiled.Array] = {
     "floats": np.empty((0, 4), np.float32),
     "numbers": np.empty((0, 4), np.int64),

@@ -19,7 +19,6 @@ from fastcifar.augmentation.policies import (
     AUTO_AUGMENT,
     BINS,
     DRAWN,
-    NUMBER,
     SIGNED,
     USUAL,
     WIDE,
@@ -28,7 +27,7 @@ from fastcifar.augmentation.policies import (
     magnitude_table,
     move_matrices,
 )
-from kernels.augment_reference import SIDE
+from kernels.augment.operations import NUMBER, SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
 ERASED_RATIO = (0.3, 3.3)  # random erasing: height to width, uniform in the logarithm (Zhong et al., AAAI 2020; torchvision)

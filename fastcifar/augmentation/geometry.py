@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcifar.beton import SIDE
+from kernels.augment.operations import SIDE
 
 Interpolation = Literal["nearest", "bilinear"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.beton import SIDE
+from kernels.augment.operations import SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
 Batches = np.ndarray[tuple[int, ...], np.dtype[np.int64]]

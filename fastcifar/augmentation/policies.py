@@ -12,17 +12,11 @@ from torch import Tensor
 
 from fastcifar.augmentation import colour, geometry
 from fastcifar.augmentation.colour import apply_where
-from fastcifar.beton import SIDE
+from kernels.augment.operations import NUMBER, OPERATIONS, SIDE
 
 PolicyName = Literal["none", "rand_augment", "auto_augment", "auto_augment_imagenet", "trivial_augment"]
 Pairs = tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...]  # two of (operation, probability, magnitude 0..9)
 
-# Operation numbers are positions here. RandAugment and TrivialAugment draw from the first 14; Invert is AutoAugment's alone.
-OPERATIONS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
-    "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-)  # fmt: skip
-NUMBER = {name: number for number, name in enumerate(OPERATIONS)}
 SIGNED = range(NUMBER["ShearX"], NUMBER["Sharpness"] + 1)  # their magnitude is negated with probability 1/2
 DRAWN = NUMBER["Equalize"] + 1  # how many operations RandAugment and TrivialAugment choose from
 BINS = 31  # RandAugment's and TrivialAugment's magnitudes, 0..30

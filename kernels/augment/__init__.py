@@ -1,7 +1,7 @@
-"""The resident uint8 set and a permutation enter; one batch, cropped, mirrored, cut out and normalised, leaves in one launch.
+"""A batch from the resident uint8 set in one launch: gathered, cropped, flipped, cut out, normalised, labelled.
 
-Every sample's draws come from Philox at (sample number, epoch, purpose). Triton serves CUDA, Numba the CPU, and the plain
-forms of `augment_reference.py` are what both are compared with: the same pixels, bit for bit.
+Every sample's draws come from Philox at (sample index, epoch, purpose). Triton serves CUDA, Numba the CPU, and the plain
+forms of `reference.py` are what both are compared with: the same pixels, bit for bit.
 """
 
 from functools import cache
@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels.augment_reference import SIDE, Flip, augment_torch, level_table
+from kernels.augment.operations import SIDE
+from kernels.augment.reference import Flip, augment_torch, level_table
 from kernels.backends import describe, has_won, interpreting
 
 AugmentBackend = Literal["auto", "torch", "numba", "triton"]
@@ -42,7 +43,7 @@ def augment(
 
     images: [N, 32, 32, 3] uint8. labels: [N] int64. permutation: [M] int64 positions, of which cursor .. cursor + B - 1 are
     taken. cursor, epoch, seed (0..2^63-1): numbers, or 0-d int64 tensors on the images' device, which a captured step needs
-    and can advance. mean, std: [3] float32 in 0..1. index: [N] int64, the samples' numbers, by which they are keyed; default
+    and can advance. mean, std: [3] float32 in 0..1. index: [N] int64, the sample indices, by which they are keyed; default
     0..N-1. padding: 0..31 pixels. cutout: side in pixels, 0..32, 0 = off. backend: auto takes Numba on a CPU, and on CUDA
     Triton where it measured faster. out: a batch and labels of an earlier call to overwrite, which spares fresh memory.
 
@@ -64,12 +65,15 @@ def augment(
     cursor, epoch, seed = (
         _scalar(name, value, images.device) for name, value in (("cursor", cursor), ("epoch", epoch), ("seed", seed))
     )
-    inputs = (images, labels, index, permutation, cursor, epoch, seed, mean, std)
-    settings = (padding, reflect, FLIPS.index(flip), cutout)
     if out is None:
-        return _augment(*inputs, batch_size, *settings, dtype, _resolve(backend, images, dtype))
-    _check_out(*out, images, batch_size, dtype)
-    _augment_into(*inputs, *out, *settings, _resolve(backend, images, dtype))
+        batch = torch.empty(batch_size, SIDE, SIDE, 3, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
+        out = batch, torch.empty(batch_size, dtype=torch.int64, device=images.device)
+    else:
+        _check_out(*out, images, batch_size, dtype)
+    _augment(
+        images, labels, index, permutation, cursor, epoch, seed, mean, std, *out,
+        padding, reflect, FLIPS.index(flip), cutout, _resolve(backend, images, dtype),
+    )  # fmt: skip
     return out
 
 
@@ -124,61 +128,8 @@ def _check_out(batch: Tensor, batch_labels: Tensor, images: Tensor, batch_size: 
         raise ValueError(f"augment: out must be {wanted} and contiguous [{batch_size}] int64, got {given}")
 
 
-@torch.library.custom_op("fastcifar::augment", mutates_args=())
+@torch.library.custom_op("fastcifar::augment", mutates_args=("out", "out_labels"))
 def _augment(
-    images: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    permutation: Tensor,
-    cursor: Tensor,
-    epoch: Tensor,
-    seed: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    batch_size: int,
-    padding: int,
-    reflect: bool,
-    flip: int,
-    cutout: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty(batch_size, SIDE, SIDE, 3, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
-    out_labels = torch.empty(batch_size, dtype=torch.int64, device=images.device)
-    _fill(
-        images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
-        padding, reflect, flip, cutout, backend,
-    )  # fmt: skip
-    return out, out_labels
-
-
-@_augment.register_fake
-def _(
-    images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
-    mean: Tensor, std: Tensor, batch_size: int, padding: int, reflect: bool, flip: int, cutout: int, dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return images.new_empty(batch_size, SIDE, SIDE, 3, dtype=dtype).permute(0, 3, 1, 2), labels.new_empty(batch_size)
-
-
-@torch.library.custom_op("fastcifar::augment_into", mutates_args=("out", "out_labels"))
-def _augment_into(
-    images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
-    mean: Tensor, std: Tensor, out: Tensor, out_labels: Tensor, padding: int, reflect: bool, flip: int, cutout: int,
-    backend: str,
-) -> None:  # fmt: skip
-    _fill(
-        images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
-        padding, reflect, flip, cutout, backend,
-    )  # fmt: skip
-
-
-@_augment_into.register_fake
-def _(*arguments: object) -> None:
-    return None
-
-
-def _fill(
     images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
     mean: Tensor, std: Tensor, out: Tensor, out_labels: Tensor, padding: int, reflect: bool, flip: int, cutout: int,
     backend: str,
@@ -186,37 +137,38 @@ def _fill(
     """Write the batch into out [B, 3, 32, 32] channels_last and out_labels [B]."""
     batch_size, pixels = len(out_labels), out.permute(0, 2, 3, 1)
     if backend == "torch":
-        place = torch.arange(batch_size, device=images.device)
+        positions = permutation[cursor + torch.arange(batch_size, device=images.device)]
         x, own_labels = augment_torch(
-            images, labels, index, permutation[cursor + place], epoch, seed, padding=padding, reflect=reflect,
+            images, labels, index, positions, epoch, seed, padding=padding, reflect=reflect,
             flip=FLIPS[flip], cutout=cutout, mean=mean, std=std, dtype=out.dtype,
         )  # fmt: skip
         out.copy_(x)
         out_labels.copy_(own_labels)
     elif backend == "triton":
-        from kernels.augment_triton import launch  # here, since Triton takes a while to import and a CPU needs none
+        from kernels.augment.triton import launch
 
         launch(
             images, labels, index, permutation, cursor, epoch, seed, mean, std,
             padding, reflect, flip, cutout, pixels, out_labels,
         )  # fmt: skip
     else:
-        from kernels import augment_numba as compiled
+        from kernels.augment import numba as compiled
 
         first = int(cursor)
         if not 0 <= first <= len(permutation) - batch_size:
             raise ValueError(f"augment: cursor must be 0..{len(permutation) - batch_size}, got {first}")
-        positions = permutation[first : first + batch_size].numpy()
-        if positions.min() < 0 or positions.max() >= len(images):
-            outside = next(int(position) for position in positions if not 0 <= position < len(images))
-            raise ValueError(f"augment: permutation must hold positions 0..{len(images) - 1}, got {outside}")
+        positions = permutation[first : first + batch_size]
+        if (outside := positions[(positions < 0) | (positions >= len(images))]).numel():
+            raise ValueError(f"augment: permutation must hold positions 0..{len(images) - 1}, got {int(outside[0])}")
         table = _cached_table(tuple(mean.tolist()), tuple(std.tolist()), out.dtype)
         compiled.in_threads(
             compiled.gather_batch, batch_size, images.view(len(images), SIDE, SIDE * 3).numpy(), labels.numpy(), index.numpy(),
-            positions, compiled.u64(int(seed)), compiled.u64(int(epoch)), padding,
-            reflect, flip, cutout, compiled.plain(table), compiled.plain(pixels).reshape(batch_size, SIDE, SIDE * 3),
-            out_labels.numpy(),
+            positions.numpy(), compiled.u64(int(seed)), compiled.u64(int(epoch)), padding, reflect, flip, cutout,
+            compiled.plain(table), compiled.plain(pixels).reshape(batch_size, SIDE, SIDE * 3), out_labels.numpy(),
         )  # fmt: skip
+
+
+_augment.register_fake(lambda *_: None)
 
 
 @cache

@@ -19,16 +19,25 @@ import torch
 from numba import njit
 
 from kernels import philox as keyed
+from kernels.augment.operations import BRIGHTNESS, CONTRAST, HUE, LUMA, MOVES, NUMBER, SATURATION, SIDE
+from kernels.augment.operations import TOP as BRIGHTEST
 
 Array = np.ndarray[Any, Any]
-SIDE, ROW, AREA = 32, 96, 1024  # pixels of a side, bytes of a row, pixels of an image
+ROW, AREA = 3 * SIDE, SIDE * SIDE  # bytes of a row, pixels of an image
 f32, u64 = np.float32, np.uint64
-ZERO, ONE, TOP = f32(0), f32(1), f32(255)
+ZERO, ONE, TOP = f32(0), f32(1), f32(BRIGHTEST)
 MASK, HALF_WORD = u64(keyed.MASK), u64(32)
 M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
 CROP_FLIP, CUTOUT, FIRST_MIRROR = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_MIRROR)
 NOISE = u64(keyed.Purpose.NOISE)
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the columns of jitter's factors
+RED, GREEN, BLUE = (f32(weight) for weight in LUMA)
+FIRST_MOVE, LAST_MOVE = MOVES[0], MOVES[-1]
+BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = (
+    NUMBER[name]
+    for name in (
+        "Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+    )
+)  # fmt: skip
 THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
 
 
@@ -133,7 +142,7 @@ def clear(image, top, bottom, left, right):
 
 @njit(**KEPT)
 def fill_with_noise(image, top, bottom, left, right, seed, quantiles):
-    """Set a box inside [32, 96] to the noise of its places, kernels.augment_reference.noise."""
+    """Set a box inside [32, 96] to the noise of its places, kernels.augment.reference.noise."""
     for y in range(top, bottom):
         for x in range(3 * left, 3 * right):
             value = y * ROW + x
@@ -178,7 +187,7 @@ def whole(level):
 def grey_plane(x, grey):
     red, green, blue = x[0], x[1], x[2]
     for i in range(AREA):
-        weighed = f32(2989) * red[i] + f32(5870) * green[i] + f32(1140) * blue[i]
+        weighed = RED * red[i] + GREEN * green[i] + BLUE * blue[i]
         grey[i] = np.floor((weighed + f32(0.5)) * f32(1e-4))
 
 
@@ -346,26 +355,26 @@ def jitter(x, factors, order, turns_hue, grey):
 
 @njit(**KEPT)
 def apply_operation(x, operation, magnitude, matrix, spare):
-    """One of fastcifar.augmentation.policies.OPERATIONS, by its number."""
-    if 1 <= operation <= 5:  # ShearX, ShearY, TranslateX, TranslateY, Rotate
+    """One of OPERATIONS, by its number."""
+    if FIRST_MOVE <= operation <= LAST_MOVE:
         affine(x, matrix, spare)
-    elif operation == 6:
+    elif operation == BRIGHTEN:
         brightness(x, ONE + magnitude)
-    elif operation == 7:
+    elif operation == COLOR:
         saturation(x, ONE + magnitude, spare[0])
-    elif operation == 8:
+    elif operation == CONTRASTS:
         contrast(x, ONE + magnitude, spare[0])
-    elif operation == 9:
+    elif operation == SHARPEN:
         sharpness(x, ONE + magnitude, spare)
-    elif operation == 10:
+    elif operation == POSTERIZE:
         posterize(x, magnitude)
-    elif operation == 11:
+    elif operation == SOLARIZE:
         solarize(x, magnitude)
-    elif operation == 12:
+    elif operation == AUTO_CONTRAST:
         auto_contrast(x)
-    elif operation == 13:
+    elif operation == EQUALIZE:
         equalize(x)
-    elif operation == 14:
+    elif operation == INVERT:
         for channel in range(3):
             plane = x[channel]
             for i in range(AREA):

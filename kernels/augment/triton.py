@@ -1,4 +1,4 @@
-"""The augmentation in one CUDA launch: gather, crop, mirror, cutout, normalise, label. Imported only where Triton runs.
+"""The augmentation in one CUDA launch.
 
 One program an image; its 3,072 output values are contiguous, so stores are wide, and its reads fall into 3 KB of the set.
 Bytes per image: 3,072 read, 6,144 written in bf16: 0.46 GB an epoch of 50,000, 0.11 ms at 4.3 TB/s.
@@ -58,9 +58,9 @@ def augment_kernel(
     row, column = y + down, tl.where(mirrored, 31 - x, x) + right
     if reflect:
         row, column = reflected(row), reflected(column)
-    row_there, column_there = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
+    row_mask, column_mask = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
     source = images + position * 3072
-    level = tl.load(source + (row * 96 + (column * 3 + channel)), mask=row_there & column_there, other=0).to(tl.float32)
+    level = tl.load(source + (row * 96 + (column * 3 + channel)), mask=row_mask & column_mask, other=0).to(tl.float32)
     offset = 255.0 * tl.load(mean + channel)
     scale = tl.div_rn(1.0, 255.0 * tl.load(std + channel))  # rounded as PyTorch rounds it
     value = (level - offset) * scale

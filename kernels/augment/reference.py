@@ -1,4 +1,4 @@
-"""Sample numbers and images enter; crop, mirror and cutout as drawn, then normalised images leave: the definitions.
+"""The definitions of crop, flip and cutout, as drawn, of normalisation and of erasing with noise.
 
 Draws are one set of expressions for NumPy and PyTorch. `augment_torch` is the form for any device and for the compiler,
 `augment_numpy` the plain one that the tests believe: one image, one array operation after the other.
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.augment.operations import SIDE
 from kernels.philox import Purpose, Words, below, philox
 
-SIDE = 32  # pixels of an image's side
 Flip = Literal["off", "random", "alternating"]
 
 
