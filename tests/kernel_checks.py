@@ -19,7 +19,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where T
 def sample(*choices: Sequence[Any], every: int) -> list[Any]:
     """Parameters for pytest: all combinations, but only one in `every` in the default suite, the rest slow or on a GPU."""
     thorough = [pytest.mark.slow, pytest.mark.gpu]
-    return [pytest.param(*each, marks=thorough if i % every else []) for i, each in enumerate(product(*choices))]
+    combinations = product(*choices)
+    return [pytest.param(*each, marks=thorough if number % every else []) for number, each in enumerate(combinations)]
 
 
 def error(result: Tensor, exact: Tensor) -> float:

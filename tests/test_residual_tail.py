@@ -208,18 +208,17 @@ def test_operators_keep_their_promises(monkeypatch, case, interpreting):
     torch.library.opcheck(tail._tail, (*leaves, image_mean, mean, var, *settings))
 
 
+COMPILED = [
+    SMALL,
+    replace(SMALL, units=0, activation="none", training=False),
+    replace(SMALL, biases=False, activation="none", shortcut=False, training=False),
+]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.gpu])])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        SMALL,
-        replace(SMALL, units=0, activation="none", training=False),
-        replace(SMALL, biases=False, activation="none", shortcut=False, training=False),
-    ],
-    ids=str,
-)
-def test_compiles_into_one_graph(form, case, dtype, backend):
+@pytest.mark.parametrize(("case", "name", "dtype"), sample(COMPILED, FORMS, HALF_AND_SINGLE, every=3), ids=str)
+def test_compiles_into_one_graph(backend, case, name, dtype):
+    form = FORMS[name]
     inputs = case.inputs(dtype)
     torch._dynamo.reset()
     found = case.run(torch.compile(form, fullgraph=True, backend=backend), inputs)

@@ -1,15 +1,18 @@
 """Squeeze-excitation: as exact as eager PyTorch in its result and each gradient, at any width and map, in both layouts."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.squeeze_excite import _squeeze_excite, _squeeze_excite_backward, reference, squeeze_excite
-from tests.kernel_checks import assert_gradients_as_exact_as_eager, poisoned_buffers
+from tests.kernel_checks import DEVICE, assert_gradients_as_exact_as_eager, poisoned_buffers, sample
 
 CHANNELS_LAST = torch.channels_last
+LAYOUT = [CHANNELS_LAST, torch.contiguous_format]
+DTYPES = [torch.float32, torch.float16] if DEVICE.type == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
 # N, C, H, W, R: every width of the variants and others, maps from 1x1 to 32x32, full rows of 16 bytes and broken ones.
 SHAPES = [
     (2, 45, 8, 8, 2), (1, 48, 32, 32, 3), (2, 90, 4, 4, 5), (3, 170, 1, 1, 10), (1, 185, 7, 7, 11), (2, 340, 2, 2, 21),
@@ -28,7 +31,8 @@ def inputs(
     weights = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
     weights[0] *= (h * w) ** 0.5  # the squeeze is that much smaller than x: both linears and the activation matter
     w_reduce, w_expand, b_reduce, b_expand = (t.to(parameters or dtype) for t in weights)
-    return [x, w_reduce, w_expand, *((b_reduce, b_expand) if biases else (None, None))]
+    drawn = [x, w_reduce, w_expand, *((b_reduce, b_expand) if biases else (None, None))]
+    return [None if t is None else t.to(DEVICE) for t in drawn]
 
 
 def call(function, activation: str = "relu"):
@@ -48,28 +52,31 @@ def drawn(*shape: int, **options) -> list[list[Tensor | None]]:
     return [inputs(*shape, **options, seed=seed) for seed in range(4)]
 
 
-@pytest.mark.parametrize("memory_format", [CHANNELS_LAST, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
+TRAINED = [(512, 45, 32, 32, 2), (512, 90, 16, 16, 5), (512, 170, 8, 8, 10), (512, 340, 4, 4, 21), (128, 185, 16, 16, 11)]
+EVERY = sample(DTYPES, SHAPES, LAYOUT, every=5) + [
+    pytest.param(*each, marks=pytest.mark.gpu) for each in product(DTYPES, TRAINED, LAYOUT)
+]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "memory_format"), EVERY)
 def test_result_and_gradients_are_as_exact_as_eagers(shape, dtype, memory_format):
-    number = SHAPES.index(shape)
-    draws = drawn(*shape, dtype=dtype, biases=number % 2 == 0, memory_format=memory_format)
-    check(*draws, activation=("relu", "mish")[number // 2 % 2])
+    biases, activation = shape[1] % 2 == 0, ("relu", "mish")[shape[1] // 2 % 2]
+    check(*drawn(*shape, dtype=dtype, biases=biases, memory_format=memory_format), activation=activation)
 
 
-@pytest.mark.parametrize("activation", ["relu", "mish"])
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(("activation", "biases"), sample(["relu", "mish"], [True, False], every=2))
 def test_half_precision_maps_with_float32_parameters(activation, biases):
     check(*drawn(2, 45, 4, 4, 2, dtype=torch.float16, parameters=torch.float32, biases=biases), activation=activation)
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 6, 9, 16, 32])
+@pytest.mark.parametrize("side", sample([1, 2, 3, 6, 9, 16, 32], every=3))
 def test_every_size_of_map(side):
     check(*drawn(1, 45, side, side, 2), activation="mish")
 
 
-@pytest.mark.parametrize("values", ["large", "tiny", "constant", "one channel constant", "zero"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "values"), sample(DTYPES, ["large", "tiny", "constant", "one channel constant", "zero"], every=2)
+)
 def test_hard_values(values, dtype):
     draws = drawn(2, 45, 4, 4, 3, dtype=dtype, parameters=torch.float32)
     for draw in draws:
@@ -78,7 +85,7 @@ def test_hard_values(values, dtype):
             "large": 1e4 * x.clamp(-1, 1),
             "tiny": 1e-4 * x,
             "constant": torch.full_like(x, 0.75),
-            "one channel constant": torch.where(torch.arange(45)[:, None, None] == 7, -2.5, x).to(dtype),
+            "one channel constant": torch.where(torch.arange(45, device=DEVICE)[:, None, None] == 7, -2.5, x).to(dtype),
             "zero": torch.zeros_like(x),
         }[values]
         if values == "large":  # with ordinary weights every sigmoid is 0 or 1
@@ -136,7 +143,7 @@ def under_autocast(function):
     """`function` within bfloat16 autocast, unless it is to be exact."""
 
     def run(*arguments):
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments[0].dtype != torch.float64):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=arguments[0].dtype != torch.float64):
             return call(function)(*arguments)
 
     return run
@@ -150,16 +157,17 @@ def operator_of_the_cpu(x, w_reduce, w_expand, activation, b_reduce, b_expand):
 
 @pytest.mark.parametrize(
     ("dtype", "function"),
-    [(torch.float32, triton_se), (torch.bfloat16, operator_of_the_cpu)],  # the interpreter would truncate bfloat16
+    [  # the interpreter would truncate bfloat16
+        (torch.float32, triton_se),
+        (torch.bfloat16, operator_of_the_cpu if DEVICE.type == "cpu" else triton_se),
+    ],
 )
 def test_autocast_returns_the_maps_dtype_and_is_as_exact(dtype, function):
     draws = drawn(2, 45, 4, 4, 2, dtype=dtype, parameters=torch.float32)
     assert_gradients_as_exact_as_eager(under_autocast(function), under_autocast(reference.squeeze_excite), *draws)
 
 
-@pytest.mark.parametrize("interpret", ["1", "0"])
-@pytest.mark.parametrize("memory_format", [CHANNELS_LAST, torch.contiguous_format])
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(("interpret", "memory_format", "biases"), sample(["1", "0"], LAYOUT, [True, False], every=3))
 def test_the_operators_keep_pytorchs_rules(interpret, memory_format, biases, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)  # "0": the CPU's own implementation
     arguments = [
@@ -167,8 +175,8 @@ def test_the_operators_keep_pytorchs_rules(interpret, memory_format, biases, mon
     ]
     torch.library.opcheck(_squeeze_excite, (*arguments, "mish"))
     x, w_reduce, w_expand = (t.detach() for t in arguments[:3])
-    hidden, scale = torch.randn(2, 2), torch.rand(2, 5)
-    torch.library.opcheck(_squeeze_excite_backward, (torch.randn(2, 5, 3, 4), x, hidden, scale, w_reduce, w_expand, "relu"))
+    hidden, scale = torch.randn(2, 2, device=DEVICE), torch.rand(2, 5, device=DEVICE)
+    torch.library.opcheck(_squeeze_excite_backward, (torch.randn_like(x), x, hidden, scale, w_reduce, w_expand, "relu"))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
@@ -182,6 +190,8 @@ def test_it_compiles_into_one_graph(backend):
     torch.testing.assert_close(*map(list, gradients))
 
 
+@pytest.mark.slow
+@pytest.mark.gpu
 def test_the_default_compiler_keeps_result_and_layout():
     arguments = [t.requires_grad_() for t in inputs(2, 5, 3, 4, 2)]
     y = torch.compile(lambda *a: 2 * call(triton_se)(*a), fullgraph=True)(*arguments)
@@ -194,7 +204,7 @@ def test_the_default_compiler_keeps_result_and_layout():
 
 @pytest.mark.parametrize("activation", ["relu", "mish"])
 def test_the_formulas_of_the_gradient(activation):
-    arguments = [t.double().requires_grad_() for t in inputs(2, 5, 3, 4, 3)]  # float64: the CPU's own implementation
+    arguments = [t.double().cpu().requires_grad_() for t in inputs(2, 5, 3, 4, 3)]  # float64: the CPU's own implementation
     assert torch.autograd.gradcheck(lambda *a: _squeeze_excite(*a, activation)[0], arguments)
     expected = call(reference.squeeze_excite, activation)(*arguments)
     torch.testing.assert_close(_squeeze_excite(*arguments, activation)[0], expected)
@@ -206,10 +216,9 @@ def test_no_sample_no_work():
     assert arguments[1].grad.count_nonzero() == 0
 
 
-X, REDUCE, EXPAND, _, _ = inputs(2, 5, 3, 4, 2)
+X, REDUCE, EXPAND = (t.cpu() for t in inputs(2, 5, 3, 4, 2)[:3])
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -230,9 +239,10 @@ X, REDUCE, EXPAND, _, _ = inputs(2, 5, 3, 4, 2)
         ((X, REDUCE.to("meta"), EXPAND), r"w_reduce must be on cpu, .*, got \[2, 5\] float32 on meta"),
     ],
 )
-def test_bad_input_is_named(arguments, message, backend):
-    with pytest.raises(ValueError, match=f"squeeze_excite: {message}"):
-        squeeze_excite(*arguments, backend=backend)
+def test_bad_input_is_named(arguments, message):
+    for backend in ("auto", "torch", "triton"):
+        with pytest.raises(ValueError, match=f"squeeze_excite: {message}"):
+            squeeze_excite(*arguments, backend=backend)
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
