@@ -1,7 +1,7 @@
 """Loops timed in turns: what works has every round, what fails is one line; outside scripts have a rate only with evidence."""
 
 import json
-import pickle
+import sys
 import time
 from dataclasses import replace
 
@@ -9,9 +9,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from torchvision.datasets import CIFAR10
 
-from bench import baselines
+from bench import baselines, input_pipelines
 from bench.baselines import (
     BASELINES,
     STEPS,
@@ -28,10 +29,12 @@ from bench.baselines import (
     why_not,
 )
 from bench.stats import ratio
-from fastcifar.dataset import load_splits
+from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.errors import InputError
 from fastcifar.recipes import RunOptions, reported
-from tests.conftest import assert_user_error, run_cli
+from fastcifar.state import build_state, build_step
+from fastcifar.step import TrainStep
+from tests.conftest import run_cli
 
 CPU = torch.device("cpu")
 
@@ -194,19 +197,11 @@ def script(tmp_path, *lines):
     return path
 
 
-def test_an_outside_script_gets_the_data_and_its_statement_is_kept(task, tmp_path):
+def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(task, tmp_path):
     path = script(
         tmp_path,
-        "import os, sys, torch",
-        "from torchvision.datasets import CIFAR10",
-        "data = torch.load('cifar10/train.pt')",
-        "assert data['images'].dtype == torch.uint8 and tuple(data['images'].shape) == (64, 32, 32, 3), data['images'].shape",
-        "assert len(data['labels']) == 64 and len(data['classes']) == 10",
-        "for file in CIFAR10.train_list + CIFAR10.test_list: file[1] = None",
-        "CIFAR10.meta['md5'] = None",
-        "train, test = (CIFAR10('.', train=train, download=False) for train in (True, False))",
-        "assert train.classes == data['classes'] and len(test) == 20",
-        "assert (torch.from_numpy(train.data) == data['images']).all() and train.targets == data['labels'].tolist()",
+        "import os, sys",
+        "assert sorted(os.listdir()) == ['cifar-10-batches-py', 'cifar10'], os.listdir()",
         "assert os.path.isfile(os.environ['FASTCIFAR_DATA'] + '/train.beton')",
         "names = 'EPOCHS', 'IMAGES', 'TARGET', 'BATCH_SIZE', 'ARCH', 'DEVICE'",
         "assert [os.environ['FASTCIFAR_' + name] for name in names] == ['3', '64', '0.94', '8', 'se_resnet18', 'cpu']",
@@ -221,13 +216,25 @@ def test_an_outside_script_gets_the_data_and_its_statement_is_kept(task, tmp_pat
     assert (tmp_path / "logs/mine.stderr.log").read_text() == "a warning\n"
 
 
-def test_the_layout_of_the_pickles_is_the_official_one(task, tmp_path):
+def test_the_data_are_offered_as_airbench_and_torchvision_read_them(task, tmp_path, monkeypatch):
     baselines.offer_data(tmp_path, task.data)
-    files = sorted(path.name for path in (tmp_path / "cifar-10-batches-py").iterdir())
-    assert files == sorted(["batches.meta", *(entry[0] for entry in CIFAR10.train_list + CIFAR10.test_list)])
-    batch = pickle.loads((tmp_path / "cifar-10-batches-py/data_batch_1").read_bytes())  # noqa: S301  # our own
-    assert (batch["data"].dtype, batch["data"].shape) == (np.uint8, (13, 3072))
-    assert batch.keys() == {"batch_label", "labels", "data", "filenames"}
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    assert sorted(path.name for path in (tmp_path / "cifar-10-batches-py").iterdir()) == sorted(["batches.meta", *names])
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        CIFAR10(tmp_path, download=False)
+    # What the protocol tells a script to do first.
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [[name, None] for name, _ in CIFAR10.test_list])
+    monkeypatch.setitem(CIFAR10.meta, "md5", None)
+    for train, split in ((True, task.data.train), (False, task.data.test)):
+        theirs = CIFAR10(tmp_path, train=train, download=False)
+        assert theirs.classes == task.data.manifest.class_names
+        assert np.array_equal(theirs.data, split.images.numpy())
+        assert theirs.targets == split.labels.tolist()
+    airbench = torch.load(tmp_path / "cifar10/train.pt")
+    assert torch.equal(airbench["images"], task.data.train.images)
+    assert torch.equal(airbench["labels"], task.data.train.labels)
+    assert airbench["classes"] == task.data.manifest.class_names
 
 
 @pytest.mark.parametrize(
@@ -315,36 +322,66 @@ def test_names_of_outside_scripts_are_checked(tmp_path):
             outside_scripts(given)
 
 
-def test_the_pipeline_command_writes_what_it_measured_under_both_names(betons, tmp_path):
+def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, capsys):
     out = tmp_path / "pipeline.json"
-    small = (
-        "--batch-size",
-        "4",
-        "--rounds",
-        "3",
-        "--starts",
-        "1",
-        "--arch",
-        "light_resnet18",
-        "--input-batch-size",
-        "2",
-        "--pipelines",
-        "report C",
-    )
-    process = run_cli("bench/pipeline.py", "--data", betons, "--out", out, *small)
-    assert process.returncode == 0, process.stderr
-    assert "bench/pipeline.py is now bench/input_pipelines.py" in process.stderr
+    given = ["--data", betons, "--out", out, "--batch-size", "4", "--rounds", "3", "--starts", "0", "--input-batch-size", "2"]
+    given += ["--arch", "light_resnet18", "--pipelines", "crop + flip + cutout 8", "report C"]
+    monkeypatch.setattr(sys, "argv", ["bench/input_pipelines.py", *map(str, given)])
+    monkeypatch.setattr(baselines, "ffcv_loader", lambda task, device: [])
+    input_pipelines.main()
     results = json.loads(out.read_text())
-    step, pipelines = results["step"], results["input"]["report C"]
+    step, pipelines = results["step"], results["input"]
     assert set(step["images_per_second"]) == {"fastcifar", "--kernels torch", "eager fp32 NCHW"}
     assert len(step["seconds"]["fastcifar"]) == 3
     assert step["speedup"].keys() >= {"median", "estimate", "low", "high"}
     assert step["speedup"]["estimate"] > 0
-    assert list(pipelines)[:3] == ["fastcifar", "fastcifar in PyTorch", "torchvision DataLoader"]
-    assert pipelines["fastcifar"]["images_per_second"]["rounds"] == 3
-    assert pipelines["fastcifar"]["times_dataloader"]["median"] > 0
-    assert 0 < results["first_step"]["median"] < 60
+    common = ["fastcifar", "fastcifar in PyTorch", "torchvision DataLoader", "torchvision v2 on batches"]
+    assert [name for name in pipelines["report C"] if name != "kornia"] == common
+    assert set(pipelines["crop + flip + cutout 8"]) - {"kornia"} == {*common, "kernels.augment", "FFCV"}
+    for rows in pipelines.values():
+        assert {row["images_per_second"]["rounds"] for row in rows.values()} == {3}
+        assert rows["fastcifar"]["times_dataloader"]["median"] > 0
+        assert "times_dataloader" not in rows["torchvision DataLoader"]
     assert results["versions"]["torch"]
-    assert "img/s" in process.stdout
-    process = run_cli("bench/input_pipelines.py", "--pipelines", "report Z")
-    assert_user_error(process, "unknown pipeline 'report Z'")
+    assert "img/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_first_step_of_a_real_training_is_timed(betons):
+    options = input_pipelines.Options(data=betons, starts=2, arch="light_resnet18")
+    told = input_pipelines.time_to_first_step(options, Console(quiet=True))
+    assert len(told["seconds"]) == 2
+    assert 0 < min(told["seconds"]) <= told["median"] < 60
+
+
+def test_the_row_of_training_prepares_just_the_batches_of_training(task, monkeypatch):
+    """What is timed is `TrainStep.prepare` as a training run would call it."""
+    prepared = []
+    prepare = TrainStep.prepare
+
+    def noted(step, *arguments):
+        prepared.append((step.augments_by, prepare(step, *arguments)[0].clone()))
+        return prepared[-1][1], None, None
+
+    monkeypatch.setattr(TrainStep, "prepare", noted)
+    rows = input_pipelines.pipelines_of(replace(task, steps=2), task)
+    (ours,) = (row for row in rows if row.name == "fastcifar")
+    assert ours.images == 16
+    ours.build([])()
+    run = RunOptions(data=task.folder, compile=False)
+    step = build_step(build_state(task.arch, task.recipe, run, task.data, CPU), task.recipe, run, task.data)
+    order, plan = epoch_order(task.data.train.index[:16], 0, 0), step.plan(0, 2, progress=0.0)
+    for number, positions in enumerate(order.split(8)):
+        expected = prepare(step, task.data.train, positions, plan, plan.mixing.blend[number], plan.mixing.box[number])
+        assert prepared[number][0] == step.augments_by == "numba"
+        assert torch.equal(prepared[number][1], expected[0])
+
+
+def test_mistakes_are_one_line_and_the_old_name_says_so(betons):
+    process = run_cli("bench/pipeline.py", "--data", betons, "--no-step", "--starts", "0")
+    assert process.returncode == 2
+    first, second = process.stderr.splitlines()
+    assert first.startswith("bench/pipeline.py is now bench/input_pipelines.py")
+    assert second == "error: 80 batches of 512 are more than 200 images"
+    with pytest.raises(InputError, match="unknown pipeline 'report Z'"):
+        input_pipelines.Options(pipelines=("report Z",))
