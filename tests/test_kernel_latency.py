@@ -306,9 +306,7 @@ def test_what_is_for_triton_is_refused_without_a_gpu():
     for given in ({"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"dtype": "fp32"}, {"record": True}):
         with pytest.raises(InputError, match=f"^{next(iter(given))}: for the Triton kernels on a CUDA device"):
             Options(**given)
-    with pytest.raises(
-        InputError, match="^dtype, kernels: for the Triton kernels on a CUDA device, and there is none: leave it"
-    ):
+    with pytest.raises(InputError, match="dtype, kernels: for the Triton kernels on a CUDA device, and there is none"):
         Options(kernels=("mish",), dtype="fp32")
 
 
