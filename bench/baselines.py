@@ -387,7 +387,7 @@ def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True, t
         epoch = next(epochs)
         order = epoch_order(data.train.index, run.seed, epoch)
         plan = step.plan(epoch, task.steps, progress=0.0)
-        tally = EpochTally(torch.zeros(task.steps, device=task.device), torch.zeros((), dtype=torch.int64, device=task.device))
+        tally = EpochTally(*(torch.zeros(shape, dtype=torch.float64, device=task.device) for shape in (task.steps, ())))
         for number, positions in enumerate(order.split(recipe.batch_size)):
             step(positions, number, RATE, plan, tally)
         synchronise(task.device)
@@ -509,12 +509,24 @@ def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[A
     """The recipe as torchvision transforms, before and after normalisation; `package` is transforms or transforms.v2."""
     before = [package.RandomCrop(32, padding=recipe.crop_padding), package.RandomHorizontalFlip()]
     if any(recipe.jitter):
-        before.append(package.ColorJitter(*recipe.jitter))
-    if recipe.policy == "rand_augment":
-        before.append(package.RandAugment(recipe.policy_operations, recipe.policy_magnitude))
+        before.insert(0 if recipe.jitter_before_crop else len(before), package.ColorJitter(*recipe.jitter))
+    policies: dict[str, Callable[[], Any]] = {
+        "rand_augment": lambda: package.RandAugment(recipe.policy_operations, recipe.policy_magnitude),
+        "auto_augment": lambda: package.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+        "auto_augment_imagenet": lambda: package.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET),
+        "trivial_augment": package.TrivialAugmentWide,
+    }
+    if recipe.policy != "none":
+        before.append(policies[recipe.policy]())
+    if recipe.grayscale:
+        before.append(package.RandomGrayscale(recipe.grayscale))
     if recipe.rotation:
         before.append(package.RandomRotation(recipe.rotation))
-    after = [package.RandomErasing(recipe.random_erasing)] if recipe.random_erasing else []
+    after = []
+    if recipe.random_erasing:
+        area = (recipe.erasing_area_min, recipe.erasing_area_max)
+        value: Any = "random" if recipe.erasing_value == "noise" else 0  # mean or black: the same work
+        after.append(package.RandomErasing(recipe.random_erasing, area, value=value))
     if recipe.cutout:
         after.append(Cutout(recipe.cutout))
     return before, after
@@ -531,7 +543,7 @@ def torchvision_loader(task: Task, *, workers: int = WORKERS, pin_memory: bool =
         task.recipe.batch_size,
         shuffle=True,
         num_workers=workers,
-        persistent_workers=True,
+        persistent_workers=workers > 0,
         pin_memory=pin_memory,
         drop_last=True,
     )

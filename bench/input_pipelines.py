@@ -82,7 +82,7 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
 
     One that fails is a line. Raises InputError where there are too few images.
     """
-    augmentation = replace(PIPELINES[name], mixup_alpha=0.0, cutmix_alpha=0.0)
+    augmentation = replace(PIPELINES[name], mix_probability=0.0)
     many, few = (40, 8) if augmentation.recolours else (80, 20)  # batches of a call: tenths of a second for fast and slow
     task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
     loops = pipelines_of(task, replace(task, steps=few))
@@ -110,13 +110,11 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
     """All that can do what the task's recipe asks for; `slow`: the same for those that work image by image."""
     task.part, slow.part  # noqa: B018  # raises InputError where there are too few images
     recipe = task.recipe.augmentation
+    plain = not (recipe.recolours or recipe.random_erasing)
     rows: list[tuple[str, str, Task, Callable[[Task], Call], bool]] = [
         ("fastcifar", "as training prepares its batches; JIT not counted", task, partial(_prepare, kernels="auto"), True),
         ("fastcifar in PyTorch", "the same pixels, eager", task, partial(_prepare, kernels="torch"), True),
-        (
-            "kernels.augment", "Numba, draws for itself, bf16", task, _fused,
-            not (recipe.recolours or recipe.random_erasing),
-        ),
+        ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
             lambda task: partial(_exhaust, baselines.torchvision_loader(task)), True,
@@ -124,9 +122,10 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
         ("torchvision v2 on batches", "wrong: draws once for the whole batch", task, _torchvision_batches, True),
         (
             "kornia", "each image its own parameters", task, _kornia,
-            find_spec("kornia") is not None and recipe.policy == "none",
+            find_spec("kornia") is not None
+            and not (recipe.policy != "none" or recipe.rotation or recipe.grayscale or recipe.random_erasing),
         ),
-        (FFCV, "Numba, uint8, no normalisation; JIT not counted", task, _ffcv, not recipe.recolours),
+        (FFCV, "Numba, uint8, no normalisation; JIT not counted", task, _ffcv, plain),
     ]  # fmt: skip
     return [
         Loop(name, name, note, of.images, lambda _, build=build, of=of: build(of))  # type: ignore[misc]

@@ -106,7 +106,7 @@ def squeeze_excite_inputs(shape: Shape, batch: int, dtype: torch.dtype, device: 
     return [x, *((weight / weight.shape[1] ** 0.5).requires_grad_() for weight in weights)]
 
 
-def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool) -> KernelRow:
+def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, se_bias: bool = False) -> KernelRow:
     """The residual tail of one kind, in training, on the maps of the architectures whose blocks have such a tail."""
 
     def uses(arch: Architecture, stage: int) -> bool:
@@ -114,13 +114,14 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool) -
         return own and (not shortcut or (arch.block is BasicBlock and (stage in arch.se_stages) is se))
 
     def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-        """conv_out, shortcut, BN's weight, bias, running mean and variance, both weights of the squeeze-excitation."""
+        """conv_out, shortcut, BN's weight, bias, running mean and variance, weights and biases of the squeeze-excitation."""
         generator = torch.Generator(device).manual_seed(seed)
         conv_out, *linear = squeeze_excite_inputs(shape, batch, dtype, device, seed)
         weight, bias = (torch.randn(shape[0], generator=generator, device=device).requires_grad_() for _ in range(2))
         statistics = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
         added = random_map(shape, batch, dtype, device, generator) if shortcut else None
-        return [conv_out, added, weight, bias, *statistics, *(linear if se else (None, None))]
+        biases = [torch.randn(len(w), generator=generator, device=device).requires_grad_() if se_bias else None for w in linear]  # type: ignore[arg-type]
+        return [conv_out, added, weight, bias, *statistics, *((*linear, *biases) if se else [None] * 4)]
 
     def form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*tensors: Tensor | None) -> Tensor:
@@ -203,7 +204,7 @@ KERNELS: dict[str, KernelRow] = {
         tail_row("mish", shortcut=False, se=False),
         tail_row("relu", shortcut=True, se=False),
         tail_row("relu", shortcut=True, se=True),
-        tail_row("mish", shortcut=True, se=True),
+        tail_row("mish", shortcut=True, se=True, se_bias=True),
         KernelRow(  # the batch is written once; 3,072 bytes of an image are read
             "augment", ((3, SIDE, SIDE),), augment_inputs, augment_fused, augment_eager,
             forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,

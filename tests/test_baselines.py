@@ -31,7 +31,7 @@ from bench.baselines import (
 from bench.stats import ratio
 from fastcifar.dataset import epoch_order, load_splits
 from fastcifar.errors import InputError
-from fastcifar.recipes import RunOptions, reported
+from fastcifar.recipes import RECIPES, RunOptions, reported
 from fastcifar.state import build_state, build_step
 from fastcifar.step import TrainStep
 from tests.conftest import run_cli
@@ -325,7 +325,7 @@ def test_names_of_outside_scripts_are_checked(tmp_path):
 def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, capsys):
     out = tmp_path / "pipeline.json"
     given = ["--data", betons, "--out", out, "--batch-size", "4", "--rounds", "3", "--starts", "0", "--input-batch-size", "2"]
-    given += ["--arch", "light_resnet18", "--pipelines", "crop + flip + cutout 8", "report C"]
+    given += ["--arch", "light_resnet18", "--pipelines", "crop + flip + cutout 8", "report D"]
     monkeypatch.setattr(sys, "argv", ["bench/input_pipelines.py", *map(str, given)])
     monkeypatch.setattr(baselines, "ffcv_loader", lambda task, device: [])
     input_pipelines.main()
@@ -336,7 +336,7 @@ def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, caps
     assert step["speedup"].keys() >= {"median", "estimate", "low", "high"}
     assert step["speedup"]["estimate"] > 0
     common = ["fastcifar", "fastcifar in PyTorch", "torchvision DataLoader", "torchvision v2 on batches"]
-    assert [name for name in pipelines["report C"] if name != "kornia"] == common
+    assert [name for name in pipelines["report D"] if name != "kornia"] == common
     assert set(pipelines["crop + flip + cutout 8"]) - {"kornia"} == {*common, "kernels.augment", "FFCV"}
     for rows in pipelines.values():
         assert {row["images_per_second"]["rounds"] for row in rows.values()} == {3}
@@ -344,6 +344,15 @@ def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, caps
         assert "times_dataloader" not in rows["torchvision DataLoader"]
     assert results["versions"]["torch"]
     assert "img/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_every_recipe_has_its_torchvision_transforms(task, arch):
+    """One batch of the loader, without workers; what a recipe asks for and torchvision lacks would raise here."""
+    recipe = replace(RECIPES[arch].recipe, batch_size=8)
+    images, labels = next(iter(baselines.torchvision_loader(replace(task, recipe=recipe), workers=0)))
+    assert (images.shape, images.dtype, labels.shape) == ((8, 3, 32, 32), torch.float32, (8,))
+    assert images.isfinite().all()
 
 
 @pytest.mark.slow
