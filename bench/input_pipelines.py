@@ -1,34 +1,48 @@
-"""A folder of betons and a recipe enter; peers leave that each deliver augmented, normalised batches, ready to be timed.
+#!/usr/bin/env python3
+"""How fast input pipelines deliver batches, how fast the training step takes them, how soon a run's first step ends.
 
-Each peer is a function that delivers `images` training images in batches and returns when the last one is there. All
-normalise to float32 but FFCV's own, which stops at uint8.
+python bench/input_pipelines.py --data data/beton --out bench/results/cpu/pipeline.json
+
+Every pipeline delivers whole batches of a set of just that size. All normalise to float32, but for FFCV's own, which stops at
+uint8, and `kernels.augment`, which rounds to bfloat16. Mixing is left out: all would do it alike, on the batch.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchvision.transforms as v1
-from PIL import Image
+import tyro
 from rich.console import Console
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bench.timing import Timings, interleaved
-from fastcifar.augmentation import Augmentation, Backend, augment, draw
-from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, epoch_order, load_resident
-from fastcifar.recipes import reported
-from kernels.augment import augment as kernels_augment
+from bench import baselines
+from bench.baselines import WORKERS, Call, Loop, Task, Timing, own_threads
+from bench.stats import ratio
+from fastcifar.augmentation import Augmentation
+from fastcifar.dataset import ResidentSet, Splits, epoch_order, load_splits
+from fastcifar.device import choose_device, set_up_process
+from fastcifar.errors import InputError, require, run_command, unknown
+from fastcifar.files import write_json
+from fastcifar.recipes import Recipe, RunOptions, reported
+from fastcifar.run_folder import environment_facts
+from fastcifar.state import build_state, build_step
+from kernels.augment import augment
 
-WORKERS = 2
+CPU = torch.device("cpu")
 LOADER, FFCV = "torchvision DataLoader", "FFCV"
+OURS, TORCH, PLAIN = "fastcifar", "torch", "plain"  # of `baselines.LOOPS`
 
 # What is measured: the reports' augmentations, and what FFCV's own pipeline can do.
 PIPELINES: dict[str, Augmentation] = {
@@ -40,219 +54,261 @@ PIPELINES: dict[str, Augmentation] = {
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One way of delivering batches."""
+class Options:
+    """Measure input pipelines, the training step and the start of a run on this machine."""
 
-    run: Callable[[], None]
-    images: int  # delivered by a call
-    note: str  # what a reader must know of it
+    data: Path = Path("data/beton")  # folder with the betons
+    arch: str = "se_resnet18"  # architecture, trained by its own recipe
+    batch_size: int = 256  # images per step
+    rounds: int = 12  # timed turns of each pipeline and step
+    starts: int = 5  # runs started to measure the time to the first step, 0 = none
+    step: bool = True  # measure the training step
+    input: bool = True  # measure the input pipelines of the recipes below
+    pipelines: tuple[str, ...] = tuple(PIPELINES)  # which input pipelines, by name
+    input_batch_size: int = 512  # images per batch of an input pipeline
+    out: Path | None = None  # JSON to write; default: print only
+
+    def __post_init__(self) -> None:
+        require(self, self.batch_size >= 2, "batch_size", "at least 2")
+        require(self, self.rounds >= 3, "rounds", "at least 3")
+        require(self, self.starts >= 0, "starts", "0 or more")
+        for name in self.pipelines:
+            if name not in PIPELINES:
+                raise unknown("pipeline", name, PIPELINES)
 
 
-def measure(name: str, folder: Path, batch_size: int, rounds: int, console: Console) -> dict[str, Any]:
-    """Time one of `PIPELINES` against its peers, in turns, on the CPU; print and return the figures of each."""
-    recipe = PIPELINES[name]
-    many, few = (40, 8) if recipe.recolours else (80, 20)  # batches of a call: tenths of a second for the fast and the slow
-    peers = peers_of(recipe, folder, batch_size, images=many * batch_size, slow_images=few * batch_size)
-    timings = interleaved({peer: entry.run for peer, entry in peers.items()}, rounds=rounds, warmup=2)
-    each = Timings({peer: [s / peers[peer].images for s in seconds] for peer, seconds in timings.seconds.items()})
+def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Time one of `PIPELINES` in every way that can do it, in turns, on the CPU; print and return the figures of each.
+
+    One that fails is a line. Raises InputError where there are too few images.
+    """
+    augmentation = replace(PIPELINES[name], mix_probability=0.0)
+    many, few = (40, 8) if augmentation.recolours else (80, 20)  # batches of a call: tenths of a second for fast and slow
+    task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
+    loops = pipelines_of(task, replace(task, steps=few))
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
-    results = {}
-    for peer, entry in peers.items():
-        rate, speedup = each.rate(peer, 1), each.speedup(peer, LOADER)
-        results[peer] = {"images_per_second": rate, "times_dataloader": vars(speedup), "note": entry.note}
-        line = f"{peer:>26}: {rate['median']:9,.0f} img/s (10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f})"
-        if peer != LOADER:
-            line += f", {speedup} the DataLoader"
-        if FFCV in peers and peer != FFCV:
-            results[peer]["times_ffcv"] = vars(each.speedup(peer, FFCV))
-            line += f", {each.speedup(peer, FFCV)} FFCV"
-        console.print(f"{line}; {entry.note}")
+    timings = {
+        timing.name: timing for timing in baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
+    }
+    results: dict[str, Any] = {}
+    for each, timing in timings.items():
+        if timing.error:
+            console.print(f"{each:>26}: {timing.error}", style="yellow")
+            continue
+        beside = {"times_dataloader": LOADER, "times_ffcv": FFCV}
+        beside = {
+            key: other for key, other in beside.items() if other != each and other in timings and not timings[other].error
+        }
+        times = {key: compared(timing, timings[other]) for key, other in beside.items()}
+        results[each] = {"images_per_second": spread(timing), **times, "note": timing.note}
+        told = [f"{ratio_text(times[key])} {other}" for key, other in beside.items()]
+        console.print(f"{each:>26}: {'; '.join([rate_text(timing), *told, timing.note])}")
     return results
 
 
-def peers_of(recipe: Augmentation, folder: Path, batch_size: int, images: int, slow_images: int) -> dict[str, Peer]:
-    """All peers that can do what `recipe` asks for (mixing left out, which all would do alike on the batch).
-
-    images, slow_images: how many images a call delivers, of the fast peers and of those that work image by image; every peer
-    has a set of just that size. Raises InputError when the beton holds fewer.
-    """
-    data, _ = load_resident(folder / "train.beton", torch.device("cpu"), limit=images)
-    peers = {
-        "fastcifar": Peer(_ours(recipe, data, batch_size, "numba"), images, "Numba, as training uses; JIT not counted"),
-        "fastcifar in PyTorch": Peer(_ours(recipe, data, batch_size, "torch"), images, "the same pixels, eager"),
-    }
-    if not (recipe.recolours or recipe.random_erasing):
-        peers["kernels.augment"] = Peer(_fused(recipe, data, batch_size), images, "Numba, draws for itself, bf16")
-    peers[LOADER] = Peer(
-        _torchvision_loader(recipe, data, batch_size, slow_images), slow_images, f"PIL transforms, {WORKERS} workers"
-    )
-    peers["torchvision v2 on batches"] = Peer(
-        _torchvision_batches(recipe, data, batch_size, images), images, "wrong: draws once for the whole batch"
-    )
-    if find_spec("kornia") is not None and recipe.policy == "none":
-        peers["kornia"] = Peer(_kornia(recipe, data, batch_size, images), images, "each image its own parameters")
-    if not recipe.recolours:
-        peers[FFCV] = Peer(_ffcv(recipe, folder, batch_size, images), images, "Numba, uint8, no normalisation; JIT not counted")
-    return peers
-
-
-def _ours(recipe: Augmentation, data: ResidentSet, batch_size: int, backend: Backend) -> Callable[[], None]:
-    """The real path: drawing an epoch's parameters, gathering, augmenting, normalising."""
-    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
-    epoch = iter(range(1_000_000))
-
-    def run() -> None:
-        number, batch = next(epoch), None
-        order, drawn = epoch_order(data.index, 0, number), draw(recipe, data.index, 0, number)
-        for positions in order.split(batch_size):
-            batch = augment(recipe, data.images, positions, drawn, mean, std, backend, batch)
-
-    return run
+def pipelines_of(task: Task, slow: Task) -> list[Loop]:
+    """All that can do what the task's recipe asks for; `slow`: the same for those that work image by image."""
+    task.part, slow.part  # noqa: B018  # raises InputError where there are too few images
+    recipe = task.recipe.augmentation
+    plain = not (recipe.recolours or recipe.random_erasing)
+    rows: list[tuple[str, str, Task, Callable[[Task], Call], bool]] = [
+        ("fastcifar", "as training prepares its batches; JIT not counted", task, partial(_prepare, kernels="auto"), True),
+        ("fastcifar in PyTorch", "the same pixels, eager", task, partial(_prepare, kernels="torch"), True),
+        ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
+        (
+            LOADER, f"PIL transforms, {WORKERS} workers", slow,
+            lambda task: partial(_exhaust, baselines.torchvision_loader(task)), True,
+        ),
+        ("torchvision v2 on batches", "wrong: draws once for the whole batch", task, _torchvision_batches, True),
+        (
+            "kornia", "each image its own parameters", task, _kornia,
+            find_spec("kornia") is not None
+            and not (recipe.policy != "none" or recipe.rotation or recipe.grayscale or recipe.random_erasing),
+        ),
+        (FFCV, "Numba, uint8, no normalisation; JIT not counted", task, _ffcv, plain),
+    ]  # fmt: skip
+    return [
+        Loop(name, name, note, of.images, lambda _, build=build, of=of: build(of))  # type: ignore[misc]
+        for name, note, of, build, able in rows
+        if able
+    ]
 
 
-def _fused(recipe: Augmentation, data: ResidentSet, batch_size: int) -> Callable[[], None]:
+def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
+    """What training does before the network: drawing an epoch's parameters, then `TrainStep.prepare` for every batch."""
+    run = RunOptions(data=task.folder, max_parameters=0, kernels=kernels, compile=False)
+    data = task.part
+    step = build_step(build_state(task.arch, task.recipe, run, data, task.device), task.recipe, run, data)
+    assert isinstance(data.train, ResidentSet)
+    train, epochs = data.train, itertools.count()
+
+    def call() -> None:
+        epoch = next(epochs)
+        order, plan = epoch_order(train.index, 0, epoch), step.plan(epoch, task.steps, progress=0.0)
+        for number, positions in enumerate(order.split(task.recipe.batch_size)):
+            step.prepare(train, positions, plan, plan.mixing.blend[number], plan.mixing.box[number])
+
+    return call
+
+
+def _fused(task: Task) -> Call:
     """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
-    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
-    epoch = iter(range(1_000_000))
+    recipe, data, epochs = task.recipe.augmentation, task.part.train, itertools.count()
+    assert isinstance(data, ResidentSet)
 
-    def run() -> None:
-        number, batch = next(epoch), None
-        order = epoch_order(data.index, 0, number)
-        for cursor in range(0, len(order) - batch_size + 1, batch_size):
-            batch = kernels_augment(
-                data.images, data.labels, order, cursor, number, 0, batch_size=batch_size, index=data.index, mean=mean, std=std,
-                padding=recipe.crop_padding, flip=recipe.flip, reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
-                out=batch,
+    def call() -> None:
+        epoch, batch = next(epochs), None
+        order = epoch_order(data.index, 0, epoch)
+        for cursor in range(0, task.images, task.recipe.batch_size):
+            batch = augment(
+                data.images, data.labels, order, cursor, epoch, 0, batch_size=task.recipe.batch_size, index=data.index,
+                mean=task.data.mean, std=task.data.std, padding=recipe.crop_padding, flip=recipe.flip,
+                reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout, out=batch,
             )  # fmt: skip
 
-    return run
+    return call
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """What an ordinary script has: PIL images and a chain of transforms."""
-
-    def __init__(self, data: ResidentSet, count: int, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.labels, self.transform = data.images[:count].numpy(), data.labels[:count].tolist(), transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[number])), self.labels[number]
-
-
-def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[Any]]:
-    """The recipe as torchvision transforms, before and after normalisation; `package` is transforms or transforms.v2."""
-    before = [package.RandomCrop(32, padding=recipe.crop_padding), package.RandomHorizontalFlip()]
-    if any(recipe.jitter):
-        before.append(package.ColorJitter(*recipe.jitter))
-    if recipe.policy == "rand_augment":
-        before.append(package.RandAugment(recipe.policy_operations, recipe.policy_magnitude))
-    if recipe.rotation:
-        before.append(package.RandomRotation(recipe.rotation))
-    after = [package.RandomErasing(recipe.random_erasing)] if recipe.random_erasing else []
-    if recipe.cutout:
-        after.append(_Cutout(recipe.cutout))
-    return before, after
-
-
-class _Cutout:
-    """Cutout as scripts write it, since torchvision has none: one square on a tensor [..., 32, 32]."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, x: Tensor) -> Tensor:
-        row, column = np.random.randint(32, size=2)  # noqa: NPY002  # as scripts do
-        top, left = max(row - self.side // 2, 0), max(column - self.side // 2, 0)
-        x[..., top : row + self.side // 2, left : column + self.side // 2] = 0
-        return x
-
-
-def _torchvision_loader(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
-    before, after = transforms_of(recipe, v1)
-    chain = v1.Compose([*before, v1.ToTensor(), v1.Normalize(CIFAR10_MEAN, CIFAR10_STD), *after])
-    loader = DataLoader(
-        Pictures(data, images, chain), batch_size, shuffle=True, num_workers=WORKERS, persistent_workers=True, drop_last=True
-    )
-    return partial(_exhaust, loader)
-
-
-def _torchvision_batches(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
-    before, after = transforms_of(recipe, v2)
+def _torchvision_batches(task: Task) -> Call:
+    before, after = baselines.transforms_of(task.recipe.augmentation, v2)
     scale = v2.ToDtype(torch.float32, scale=True)
-    chain = v2.Compose([*before, scale, v2.Normalize(CIFAR10_MEAN, CIFAR10_STD), *after])
-    planes = data.images[:images].permute(0, 3, 1, 2).contiguous()
-
-    def run() -> None:
-        for positions in torch.randperm(images).split(batch_size):
-            chain(planes[positions])
-
-    return run
+    return _on_batches(
+        task, v2.Compose([*before, scale, v2.Normalize(task.data.mean.tolist(), task.data.std.tolist()), *after])
+    )
 
 
-def _kornia(recipe: Augmentation, data: ResidentSet, batch_size: int, images: int) -> Callable[[], None]:
+def _kornia(task: Task) -> Call:
     from kornia import augmentation as K  # as kornia's own documentation does
 
+    recipe = task.recipe.augmentation
     steps = [K.RandomCrop((32, 32), padding=recipe.crop_padding), K.RandomHorizontalFlip()]
     if any(recipe.jitter):
         steps.append(K.ColorJitter(*recipe.jitter, p=1.0))
     if recipe.cutout:
         area = recipe.cutout**2 / 32**2
         steps.append(K.RandomErasing(scale=(area, area), ratio=(1.0, 1.0), p=1.0))
-    chain = torch.nn.Sequential(*steps, K.Normalize(CIFAR10_MEAN, CIFAR10_STD))
-    planes = data.images[:images].permute(0, 3, 1, 2).contiguous()
-
-    def run() -> None:
-        for positions in torch.randperm(images).split(batch_size):
-            chain(planes[positions].float() / 255)
-
-    return run
+    chain = torch.nn.Sequential(*steps, K.Normalize(task.data.mean, task.data.std))
+    return _on_batches(task, lambda batch: chain(batch.float() / 255))
 
 
-def _ffcv(recipe: Augmentation, folder: Path, batch_size: int, images: int) -> Callable[[], None]:
-    with own_threads():
-        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import Cutout, RandomHorizontalFlip, RandomTranslate, ToTensor
+def _on_batches(task: Task, chain: Callable[[torch.Tensor], object]) -> Call:
+    """A call of a chain that takes uint8 batches [B, 3, 32, 32]."""
+    train = task.part.train
+    assert isinstance(train, ResidentSet)
+    planes = train.images.permute(0, 3, 1, 2).contiguous()
 
-        steps = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=recipe.crop_padding)]
-        steps += [Cutout(recipe.cutout, tuple(int(255 * mean) for mean in CIFAR10_MEAN))] if recipe.cutout else []
-        loader = Loader(
-            str(folder / "train.beton"),
-            batch_size=batch_size,
-            num_workers=WORKERS,
-            order=OrderOption.RANDOM,
-            os_cache=True,
-            drop_last=True,
-            indices=range(images),
-            pipelines={"image": [*steps, ToTensor()], "label": [IntDecoder(), ToTensor()], "index": None},
-        )
+    def call() -> None:
+        for positions in torch.randperm(task.images).split(task.recipe.batch_size):
+            chain(planes[positions])
 
-    def run() -> None:
+    return call
+
+
+def _ffcv(task: Task) -> Call:
+    loader = baselines.ffcv_loader(task, device=None)
+
+    def call() -> None:
         with own_threads():
             _exhaust(loader)
 
-    return run
+    return call
 
 
-@contextmanager
-def own_threads() -> Iterator[Callable[[], None]]:
-    """Restore PyTorch's and Numba's numbers of threads, which FFCV sets for the whole process; what it yields does so too."""
-    import numba  # here, since only FFCV's peer needs it
-
-    threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
-
-    def restore() -> None:
-        torch.set_num_threads(threads)
-        numba.set_num_threads(numba_threads)
-
-    try:
-        yield restore
-    finally:
-        restore()
-
-
-def _exhaust(loader: Any) -> None:
+def _exhaust(loader: Iterable[object]) -> None:
     for _ in loader:
         pass
+
+
+def spread(timing: Timing) -> dict[str, Any]:
+    """Images per second: median, and the 10th and 90th percentile over rounds."""
+    low, middle, high = (float(value) for value in np.percentile(timing.images_per_second, [10, 50, 90]))
+    return {"median": middle, "p10": low, "p90": high, "rounds": len(timing.images_per_second)}
+
+
+def compared(faster: Timing, slower: Timing) -> dict[str, float]:
+    """How many times as fast: the rounds' median ratio, and their geometric mean with its 95 % interval."""
+    pairs = zip(faster.images_per_second, slower.images_per_second, strict=True)
+    return {"median": median(a / b for a, b in pairs)} | vars(ratio(faster.images_per_second, slower.images_per_second))
+
+
+def rate_text(timing: Timing) -> str:
+    """The rate for people."""
+    rate = spread(timing)
+    return f"{rate['median']:9,.0f} img/s (10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f}, {rate['rounds']} rounds)"
+
+
+def ratio_text(times: dict[str, float]) -> str:
+    """A ratio with its 95 % interval, for people."""
+    return f"{times['estimate']:.2f}x [{times['low']:.2f}, {times['high']:.2f}]"
+
+
+def training_step(options: Options, device: torch.device, console: Console) -> dict[str, Any]:
+    """Time our step against the same model in eager float32 NCHW, which gets its batch for nothing."""
+    recipe = replace(reported(options.arch).recipe, batch_size=options.batch_size)
+    task = Task(options.arch, recipe, load(options.data, device), options.data, steps=1)
+    timings = {}
+    for timing in baselines.time_baselines(
+        task, rounds=options.rounds, names=(OURS, TORCH, PLAIN), augmentation=task.recipe.augmentation, say=lambda line: None
+    ):
+        if timing.error:
+            raise InputError(f"{timing.title}: {timing.error}")
+        timings[timing.name] = timing
+    speedups = {"speedup": compared(timings[OURS], timings[PLAIN])}
+    speedups["speedup_of_auto_over_torch"] = compared(timings[OURS], timings[TORCH])
+    for timing in timings.values():
+        console.print(f"{timing.title:>16}: {rate_text(timing)}")
+    for name, times in zip(("speed-up", "auto over torch"), speedups.values(), strict=True):
+        console.print(f"{name:>16}: {ratio_text(times)}")
+    return {
+        "arch": options.arch,
+        "batch_size": options.batch_size,
+        "images_per_second": {timing.title: spread(timing) for timing in timings.values()},
+        **speedups,
+        "seconds": {each.title: [task.images / rate for rate in each.images_per_second] for each in timings.values()},
+    }
+
+
+def load(folder: Path, device: torch.device) -> Splits:
+    """All of both splits, checked."""
+    return load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=0, verify=True)
+
+
+def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
+    """Start the training command several times: seconds from the process's beginning to its first step's end."""
+    seconds = []
+    for _ in range(options.starts):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            command = [
+                sys.executable, "-m", "fastcifar.train", "--arch", options.arch, "--data", str(options.data.resolve()),
+                "--out", str(out), "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
+                "--no-plots",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+            seconds.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["first_step_seconds"])
+        time.sleep(0.5)
+    spans = f"{median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f}, {len(seconds)} starts)"
+    console.print(f"{'first step after':>16}: {spans}")
+    return {"arch": options.arch, "seconds": seconds, "median": median(seconds)}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = tyro.cli(Options, prog=f"python bench/{Path(sys.argv[0]).name}")
+    console = Console(soft_wrap=True, highlight=False)
+    device = choose_device("auto")
+    set_up_process(device, deterministic=True)
+    results: dict[str, Any] = {}
+    if options.input:
+        data, rounds, batch_size = load(options.data, CPU), options.rounds, options.input_batch_size
+        results["input"] = {name: measure(name, data, options.data, batch_size, rounds, console) for name in options.pipelines}
+    if options.step:
+        results["step"] = training_step(options, device, console)
+    if options.starts:
+        results["first_step"] = time_to_first_step(options, console)
+    if options.out is not None:
+        write_json(options.out, results | environment_facts(device))
+
+
+if __name__ == "__main__":
+    run_command(main)

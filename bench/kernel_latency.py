@@ -1,17 +1,27 @@
 #!/usr/bin/env python3
-"""The table of kernels enters; how long each takes on this machine, beside eager and compiled PyTorch, leaves as JSON.
+"""How long every fused kernel takes on this machine, beside eager and compiled PyTorch.
 
 python bench/kernel_latency.py --out bench/results/h200/kernel_latency.json --record
 
-A win is claimed only where the 95 % interval of the ratio excludes 1 against every peer. `--record` writes those maps to
-kernels/measured.json, from which `--kernels auto` chooses. A form that fails its check (against float64; of the augmentation
-against NumPy's pixels) is not timed. Without a CUDA device the Triton kernels are left out, and what runs on the CPU is
-measured: the augmentation.
+A form that fails its check (against float64; of the augmentation against NumPy's pixels) is not timed. Each of the others is
+captured as one CUDA graph of calls on several sets of inputs, as a captured training step would run it, so that the host's pace
+does not enter. Cold: the sets are over 150 MB together, three times an H200's cache, and each call meets its own and writes to
+memory of its own; hot: all calls meet the first set, and memory is used again. A round replays every form once, in an order
+drawn anew; beside them a copy of one feature map, whose bandwidth is the ceiling of that round.
+
+A win is claimed only where the 95 % interval of the ratio excludes 1 against every other form. `--record` writes those feature
+maps to kernels/measured.json, from which `--kernels auto` chooses. Without a CUDA device what runs on the CPU is measured: the
+augmentation.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cache, partial
 from itertools import groupby
+from math import ceil, prod
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -21,21 +31,459 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-from bench.collect import environment
-from bench.input_pipelines import PIPELINES
+from bench.baselines import compile_tuned, one_line, take_turns
+from bench.input_pipelines import CPU, PIPELINES, load
 from bench.input_pipelines import measure as pipeline
-from bench.kernel_rows import KERNELS, KernelRow
-from bench.kernel_timing import OURS, CudaStopwatch, Measurement, measure, peers_of, shape_name
+from bench.stats import Ratio, ratio
 from fastcifar import augmentation
 from fastcifar.augmentation import Augmentation
-from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, load_resident
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
+from fastcifar.models import ARCHITECTURES, Architecture
+from fastcifar.models.blocks import BasicBlock
+from fastcifar.run_folder import environment_facts
 from kernels.augment import augment
-from kernels.augment.reference import augment_numpy
+from kernels.augment.operations import SIDE
+from kernels.augment.reference import Flip, augment_numpy, augment_torch
 from kernels.backends import DTYPE_NAMES, MEASURED
+from kernels.mish import mish
+from kernels.mish.reference import mish as eager_mish
+from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail.reference import residual_tail as eager_residual_tail
+from kernels.squeeze_excite import squeeze_excite
+from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
+
+Shape = tuple[int, int, int]  # C, H, W
+Inputs = list[Tensor | None]
+Form = Callable[..., Tensor | tuple[Tensor, ...]]  # the first tensor of several is the feature map
+Work = dict[str, list[Callable[[], object]]]  # a form's calls, one a set of inputs
+Direction = Literal["forward", "forward+backward"]
+Cache = Literal["cold", "hot"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
+CACHES: tuple[Cache, ...] = ("cold", "hot")
+
+# ---- The kernels: adding one is adding a row.
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel and what it is compared with. All forms take the inputs in their order and return the same tensors."""
+
+    name: str  # as `auto` looks it up in kernels/measured.json
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[Shape, int, torch.dtype, torch.device, int], Inputs]  # of shape, batch, dtype, device, seed
+    ours: Form
+    eager: Form  # PyTorch's own operations: compiled too; in float64, the oracle
+    forward_passes: int  # reads and writes of a whole feature map by our kernels
+    backward_passes: int  # 0: nothing has a gradient, only the forward pass is timed
+    same_algebra: Form | None = None  # our formulas as operations for the compiler to fuse, where we have them
+    exact: Form | None = None  # the oracle of a kernel without gradients: the very values, rounded once
+    read_beside: int = 0  # bytes of a sample that are read and belong to no feature map
+
+
+def maps(uses: Callable[[Architecture, int], bool]) -> tuple[Shape, ...]:
+    """Every feature map [C, H, W] of the architectures' stages that `uses` (architecture, stage from 1) picks, once."""
+    sides = (
+        (row, stage, width, 32 >> (stage - 1)) for row in ARCHITECTURES.values() for stage, width in enumerate(row.widths, 1)
+    )
+    return tuple(dict.fromkeys((width, side, side) for row, stage, width, side in sides if uses(row, stage)))
+
+
+def random_map(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """A channels_last leaf [N, C, H, W] of normal draws."""
+    x = torch.randn(batch, *shape, generator=generator, device=device).to(dtype, memory_format=torch.channels_last)
+    return x.requires_grad_()
+
+
+def mish_inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    return [random_map(shape, batch, dtype, device, torch.Generator(device).manual_seed(seed))]
+
+
+def squeeze_excite_inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """x and both weights, float32 as in training; 16 channels a unit."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = random_map(shape, batch, dtype, device, generator)
+    channels, units = shape[0], max(shape[0] // 16, 1)
+    weights = (torch.randn(size, generator=generator, device=device) for size in ((units, channels), (channels, units)))
+    return [x, *((weight / weight.shape[1] ** 0.5).requires_grad_() for weight in weights)]
+
+
+def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, se_bias: bool = False) -> KernelRow:
+    """The residual tail of one kind, in training, on the maps of the architectures whose blocks have such a tail."""
+
+    def uses(arch: Architecture, stage: int) -> bool:
+        own = arch.activation is {"relu": nn.ReLU, "mish": nn.Mish}[activation]
+        return own and (not shortcut or (arch.block is BasicBlock and (stage in arch.se_stages) is se))
+
+    def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+        """conv_out, shortcut, BN's weight, bias, running mean and variance, weights and biases of the squeeze-excitation."""
+        generator = torch.Generator(device).manual_seed(seed)
+        conv_out, *linear = squeeze_excite_inputs(shape, batch, dtype, device, seed)
+        weight, bias = (torch.randn(shape[0], generator=generator, device=device).requires_grad_() for _ in range(2))
+        statistics = torch.zeros(shape[0], device=device), torch.ones(shape[0], device=device)
+        added = random_map(shape, batch, dtype, device, generator) if shortcut else None
+        biases = [torch.randn(len(w), generator=generator, device=device).requires_grad_() if se_bias else None for w in linear]  # type: ignore[arg-type]
+        return [conv_out, added, weight, bias, *statistics, *((*linear, *biases) if se else [None] * 4)]
+
+    def form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*tensors: Tensor | None) -> Tensor:
+            return function(
+                *tensors[:6], training=True, momentum=0.1, eps=1e-5,
+                se=tensors[6:] if se else None, se_activation=activation, activation=activation,
+            )  # fmt: skip
+
+        return call
+
+    return KernelRow(
+        variant(shortcut or None, se or None, activation), maps(uses), inputs,
+        form(partial(residual_tail, backend="triton")), form(eager_residual_tail),
+        # Statistics 1 read; result 1 read, 1 write. Backward: 2 reads, then 2 reads, 1 write. With a shortcut: one more read
+        # forward, one more read and one more write backward.
+        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5, same_algebra=form(residual_tail_fusable),
+    )  # fmt: skip
+
+
+AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8}
+FLIP: Flip = "random"
+IMAGES = 50_000  # of the resident set, as CIFAR-10's
+
+
+@cache
+def resident_set(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images [N, 32, 32, 3], labels, sample indices, permutation: random. One for all calls, as training has one."""
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randint(256, (count, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator, device=device)
+    labels = torch.randint(10, (count,), generator=generator, device=device)
+    return images, labels, torch.arange(count, device=device), torch.randperm(count, generator=generator, device=device)
+
+
+def augment_inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """The resident set, cursor, epoch and seed, mean and std, and an empty [B, 0] that says how many of which dtype to make."""
+    count = max(IMAGES, batch)
+    scalars = (torch.tensor(value, device=device) for value in (seed * batch % (count - batch + 1), 1, 0))
+    constants = (torch.tensor(values, device=device) for values in (CIFAR10_MEAN, CIFAR10_STD))
+    return [*resident_set(count, device), *scalars, *constants, torch.empty(batch, 0, dtype=dtype, device=device)]
+
+
+def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
+    return augment(
+        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index, flip=FLIP,
+        dtype=like.dtype, backend="triton", **AUGMENTATION,
+    )  # fmt: skip
+
+
+def augment_eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
+    positions = permutation[cursor + torch.arange(len(like), device=images.device)]
+    return augment_torch(
+        images, labels, index, positions, epoch, seed, mean=mean, std=std, flip=FLIP, dtype=like.dtype, **AUGMENTATION
+    )
+
+
+def augment_exact(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """NumPy's pixels, on the inputs' device."""
+    images, labels, index, permutation, cursor, epoch, seed, mean, std = (t.cpu().numpy() for t in tensors[:-1])
+    positions, like = permutation[cursor : cursor + len(tensors[-1])], tensors[-1]
+    x, own_labels = augment_numpy(
+        images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, flip=FLIP, **AUGMENTATION
+    )
+    return torch.from_numpy(x).to(like), torch.from_numpy(own_labels).to(like.device)
+
+
+KERNELS: dict[str, KernelRow] = {
+    row.name: row
+    for row in (
+        KernelRow(
+            "mish", maps(lambda arch, _: arch.activation is nn.Mish), mish_inputs,
+            partial(mish, backend="triton"), eager_mish, forward_passes=2, backward_passes=3,
+        ),
+        KernelRow(  # forward: the squeeze reads, the scaling reads and writes; backward: g and x, then g and dx
+            "squeeze_excite", maps(lambda arch, stage: stage in arch.se_stages), squeeze_excite_inputs,
+            partial(squeeze_excite, backend="triton"), eager_squeeze_excite, forward_passes=3, backward_passes=4,
+        ),
+        tail_row("relu", shortcut=False, se=False),
+        tail_row("mish", shortcut=False, se=False),
+        tail_row("relu", shortcut=True, se=False),
+        tail_row("relu", shortcut=True, se=True),
+        tail_row("mish", shortcut=True, se=True, se_bias=True),
+        KernelRow(  # the batch is written once; 3,072 bytes of an image are read
+            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_fused, augment_eager,
+            forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,
+        ),
+    )
+}  # fmt: skip
+
+OURS, EAGER, COPY = "ours", "eager", "copy"
+
+
+def forms_of(row: KernelRow) -> dict[str, Form]:
+    """Every form of a kernel by name. Compiled ones are compiled at their first call; earlier shapes' are forgotten."""
+    torch._dynamo.reset()
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    forms = {EAGER: row.eager, "compiled": compiled(row.eager), "compiled tuned": compile_tuned(row.eager, fullgraph=True)}
+    if row.same_algebra is not None:
+        forms["compiled same algebra"] = compiled(row.same_algebra)
+    return forms | {OURS: row.ours}
+
+
+# ---- What is checked before it is timed.
+
+SLACK, FLOOR = 2.0, 4.0  # as tests/kernel_checks.py: times eager's error, and units in the last place forgiven
+OTHERS_SLACK = 10.0  # of what PyTorch compiled: to see that it is no other function; one lost by chance would flatter ours
+REORDERED = 1e-6  # a float32 gradient of few numbers, summed in another order: its ratio of errors is luck in the one draw here
+
+
+def check(row: KernelRow, name: str, form: Form, inputs: Inputs, gradient: Tensor) -> str | None:
+    """Why a form is not to be timed, or None; ours is held to more than the others."""
+    if row.exact is not None:
+        return difference(form, row.exact, inputs, equal=name == OURS)
+    return disagreement(form, row.eager, inputs, gradient, SLACK if name == OURS else OTHERS_SLACK)
+
+
+def difference(form: Form, exact: Form, inputs: Inputs, *, equal: bool) -> str | None:
+    """Why a form is not to be timed; None when its results are the exact ones: equal, or within torch.testing's defaults.
+
+    The second is for what PyTorch compiled, whose division is not rounded as IEEE's and which fuses products into sums.
+    """
+    tolerances: dict[str, Any] = {"rtol": 0, "atol": 0} if equal else {}
+    try:
+        for mine, expected in zip(tensors(form(*inputs)), tensors(exact(*inputs)), strict=True):
+            torch.testing.assert_close(mine, expected, **tolerances)
+    except Exception as error:  # as below; a difference is an AssertionError, whose lines count and place the elements
+        return one_line(error)
+    return None
+
+
+def disagreement(form: Form, eager: Form, inputs: Inputs, gradient: Tensor, slack: float = SLACK) -> str | None:
+    """Why a form is not to be timed; None when result and gradients are as near float64 as `slack` times eager's own error."""
+
+    def results(function: Form, dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = clones(inputs, dtype)
+        y = tensors(function(*leaves))[0]
+        return [y.detach(), *torch.autograd.grad(y, wanting(leaves), gradient.to(y.dtype))]
+
+    try:
+        triples = zip(results(form, None), results(eager, None), results(eager, torch.float64), strict=True)
+    except Exception as error:  # whatever a compiler or a kernel throws, the other forms are still worth timing
+        return one_line(error)
+    for number, (mine, theirs, exact) in enumerate(triples):
+        ours, eagers = (float((t.double() - exact).norm() / exact.norm().clamp(min=1e-300)) for t in (mine, theirs))
+        allowed = max(slack * eagers, FLOOR * torch.finfo(mine.dtype).eps / 2, REORDERED)
+        if mine.dtype != theirs.dtype or not ours <= allowed:
+            what = f"gradient {number}" if number else "result"
+            return f"{what}: error {ours:.2g} against float64 in {mine.dtype}, eager's is {eagers:.2g} in {theirs.dtype}"
+    return None
+
+
+def tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A form's result, which may be one tensor or several."""
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def wanting(inputs: Inputs) -> list[Tensor]:
+    """The inputs that want a gradient."""
+    return [t for t in inputs if t is not None and t.requires_grad]
+
+
+def clones(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
+    """Copies, since a form may move running statistics; in another dtype where one is given."""
+    return [None if t is None else t.detach().to(dtype, copy=True).requires_grad_(t.requires_grad) for t in inputs]
+
+
+# ---- What is timed.
+
+COLD_BYTES = 150e6
+
+
+class Stopwatch:
+    """Captured CUDA graphs between two events."""
+
+    def prepare(self, name: str, calls: Sequence[Callable[[], object]], *, keep: bool) -> Callable[[], object]:
+        """What does all the calls at once. keep: no call's results may take the memory of an earlier call's."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiling and autotuning must not first run in capture
+                calls[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        kept = []
+        with torch.cuda.graph(graph):
+            for call in calls:
+                results = call()
+                if keep:  # else the graph's pool gives the next call this memory, which is still in the cache
+                    kept.append(results)
+                del results
+        return graph.replay
+
+    def seconds(self, name: str, replay: Callable[[], object]) -> float:
+        """What one replay takes."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def peak_memory(self, call: Callable[[], object]) -> int:
+        """Bytes a call needs at its peak, beyond what was allocated before."""
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self, call: Callable[[], object]) -> int | None:
+        """Kernels, copies and fills of one call; None where nothing counts them."""
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.device_type.name == "CUDA" for event in profile.events() or ()) or None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One kernel on one feature map in one direction, cold or hot."""
+
+    kernel: str
+    shape: str  # CxHxW
+    batch: int
+    dtype: str
+    direction: Direction
+    cache: Cache
+    seconds: dict[str, list[float]]  # of one call by each form, one entry a round, the same rounds for all
+    bytes: int  # that our kernels read and write of whole feature maps
+    copy_bytes: int  # that the copy reads and writes
+    copy_seconds: list[float]
+    refused: dict[str, str] = field(default_factory=dict)  # forms that failed their check, or did not run: why
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    launches: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def best_baseline(self) -> str | None:
+        """The fastest form that is not ours, by its median."""
+        others = {name: median(seconds) for name, seconds in self.seconds.items() if name != OURS}
+        return min(others, key=lambda name: others[name]) if others else None
+
+    @property
+    def speedup(self) -> Ratio | None:
+        """Time of the best baseline over ours."""
+        if OURS not in self.seconds or self.best_baseline is None:
+            return None
+        return ratio(self.seconds[self.best_baseline], self.seconds[OURS])
+
+    @property
+    def won(self) -> bool:
+        """Whether ours beat every form with an interval that excludes 1; over a form that did not run there is no win."""
+        if self.refused or not self.seconds.keys() >= {OURS, EAGER}:
+            return False
+        lows = (ratio(seconds, self.seconds[OURS]).low for name, seconds in self.seconds.items() if name != OURS)
+        return all(low is not None and low > 1 for low in lows)
+
+    @property
+    def share_of_copy(self) -> float | None:
+        """Bytes over time, as a share of the copy's in the same rounds."""
+        if OURS not in self.seconds:
+            return None
+        return (self.bytes / median(self.seconds[OURS])) / (self.copy_bytes / median(self.copy_seconds))
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, and the figures made of them."""
+        spread = {name: [float(value) for value in np.percentile(times, [10, 50, 90])] for name, times in self.seconds.items()}
+        made = {
+            "p10_p50_p90": spread,
+            "best_baseline": self.best_baseline,
+            "speedup": None if self.speedup is None else vars(self.speedup),
+            "won": self.won,
+            "share_of_copy": self.share_of_copy,
+        }
+        return vars(self) | made
+
+
+def measure(
+    row: KernelRow,
+    shape: Shape,
+    forms: dict[str, Form],
+    stopwatch: Stopwatch,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+) -> list[Measurement]:
+    """Check and time a kernel on one map: each direction it has, cold and hot. What fails its check is not timed."""
+    sets = input_sets(row, shape, batch, dtype, device)
+    checked = {name: check(row, name, form, *sets[0]) for name, form in forms.items()}
+    refused = {name: reason for name, reason in checked.items() if reason is not None}
+    copies: Work = {COPY: [partial(torch.empty_like(gradient).copy_, gradient) for _, gradient in sets]}
+    map_bytes = sets[0][1].numel() * dtype.itemsize
+    results = []
+    for direction in DIRECTIONS if row.backward_passes else DIRECTIONS[:1]:
+        calls: Work = {
+            name: [partial(call, form, direction, *one) for one in sets] for name, form in forms.items() if name not in refused
+        }
+        peak_memory = {name: stopwatch.peak_memory(each[0]) for name, each in calls.items()}
+        launches = {name: stopwatch.launches(each[0]) for name, each in calls.items()}
+        passes = row.forward_passes + (row.backward_passes if direction == "forward+backward" else 0)
+        for state in CACHES:
+            work = {name: each if state == "cold" else each[:1] * len(each) for name, each in (calls | copies).items()}
+            seconds = timed(work, stopwatch, rounds, keep=state == "cold")
+            results.append(
+                Measurement(
+                    row.name, shape_name(shape), batch, str(dtype).removeprefix("torch."), direction, state,
+                    copy_seconds=seconds.pop(COPY), seconds=seconds, bytes=passes * map_bytes + batch * row.read_beside,
+                    copy_bytes=2 * map_bytes, refused=refused, peak_memory=peak_memory, launches=launches,
+                )
+            )  # fmt: skip
+    return results
+
+
+def shape_name(shape: Shape) -> str:
+    """CxHxW, as kernels/measured.json has it."""
+    return "x".join(map(str, shape))
+
+
+def input_sets(
+    row: KernelRow, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Inputs, Tensor]]:
+    """As many inputs, each with a gradient of the result, as it takes for their maps to exceed COLD_BYTES together."""
+    map_bytes = batch * prod(shape) * dtype.itemsize
+    sets = []
+    for seed in range(min(max(ceil(COLD_BYTES / map_bytes) + 1, 2), 256)):
+        inputs = row.inputs(shape, batch, dtype, device, seed)
+        with torch.no_grad():
+            y = tensors(row.eager(*clones(inputs, None)))[0]
+        generator = torch.Generator(device).manual_seed(
+            seed + 1
+        )  # not the process's, or a check would depend on what ran before
+        sets.append((inputs, torch.empty_like(y).normal_(generator=generator)))
+    return sets
+
+
+def call(form: Form, direction: Direction, inputs: Inputs, gradient: Tensor) -> object:
+    """One forward pass without, or one with, the gradients of all inputs that want one: what a training step keeps of it."""
+    if direction == "forward":
+        with torch.no_grad():
+            return form(*inputs)
+    y = tensors(form(*inputs))[0]
+    return y.detach(), *torch.autograd.grad(y, wanting(inputs), gradient)
+
+
+def timed(work: Work, stopwatch: Stopwatch, rounds: int, *, keep: bool) -> dict[str, list[float]]:
+    """Seconds of one call by each form in each round, after two untimed rounds; keep: as for a stopwatch."""
+    clocks = {name: partial(stopwatch.seconds, name, stopwatch.prepare(name, calls, keep=keep)) for name, calls in work.items()}
+    seconds, _ = take_turns(clocks, rounds=rounds, warmup=2)
+    return {name: [one / len(work[name]) for one in each] for name, each in seconds.items()}
+
+
+# ---- The command.
 
 CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what kernels.augment does
 CHECKED = 512  # images compared with NumPy's before anything is timed
@@ -46,12 +494,12 @@ class Options:
     """Time every fused kernel against eager and compiled PyTorch; on a machine without CUDA, the CPU's kernels."""
 
     kernels: tuple[str, ...] = tuple(KERNELS)  # which, by name
-    shapes: tuple[str, ...] = ()  # which maps, as 48x32x32; default: all that the architectures have
-    batch_size: int = 512  # images of a map, or of a batch on the CPU
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the maps; weights are float32
+    shapes: tuple[str, ...] = ()  # which feature maps, as 48x32x32; default: all that the architectures have
+    batch_size: int = 512  # images of a feature map, or of a batch on the CPU
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the feature maps; weights are float32
     rounds: int = 40  # timed turns of each form
     data: Path = Path("data/beton")  # folder with the betons, for the CPU's part
-    record: bool = False  # write the maps where ours won to kernels/measured.json
+    record: bool = False  # write the feature maps where ours won to kernels/measured.json
     out: Path | None = None  # JSON to write; default: print only
 
     def __post_init__(self) -> None:
@@ -76,11 +524,17 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=False)
-    facts = environment(device)
+    facts = environment_facts(device) | {
+        "device": device.type,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+    }
     if device.type == "cuda":
+        facts["clocks"] = gpu_clocks()
         measurements = gpu_part(options, device, console)
-        results: dict[str, Any] = {"kernels": [each.to_json() for each in measurements]}
-        results["clocks_after"] = environment(device)["clocks"]
+        results: dict[str, Any] = {"kernels": [each.to_json() for each in measurements], "clocks_after": gpu_clocks()}
         if options.record:
             record(MEASURED, facts["hardware"], measurements)
     else:
@@ -90,70 +544,71 @@ def main() -> None:
         write_json(options.out, results | facts)
 
 
+def gpu_clocks() -> str | None:
+    """Graphics and memory clock, power limit and driver as nvidia-smi tells them."""
+    query = "clocks.gr,clocks.mem,clocks.max.gr,power.limit,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{query}: {told.stdout.strip()}"
+
+
 def gpu_part(options: Options, device: torch.device, console: Console) -> list[Measurement]:
-    """Measure the chosen kernels on the chosen maps, a table after each kernel."""
+    """Measure the chosen kernels on the chosen feature maps, a table after each kernel."""
+    settings: dict[str, Any] = {"batch": options.batch_size, "dtype": DTYPE_NAMES[options.dtype], "rounds": options.rounds}
     measurements = []
-    for name in options.kernels:
-        mine = measure_kernel(KERNELS[name], options, device)
+    for row in (KERNELS[name] for name in options.kernels):
+        mine: list[Measurement] = []
+        for shape in row.shapes:
+            if not options.shapes or shape_name(shape) in options.shapes:
+                mine += measure(row, shape, forms_of(row), Stopwatch(), device=device, **settings)
+                torch.cuda.empty_cache()  # the graphs' pools
         refused = ((each.shape, form, reason) for each in mine for form, reason in each.refused.items())
-        for shape, form, reason in dict.fromkeys(refused):
-            console.print(f"{name} {shape}: {form} is not timed: {reason}", style="yellow")
+        for name, form, reason in dict.fromkeys(refused):
+            console.print(f"{row.name} {name}: {form} is not timed: {reason}", style="yellow")
         console.print(latency_table(mine))
         measurements += mine
     return measurements
 
 
-def measure_kernel(row: KernelRow, options: Options, device: torch.device) -> list[Measurement]:
-    """One kernel on its maps."""
-    settings: dict[str, Any] = {"batch": options.batch_size, "dtype": DTYPE_NAMES[options.dtype], "rounds": options.rounds}
-    measurements = []
-    for shape in row.shapes:
-        if not options.shapes or shape_name(shape) in options.shapes:
-            measurements += measure(row, shape, peers_of(row), CudaStopwatch(), device=device, **settings)
-            torch.cuda.empty_cache()  # the graphs' pools
-    return measurements
-
-
 def latency_table(measurements: list[Measurement]) -> Table:
     """A line for each map, direction and cache state; microseconds of one call, median and 10th to 90th percentile."""
-    caption = "one call, median of rounds (10-90 %); ratio: best peer's time over ours, 95 % interval; green: beats every peer"
+    caption = (
+        "one call, median of rounds (10-90 %); ratio: best baseline's time over ours, 95 % interval; green: beats every form"
+    )
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     for heading in ("kernel", "map", "direction", "cache"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ours us", "best peer", "its us", "ratio", "of copy", "launches", "peak MB"):
+    for heading in ("ours us", "best baseline", "its us", "ratio", "of copy", "launches", "peak MB"):
         table.add_column(heading, justify="right", no_wrap=True)
+
+    def microseconds(seconds: list[float] | None) -> str:
+        if seconds is None:
+            return "-"
+        low, middle, high = np.percentile(seconds, [10, 50, 90]) * 1e6
+        return f"{middle:.1f} ({low:.1f}-{high:.1f})"
+
     for each in measurements:
-        peer, speedup, share = each.best_peer, each.speedup, each.share_of_copy
+        pair = (OURS, each.best_baseline or "")
+        launches = (each.launches.get(name) for name in pair)
+        megabytes = (f"{each.peak_memory[name] / 1e6:.0f}" if name in each.peak_memory else "-" for name in pair)
         table.add_row(
             each.kernel,
             each.shape,
             each.direction,
             each.cache,
-            _microseconds(each.seconds.get(OURS)),
-            peer or "-",
-            _microseconds(each.seconds.get(peer or "")),
-            str(speedup or "-"),
-            "-" if share is None else f"{share:.0%}",
-            _beside(each.launches.get(OURS), each.launches.get(peer or "")),
-            _beside(*(_megabytes(each.peak_memory.get(name)) for name in (OURS, peer or ""))),
+            microseconds(each.seconds.get(OURS)),
+            each.best_baseline or "-",
+            microseconds(each.seconds.get(pair[1])),
+            str(each.speedup or "-"),
+            "-" if each.share_of_copy is None else f"{each.share_of_copy:.0%}",
+            " / ".join("-" if count is None else str(count) for count in launches),
+            " / ".join(megabytes),
             style="green" if each.won else None,
         )
     return table
-
-
-def _microseconds(seconds: list[float] | None) -> str:
-    if seconds is None:
-        return "-"
-    low, high = np.percentile(seconds, [10, 90])
-    return f"{median(seconds) * 1e6:.1f} ({low * 1e6:.1f}-{high * 1e6:.1f})"
-
-
-def _megabytes(size: int | None) -> int | None:
-    return None if size is None else round(size / 1e6)
-
-
-def _beside(ours: int | None, peer: int | None) -> str:
-    return " / ".join("-" if value is None else str(value) for value in (ours, peer))
 
 
 def record(path: Path, device_name: str, measurements: Iterable[Measurement]) -> None:
@@ -170,32 +625,35 @@ def record(path: Path, device_name: str, measurements: Iterable[Measurement]) ->
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
     """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
-    data, _ = load_resident(options.data / "train.beton", torch.device("cpu"), limit=CHECKED)
+    data = load(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
-    return {name: pipeline(name, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
+    return {name: pipeline(name, data, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
 
 
-def check_pixels(recipe: Augmentation, data: ResidentSet) -> None:
+def check_pixels(recipe: Augmentation, data: Splits) -> None:
     """Raise InputError unless both forms that are timed show the pixels expected, into new memory and into used."""
-    positions, mean, std = torch.arange(len(data.images)), torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
+    positions, mean, std = torch.arange(min(CHECKED, len(data.train))), data.mean, data.std
+    train = data.train.subset(positions)
+    assert isinstance(train, ResidentSet)
     settings: dict[str, Any] = {
         "padding": recipe.crop_padding, "flip": recipe.flip, "reflect": recipe.crop_mode == "reflect", "cutout": recipe.cutout,
     }  # fmt: skip
-    images, labels, index = data.images.numpy(), data.labels.numpy(), data.index.numpy()
+    images, labels, index = (tensor.numpy() for tensor in (train.images, train.labels, train.index))
     batch, loop = None, None
     for epoch in range(2):  # the second overwrites the first
-        expected, its_labels = augment_numpy(
+        expected, expected_labels = augment_numpy(
             images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), **settings
         )
         batch = augment(
-            data.images, data.labels, positions, 0, epoch, 0, batch_size=len(positions), index=data.index, mean=mean, std=std,
+            train.images, train.labels, positions, 0, epoch, 0, batch_size=len(train), index=train.index, mean=mean, std=std,
             out=batch, **settings,
         )  # fmt: skip
-        drawn = augmentation.draw(recipe, data.index, 0, epoch)
-        plain = augmentation.augment(recipe, data.images, positions, drawn, mean, std, "torch")
-        loop = augmentation.augment(recipe, data.images, positions, drawn, mean, std, "numba", loop)
-        if not (torch.equal(batch[0], torch.from_numpy(expected).bfloat16()) and np.array_equal(batch[1].numpy(), its_labels)):
+        drawn = augmentation.draw(recipe, train.index, 0, epoch)
+        plain = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "torch")
+        loop = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "numba", loop)
+        same = torch.equal(batch[0], torch.from_numpy(expected).bfloat16())
+        if not (same and np.array_equal(batch[1].numpy(), expected_labels)):
             raise InputError("kernels.augment does not show NumPy's pixels on this machine: not timed; please report it")
         if not torch.equal(loop, plain):
             raise InputError("Numba's loop does not show PyTorch's pixels on this machine: not timed; please report it")

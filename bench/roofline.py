@@ -1,12 +1,13 @@
-"""A model enters; FLOPs and fewest bytes of one trained image leave, and with a device's rates its ceiling in images/s.
+"""How many images a second a device could train at most: each architecture's FLOPs and fewest bytes, at the device's rates.
 
 python bench/roofline.py                # measure this device's two rates and print every architecture's ceiling
 python bench/roofline.py --flops 790e12 --bandwidth 4.3e12    # by stated rates (an H200's)
 
-Convolutions count 2 FLOPs a multiply-add, once forward and twice backward (the first one has no gradient to its input).
-Bytes are those of bf16 activations; weights, read once a batch, are left out. A convolution reads its input and writes its
-output, and so backward, twice. What stands between the convolutions is counted in passes over a whole map, for kernels that
-fuse everything but the convolutions (the residual tail of PERFORMANCE.md):
+FLOPs of a layer are PyTorch's own count of its forward pass, two a multiply-add, and as many again for each of the gradients to
+its weights and to its input (which the first convolution does not need). Bytes are those of bf16 activations; weights, read
+once a batch, are left out. A convolution reads its input and writes its output, and so backward, twice. What stands between the
+convolutions is counted in passes over a whole feature map, for kernels that fuse everything but the convolutions (the residual
+tail of PERFORMANCE.md):
 
     BN, act after a convolution  forward: statistics 1 read, apply 1 read 1 write; backward: reduce 2, apply 2 reads 1 write
     tail: BN, [SE], add, act     forward: statistics 1 read, 2 reads 1 write; backward: 3 reads 1 write, 2 reads 1 write, and
@@ -27,7 +28,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench.baselines import synchronise
 from fastcifar.beton import SIDE
 from fastcifar.device import choose_device, computes_bf16, device_name
 from fastcifar.errors import require, run_command
@@ -36,23 +39,24 @@ from fastcifar.models.blocks import BasicBlock, PreActivationBlock
 from fastcifar.models.resnet import ResNet
 
 ACTIVATION_BYTES = 2  # bf16
-# Passes over a map, forward and backward, as explained above.
+# Passes over a feature map, forward and backward, as explained above.
 BN_ACT, TAIL, SHORTCUT_BN, SUM, LONE_SE, POOL = 8, 12, 7, 2, 4, 2
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a device can do at most."""
+
+    flops_per_second: float  # of a large matrix product in the precision of training
+    bytes_per_second: float  # of a large copy, reads and writes together
+
+
+@dataclass(frozen=True)
 class Convolution:
-    """One convolution of a trained image."""
+    """One convolution of a trained image, forward and backward."""
 
-    inputs: int  # elements of the map it reads
-    outputs: int
-    flops: int  # of the forward pass
-    first: bool  # nobody needs the gradient to its input
-
-    @property
-    def passes(self) -> int:
-        """How often its amount of arithmetic is done: forward, to the weights, to the input."""
-        return 2 if self.first else 3
+    flops: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,74 +70,64 @@ class Cost:
     @property
     def flops(self) -> int:
         """2 per multiply-add."""
-        return sum(conv.passes * conv.flops for conv in self.convolutions) + self.linear_flops
+        return sum(conv.flops for conv in self.convolutions) + self.linear_flops
 
     @property
     def bytes(self) -> int:
         """Fewest bytes of activations that must be moved."""
-        return self.pointwise_bytes + sum(conv.passes * _bytes(conv.inputs + conv.outputs) for conv in self.convolutions)
+        return sum(conv.bytes for conv in self.convolutions) + self.pointwise_bytes
 
-    def images_per_second(self, rates: "Rates") -> float:
+    def images_per_second(self, rates: Rates) -> float:
         """The ceiling: each convolution bound by arithmetic or bytes, whichever is longer, and the passes between, in turn."""
-        seconds = (self.pointwise_bytes / rates.bytes_per_second) + self.linear_flops / rates.flops_per_second
+        seconds = self.pointwise_bytes / rates.bytes_per_second + self.linear_flops / rates.flops_per_second
         for conv in self.convolutions:
-            moved = _bytes(conv.inputs + conv.outputs) / rates.bytes_per_second
-            seconds += conv.passes * max(conv.flops / rates.flops_per_second, moved)
+            seconds += max(conv.flops / rates.flops_per_second, conv.bytes / rates.bytes_per_second)
         return 1 / seconds
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device can do at most."""
-
-    flops_per_second: float  # of a large matrix product in the precision of training
-    bytes_per_second: float  # of a large copy, reads and writes together
 
 
 def cost_of(model: ResNet) -> Cost:
     """Trace one image through `model` and count. The model may be on the meta device; it is left as it was."""
-    maps: dict[nn.Module, tuple[int, int]] = {}  # elements in and out, in order of execution
+    elements: dict[nn.Module, tuple[int, int]] = {}  # of the feature maps a layer reads and writes
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        maps[layer] = (inputs[0].numel(), output.numel())
+        elements[layer] = (inputs[0].numel(), output.numel())
 
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    was_training = model.training
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    hooks = [layer.register_forward_hook(record) for layer in layers.values()]
+    was_training, counter = model.training, FlopCounterMode(display=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), counter:
             model.eval()(torch.zeros(1, 3, SIDE, SIDE, device=next(model.parameters()).device))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    convolutions = [
-        Convolution(inputs, outputs, 2 * outputs * layer.weight[0].numel(), first=layer is model.stem[0])
-        for layer, (inputs, outputs) in maps.items()
-        if isinstance(layer, nn.Conv2d)
-    ]
-    linear = sum(3 * 2 * layer.weight.numel() for layer in maps if isinstance(layer, nn.Linear))
-    return Cost(convolutions, linear, _bytes(_pointwise_elements(model, maps)))
+    convolutions, linear, counts = [], 0, counter.get_flop_counts()
+    for name, layer in layers.items():
+        forward = sum(counts[f"{type(model).__name__}.{name}"].values())
+        if isinstance(layer, nn.Conv2d):
+            passes = 2 if layer is model.stem[0] else 3
+            convolutions.append(Convolution(passes * forward, passes * ACTIVATION_BYTES * sum(elements[layer])))
+        else:
+            linear += 3 * forward
+    return Cost(convolutions, linear, ACTIVATION_BYTES * _pointwise_elements(model, elements))
 
 
-def _pointwise_elements(model: ResNet, maps: dict[nn.Module, tuple[int, int]]) -> int:
+def _pointwise_elements(model: ResNet, elements: dict[nn.Module, tuple[int, int]]) -> int:
     """Elements moved by everything but the convolutions, from the structure of the blocks."""
-    trunk = maps[model.stem[0]][1]
+    trunk = elements[model.stem[0]][1]
     total = BN_ACT * trunk if _normalises(model.stem) else 0
     summed = 0  # passes of a residual sum that the next batch norm's statistics are taken from
     for block in model.modules():
+        if not isinstance(block, BasicBlock | PreActivationBlock):
+            continue
+        inner, outer = elements[block.conv1][1], elements[block.conv2][1]
         if isinstance(block, BasicBlock):
-            inner, outer = maps[block.conv1][1], maps[block.conv2][1]
-            total += BN_ACT * inner + TAIL * outer
-            if _normalises(block.shortcut):
-                total += SHORTCUT_BN * outer
-            trunk = outer
-        elif isinstance(block, PreActivationBlock):
-            inner, outer = maps[block.conv1][1], maps[block.conv2][1]
-            total += (BN_ACT + summed) * trunk + BN_ACT * inner
-            if not isinstance(block.se, nn.Identity):
-                total += LONE_SE * outer
-            trunk, summed = outer, SUM
+            total += BN_ACT * inner + TAIL * outer + SHORTCUT_BN * outer * _normalises(block.shortcut)
+        else:
+            total += (BN_ACT + summed) * trunk + BN_ACT * inner + LONE_SE * outer * (not isinstance(block.se, nn.Identity))
+            summed = SUM
+        trunk = outer
     if _normalises(model.tail):
         total += (BN_ACT + summed) * trunk
     return total + POOL * trunk
@@ -141,10 +135,6 @@ def _pointwise_elements(model: ResNet, maps: dict[nn.Module, tuple[int, int]]) -
 
 def _normalises(part: nn.Module) -> bool:
     return any(isinstance(layer, nn.BatchNorm2d) for layer in part.modules())
-
-
-def _bytes(elements: int) -> int:
-    return ACTIVATION_BYTES * elements
 
 
 def cost_of_arch(arch: str, *, squeeze_excitation: bool = True) -> Cost:
@@ -172,12 +162,10 @@ def _seconds(call: Callable[[], object], device: torch.device, budget: float) ->
     taken: list[float] = []
     ended = time.perf_counter() + budget
     while len(taken) < 5 or time.perf_counter() < ended:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronise(device)
         taken.append(time.perf_counter() - started)
     return min(taken)
 

@@ -6,6 +6,7 @@ import torch
 
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
+from fastcifar.device import choose_precision
 from fastcifar.errors import InputError
 from fastcifar.inference import TTA, evaluate
 from fastcifar.metrics import Evaluation
@@ -14,7 +15,7 @@ from fastcifar.models.resnet import ResNet
 from fastcifar.optimizers import build_optimizer
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
-from fastcifar.step import AveragedModel
+from fastcifar.step import AveragedModel, StepSettings, TrainStep
 
 
 @dataclass
@@ -66,6 +67,22 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         decay_norm_and_bias=recipe.decay_norm_and_bias,
     )
     return TrainingState(arch, model, AveragedModel(model, recipe.ema_decay) if recipe.ema_decay else None, optimizer)
+
+
+def build_step(
+    state: TrainingState, recipe: Recipe, run: RunOptions, data: Splits, kind: type[TrainStep] = TrainStep
+) -> TrainStep:
+    """Build the step that trains `state` on `data`, of class `kind`: what training runs is what the benchmarks time."""
+    settings = StepSettings(
+        label_smoothing=recipe.label_smoothing,
+        clip_gradient_norm=recipe.clip_gradient_norm,
+        clip_gradient_value=recipe.clip_gradient_value,
+        seed=run.seed,
+        autocast_dtype=choose_precision(run.precision, data.mean.device),
+        compile=run.compile,
+        kernels=run.kernels,
+    )
+    return kind(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average)
 
 
 def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:

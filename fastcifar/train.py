@@ -23,8 +23,8 @@ from fastcifar.progress import TrainingProgress
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
 from fastcifar.schedules import epoch_momenta, epoch_rates
-from fastcifar.state import TrainingState, build_state, restore, snapshot
-from fastcifar.step import EpochTally, StepSettings, TrainStep
+from fastcifar.state import TrainingState, build_state, build_step, restore, snapshot
+from fastcifar.step import EpochTally, TrainStep
 from fastcifar.summary import announce, report_end, summarise
 from kernels.philox import Purpose, philox
 
@@ -70,12 +70,7 @@ def train(command: Command, console: Console) -> RunFolder:
         folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
     announce(console, command, data, state, folder, dtype)
 
-    settings = StepSettings(
-        recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile, run.kernels, recipe.clip_gradient_value
-    )
-    train_step = TrainStep(
-        state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average
-    )
+    train_step = build_step(state, recipe, run, data)
     curves = Curves(folder.path)
     last = last_epoch(recipe, run, state.epoch)
     with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:

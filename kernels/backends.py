@@ -63,7 +63,7 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "trito
 def has_won(kernel: str, x: Tensor) -> bool:
     """Whether a committed measurement says that our kernel is the fastest for x's dtype and shape on its device.
 
-    What is measured is training with batches of 512 (bench/kernel_rows.py); smaller batches are taken to behave alike.
+    What is measured is training with batches of 512 (bench/kernel_latency.py); smaller batches are taken to behave alike.
     """
     device_name = torch.cuda.get_device_properties(x.device).name
     return list(x.shape[1:]) in WINS.get(device_name, {}).get((kernel, x.dtype), ())

@@ -1,11 +1,11 @@
-"""FLOPs and fewest bytes, derived from the models, against PERFORMANCE.md's table; ceilings from rates."""
+"""FLOPs and fewest bytes of the models are PyTorch's count and PERFORMANCE.md's table; ceilings follow from rates."""
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.roofline import Convolution, Cost, Rates, cost_of, cost_of_arch, measure_rates
 from fastcifar.models import ARCHITECTURES, build_model
-from fastcifar.models.summary import flops_per_image
 
 H200 = Rates(790e12, 4.3e12)
 # PERFORMANCE.md: MFLOP/img forward and backward, ideal KB/img, epochs of 50,000 images a second, and by how much we may differ.
@@ -30,11 +30,12 @@ def test_costs_are_those_of_the_table(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_backward_is_twice_forward_but_for_the_first_convolution(arch):
-    cost, model = cost_of_arch(arch), build_model(arch)
-    first = next(conv for conv in cost.convolutions if conv.first)
-    assert sum(conv.first for conv in cost.convolutions) == 1
-    assert cost.flops == 3 * flops_per_image(model) - first.flops
+def test_flops_are_pytorchs_own_count_of_a_forward_and_backward_pass(arch):
+    with torch.device("meta"):
+        model, image = build_model(arch, kernels="torch"), torch.zeros(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(image).sum().backward()
+    assert cost_of_arch(arch).flops == counter.get_total_flops()
 
 
 def test_tracing_leaves_the_model_as_it_was_and_sees_what_is_left_out():
@@ -50,7 +51,7 @@ def test_tracing_leaves_the_model_as_it_was_and_sees_what_is_left_out():
 
 
 def test_the_ceiling_is_additive_and_takes_the_longer_of_arithmetic_and_bytes():
-    conv = Convolution(inputs=500, outputs=500, flops=10_000, first=False)  # 2,000 bytes a pass, three passes
+    conv = Convolution(flops=30_000, bytes=6_000)
     assert Cost([conv], 0, 6_000).images_per_second(Rates(1e4, 1e9)) == pytest.approx(1 / 3, rel=1e-4)
     assert Cost([conv], 0, 6_000).images_per_second(Rates(1e9, 1e3)) == pytest.approx(1 / 12, rel=1e-4)
 

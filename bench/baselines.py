@@ -1,0 +1,742 @@
+"""Training loops timed in turns in one process, so that a shared machine's drift falls on all of them alike.
+
+    time_steps          the optimization ladder: each step added to those before it, from a plain DataLoader loop on
+    time_baselines      fastcifar's training beside other people's loops
+    time_architectures  every architecture's training, each by its own recipe
+
+Each loop is a row of a table; a call of it trains a fixed number of batches on a set of just those images (so that no loader
+works ahead during another's turn), and `time_loops` times all of them. Only `run_script`, for scripts that are not ours, times
+a process of its own; its docstring is the protocol.
+"""
+
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import getdoc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as transforms
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastcifar.augmentation import Augmentation
+from fastcifar.dataset import AnySet, ResidentSet, Splits, epoch_order, load_splits
+from fastcifar.device import computes_bf16
+from fastcifar.errors import InputError
+from fastcifar.recipes import Recipe, RunOptions, reported
+from fastcifar.state import build_state, build_step
+from fastcifar.step import EpochTally, TrainStep, autocast
+
+RATE = 0.01  # learning rate of every timed step
+WARMUP = 1  # untimed rounds, after the first call that compiles
+WORKERS = 2  # of the loaders of ordinary scripts
+PATIENCE = 2 * 3600.0  # seconds an outside script may take
+SHARED = Augmentation()  # crop with padding 4 and flip: what every baseline can do
+
+# What lets the compiler keep more in registers and recompute less (PERFORMANCE.md, "Compile settings"): 29 % fewer bytes on
+# mish_se_resnet18, 21 % and 16 % more on se_resnet18 and robust_resnet64.
+TUNED = {"realize_opcount_threshold": 200, "realize_reads_threshold": 32}
+
+Call = Callable[[], object]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast one loop trained, or why there is no rate."""
+
+    name: str
+    title: str
+    note: str = ""
+    images_per_second: list[float] = field(default_factory=list)  # one a round, the same rounds for all of one call
+    error: str = ""  # one line
+    in_turns: bool = True  # False: an outside script, by its own clock
+    top1: float | None = None  # 0..1, as an outside script states it
+    seconds_to_accuracy: float | None = None  # as an outside script states it
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loops of a comparison train: the same model on the same images by the same recipe."""
+
+    arch: str
+    recipe: Recipe  # its batch size and augmentation count, its schedule does not
+    data: Splits  # on the device
+    folder: Path  # of the betons it came from
+    steps: int  # of a call
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.mean.device
+
+    @property
+    def images(self) -> int:
+        """What a call trains on."""
+        return self.steps * self.recipe.batch_size
+
+    @property
+    def part(self) -> Splits:
+        """The data with just those training images. Raises InputError when there are not as many."""
+        if self.images > len(self.data.train):
+            raise InputError(f"{self.steps} batches of {self.recipe.batch_size} are more than {len(self.data.train):,} images")
+        return replace(self.data, train=self.data.train.subset(torch.arange(self.images, device=self.device)))
+
+
+# ---- One function times them all.
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A row of a comparison."""
+
+    name: str
+    title: str
+    note: str
+    images: int  # that a call trains on
+    build: Callable[[Sequence[str]], Call]  # given the names of the rows before it that work
+    absent: str = ""  # why it is not even tried
+
+
+def time_loops(loops: Iterable[Loop], *, rounds: int, kind: str, say: Say) -> list[Timing]:
+    """Build every loop, call it once, then time all that work in turns; one that fails at any time is a line, not an end."""
+    loops = list(loops)
+    timings: dict[str, Timing] = {}
+    calls: dict[str, Call] = {}
+    for loop in loops:
+        error = loop.absent
+        if not error:
+            try:
+                call = loop.build(list(calls))
+                call()  # compiles, starts workers; and shows whether it works at all
+                calls[loop.name] = call
+            except Exception as raised:  # whatever a compiler or a device raises, the other loops go on
+                error = one_line(raised)
+        timings[loop.name] = Timing(loop.name, loop.title, loop.note, error=error)
+        say(f"{kind}: {loop.title}: {error or 'ready'}")
+    turns = {name: wall_clock(call) for name, call in calls.items()}
+    seconds, errors = take_turns(turns, rounds=rounds, warmup=WARMUP, drop=True)
+    for loop in loops:
+        if loop.name in seconds:
+            rates = [loop.images / one for one in seconds[loop.name]]
+            timings[loop.name] = replace(timings[loop.name], images_per_second=rates)
+        if loop.name in errors:
+            timings[loop.name] = replace(timings[loop.name], error=one_line(errors[loop.name]))
+            say(f"{kind}: {loop.title}: {timings[loop.name].error}")
+    return list(timings.values())
+
+
+def take_turns(
+    clocks: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int, seed: int = 0, drop: bool = False
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Call every clock once a round, after `warmup` untimed rounds, in an order drawn anew each round; return what they told.
+
+    clocks: each does its work to the end and returns the seconds it took. drop: one that raises has no further turns and no
+    seconds, only its error, and the others go on in the order they would have had; else the exception is the caller's.
+    """
+    errors: dict[str, Exception] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    order, shuffle = sorted(clocks), random.Random(seed)
+    for number in range(warmup + rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            if name in errors:
+                continue
+            try:
+                taken = clocks[name]()
+            except Exception as error:
+                if not drop:
+                    raise
+                errors[name] = error
+                del seconds[name]
+                continue
+            if number >= warmup:
+                seconds[name].append(taken)
+    return seconds, errors
+
+
+def wall_clock(call: Call) -> Callable[[], float]:
+    """A clock for `take_turns` of a call that is finished when it returns."""
+
+    def clock() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    return clock
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one short line: its kind and its first words."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; the CPU is done when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- The optimization ladder.
+
+
+@dataclass(frozen=True)
+class OptimizationStep:
+    """What makes training faster and leaves what is learned alone (but for rounding)."""
+
+    name: str
+    title: str
+    note: str
+    cpu: str = ""  # why a CPU does not have it; "" = it has
+    cuda: str = ""  # why CUDA does not have it
+
+
+STEPS: dict[str, OptimizationStep] = {
+    step.name: step
+    for step in (
+        OptimizationStep("loader", "eager fp32 NCHW, DataLoader", f"{WORKERS} workers"),
+        OptimizationStep("resident", "resident data", "uint8 set on the device, whole batches augmented there"),
+        OptimizationStep("channels_last", "channels_last", "weights and feature maps NHWC"),
+        OptimizationStep("bf16", "bf16 autocast", "convolutions and linear layers in bfloat16 by autocast"),
+        OptimizationStep("compile", "torch.compile", "torch.compile of augmentation, network and loss"),
+        OptimizationStep(
+            "tuned", "tuned compile", "compiler thresholds that move fewer bytes",
+            cpu="the thresholds are made for a GPU's memory traffic",
+        ),
+        OptimizationStep(
+            "kernels", "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU",
+        ),
+        OptimizationStep(
+            "captured", "whole step captured", "the whole step one CUDA graph",
+            cpu="CUDA graphs need a GPU", cuda="fastcifar/step.py does not capture the step yet",
+        ),
+    )
+}  # fmt: skip
+
+
+def why_not(name: str, device: torch.device) -> str:
+    """Why `device` does not have an optimization step; "" when it has."""
+    if name == "bf16" and not computes_bf16(device):
+        return f"this {device.type} has no bf16 arithmetic: emulated, it is slower"
+    return STEPS[name].cuda if device.type == "cuda" else STEPS[name].cpu
+
+
+def time_steps(task: Task, *, rounds: int, left_out: Collection[str] = (), say: Say = print) -> list[Timing]:
+    """Time the optimization ladder, each step added to those before it that work, from a plain DataLoader loop on.
+
+    left_out: names of steps to do without, though the device has them.
+    """
+
+    def build(name: str, working: Sequence[str]) -> Call:
+        return ordinary_loop(task) if name == "loader" else stepped_loop(task, [*working, name])
+
+    def absent(name: str) -> str:
+        reason = why_not(name, task.device)
+        return f"not applicable: {reason}" if reason else "left out of this run" if name in left_out else ""
+
+    loops = [
+        Loop(step.name, step.title, step.note, task.images, partial(build, step.name), absent(step.name))
+        for step in STEPS.values()
+    ]
+    return time_loops(loops, rounds=rounds, kind="optimization step", say=say)
+
+
+def stepped_loop(task: Task, steps: Collection[str]) -> Call:
+    """fastcifar's training with just these steps of the ladder."""
+    run = _run_options(
+        task.folder,
+        precision="bf16" if "bf16" in steps else "fp32",
+        compile="compile" in steps,
+        kernels="auto" if "kernels" in steps else "torch",
+    )
+    return fastcifar_loop(task, run, channels_last="channels_last" in steps, tuned="tuned" in steps and run.compile)
+
+
+def _run_options(folder: Path, **others: Any) -> RunOptions:
+    """A training run's own defaults, for models of any size."""
+    return RunOptions(data=folder, max_parameters=0, **others)
+
+
+# ---- Baselines and architectures.
+
+# {name: (title, note, what builds it)}
+LOOPS: dict[str, tuple[str, str, Callable[[Task, RunOptions], Call]]] = {
+    "fastcifar": ("fastcifar", "the real training path", lambda task, run: fastcifar_loop(task, run)),
+    "torch": (
+        "--kernels torch", "the same without fused kernels",
+        lambda task, run: fastcifar_loop(task, replace(run, kernels="torch")),
+    ),
+    "ordinary": (
+        "ordinary loop", f"DataLoader with {WORKERS} workers, eager, fp32, NCHW", lambda task, run: ordinary_loop(task),
+    ),
+    "built_in": (
+        "every built-in optimization",
+        "DataLoader, channels_last, bf16 autocast, fused optimizer; on CUDA torch.compile and pinned memory too",
+        lambda task, run: ordinary_loop(task, built_in=True),
+    ),
+    "ffcv": ("FFCV", "FFCV's loader and the same step; its JIT is not counted", lambda task, run: ffcv_loop(task)),
+    "plain": (
+        "eager fp32 NCHW", "an ordinary step whose batch is a ready tensor, nothing augmented",
+        lambda task, run: plain_loop(task),
+    ),
+}  # fmt: skip
+BASELINES = ("fastcifar", "ordinary", "built_in", "ffcv")
+
+
+def time_baselines(
+    task: Task,
+    *,
+    rounds: int,
+    names: Iterable[str] = BASELINES,
+    augmentation: Augmentation = SHARED,
+    options: RunOptions | None = None,
+    say: Say = print,
+) -> list[Timing]:
+    """Time rows of `LOOPS` on the task's model, by default fastcifar's training beside three others.
+
+    augmentation: of all of them; default: crop and flip, which all can do. options: of fastcifar's run; default: the training
+    command's own.
+    """
+    task = replace(task, recipe=replace(task.recipe, augmentation=augmentation))
+    run = options or _run_options(task.folder)
+    rows = [(name, *LOOPS[name]) for name in names]
+    loops = [Loop(name, title, note, task.images, lambda _, build=build: build(task, run)) for name, title, note, build in rows]  # type: ignore[misc]
+    return time_loops(loops, rounds=rounds, kind="baseline", say=say)
+
+
+def time_architectures(
+    archs: Iterable[str],
+    folder: Path,
+    *,
+    rounds: int,
+    images: int,
+    batch_size: int = 0,
+    device: torch.device,
+    options: RunOptions | None = None,
+    say: Say = print,
+) -> list[Timing]:
+    """Time the real training of every architecture, each by its own recipe, in turns in this process.
+
+    folder: of the betons. images: about how many a call trains on; whole batches, at least one. batch_size: 0 = each recipe's
+    own. options: of the runs (seed, precision, compile, kernels, what to verify); default: the training command's own.
+    """
+    run = replace(options or _run_options(folder), data=folder, max_parameters=0)
+    data = load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=run.seed, verify=run.verify)
+
+    def loop(arch: str) -> Loop:
+        recipe = reported(arch).recipe
+        recipe = replace(recipe, batch_size=batch_size or recipe.batch_size)
+        steps = max(1, min(images, len(data.train)) // recipe.batch_size)
+        task = Task(arch, recipe, data, folder, steps)
+        note = f"{steps} x {recipe.batch_size} images a turn, by its own recipe"
+        return Loop(arch, arch, note, task.images, lambda _: fastcifar_loop(task, run))
+
+    loops = [loop(arch) for arch in dict.fromkeys(archs)]
+    if not run.compile:
+        return time_loops(loops, rounds=rounds, kind="architecture", say=say)
+    import torch._dynamo  # here, since importing the compiler takes a second
+
+    # All of them compile the one method TrainStep.loss; past the limit, 8 by default, the next one would silently run eagerly.
+    with torch._dynamo.config.patch(recompile_limit=8 * (len(loops) + 1)):
+        return time_loops(loops, rounds=rounds, kind="architecture", say=say)
+
+
+# ---- The loops.
+
+
+class NchwStep(TrainStep):
+    """The training step with batches in NCHW, for a model in NCHW."""
+
+    def prepare(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, partners = super().prepare(*arguments, **keywords)
+        return images.contiguous(), labels, partners
+
+
+def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True, tuned: bool = False) -> Call:
+    """The real training path: drawing an epoch, gathering, augmenting, training. tuned: compile with `TUNED`."""
+    recipe, data = task.recipe, task.part
+    state = build_state(task.arch, recipe, run, data, task.device)
+    if not channels_last:
+        state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stubs lack it
+    step = build_step(state, recipe, run, data, TrainStep if channels_last else NchwStep)
+    if tuned:  # options of its own, or the compiler would hand out the untuned code of the same network
+        step._loss = compile_tuned(step.loss)
+        if step.augments_by == "torch":
+            step._prepare = compile_tuned(step.prepare)
+    epochs = itertools.count()
+
+    def call() -> None:
+        epoch = next(epochs)
+        order = epoch_order(data.train.index, run.seed, epoch)
+        plan = step.plan(epoch, task.steps, progress=0.0)
+        tally = EpochTally(*(torch.zeros(shape, dtype=torch.float64, device=task.device) for shape in (task.steps, ())))
+        for number, positions in enumerate(order.split(recipe.batch_size)):
+            step(positions, number, RATE, plan, tally)
+        synchronise(task.device)
+
+    return call
+
+
+def compile_tuned(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`function` compiled to fuse longer chains and to recompute more in the backward pass."""
+    import torch._functorch.config  # here, since importing the compiler takes a second
+
+    compiled = torch.compile(function, dynamic=False, options=dict(TUNED), **settings)
+
+    def call(*arguments: Any) -> Any:
+        with torch._functorch.config.patch(ban_recompute_used_far_apart=False):  # read when the compiler runs
+            return compiled(*arguments)
+
+    return call
+
+
+def ordinary_loop(task: Task, *, built_in: bool = False) -> Call:
+    """What most scripts do: DataLoader, forward, backward, step; `built_in` turns on all that PyTorch offers for it."""
+    workers = max(WORKERS, min(os.cpu_count() or 1, 16)) if built_in else WORKERS
+    loader = torchvision_loader(task, workers=workers, pin_memory=built_in and task.device.type == "cuda")
+    return partial(_train, task, _plain_step(task, built_in=built_in), lambda: loader)
+
+
+def plain_loop(task: Task) -> Call:
+    """An ordinary step that gets its batch for nothing: a ready float32 tensor, neither augmented nor mixed."""
+    step = _plain_step(replace(task, recipe=replace(task.recipe, augmentation=SHARED)), built_in=False)
+    images = torch.randn(task.recipe.batch_size, 3, 32, 32, device=task.device)
+    labels = torch.randint(task.data.classes, (task.recipe.batch_size,), device=task.device)
+    return partial(_train, task, step, lambda: [(images, labels)] * task.steps)
+
+
+def ffcv_loop(task: Task) -> Call:
+    """FFCV's own pipeline (crop, flip, cutout, then normalised in PyTorch, as its CIFAR example does) before the same step."""
+    loader = ffcv_loader(task, device=task.device)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        with own_threads() as restore:
+            for images, labels in loader:
+                restore()  # the loader's thread sets its own number for the whole process
+                yield images, labels
+
+    return partial(_train, task, _plain_step(task, built_in=True), batches)
+
+
+def _train(task: Task, step: Callable[[Tensor, Tensor], None], batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]) -> None:
+    for images, labels in batches():
+        step(images.to(task.device, non_blocking=True), labels.to(task.device, non_blocking=True))
+    synchronise(task.device)
+
+
+def _plain_step(task: Task, *, built_in: bool) -> Callable[[Tensor, Tensor], None]:
+    """Forward, loss, backward, update, as an ordinary script has them; with `built_in`, what PyTorch offers on this device."""
+    recipe = task.recipe
+    state = build_state(task.arch, recipe, _run_options(task.folder, kernels="torch"), task.data, task.device)
+    model, optimizer = state.model, state.optimizer
+    if not built_in:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for group in optimizer.param_groups:
+        group |= {"lr": RATE, "fused": True if built_in else None}
+    compiled = built_in and task.device.type == "cuda"
+    forward: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
+    dtype = torch.bfloat16 if built_in and computes_bf16(task.device) else None
+    criterion = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    alpha = recipe.augmentation.mixup_alpha or recipe.augmentation.cutmix_alpha
+    generator = np.random.default_rng(0)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        lam = float(generator.beta(alpha, alpha)) if recipe.augmentation.mixes else 1.0
+        if built_in:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if recipe.augmentation.mixes:
+            images = lam * images + (1 - lam) * images.flip(0)
+        with autocast(task.device, dtype):
+            logits = forward(images)
+        loss = criterion(logits.float(), labels)
+        if recipe.augmentation.mixes:
+            loss = lam * loss + (1 - lam) * criterion(logits.float(), labels.flip(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# ---- The loaders of other people's scripts.
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """What an ordinary script has: PIL images and a chain of transforms."""
+
+    def __init__(self, data: ResidentSet, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.labels, self.transform = data.images.cpu().numpy(), data.labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[number])), self.labels[number]
+
+
+class Cutout:
+    """Cutout as scripts write it, since torchvision has none: one square on a tensor [..., 32, 32]."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, x: Tensor) -> Tensor:
+        row, column = np.random.randint(32, size=2)  # noqa: NPY002  # as scripts do
+        top, left = max(row - self.side // 2, 0), max(column - self.side // 2, 0)
+        x[..., top : row + self.side // 2, left : column + self.side // 2] = 0
+        return x
+
+
+def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[Any]]:
+    """The recipe as torchvision transforms, before and after normalisation; `package` is transforms or transforms.v2."""
+    before = [package.RandomCrop(32, padding=recipe.crop_padding), package.RandomHorizontalFlip()]
+    if any(recipe.jitter):
+        before.insert(0 if recipe.jitter_before_crop else len(before), package.ColorJitter(*recipe.jitter))
+    policies: dict[str, Callable[[], Any]] = {
+        "rand_augment": lambda: package.RandAugment(recipe.policy_operations, recipe.policy_magnitude),
+        "auto_augment": lambda: package.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+        "auto_augment_imagenet": lambda: package.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET),
+        "trivial_augment": package.TrivialAugmentWide,
+    }
+    if recipe.policy != "none":
+        before.append(policies[recipe.policy]())
+    if recipe.grayscale:
+        before.append(package.RandomGrayscale(recipe.grayscale))
+    if recipe.rotation:
+        before.append(package.RandomRotation(recipe.rotation))
+    after = []
+    if recipe.random_erasing:
+        area = (recipe.erasing_area_min, recipe.erasing_area_max)
+        value: Any = "random" if recipe.erasing_value == "noise" else 0  # mean or black: the same work
+        after.append(package.RandomErasing(recipe.random_erasing, area, value=value))
+    if recipe.cutout:
+        after.append(Cutout(recipe.cutout))
+    return before, after
+
+
+def torchvision_loader(task: Task, *, workers: int = WORKERS, pin_memory: bool = False) -> DataLoader[Any]:
+    """PyTorch's DataLoader with the recipe's PIL transforms, on the images of one call."""
+    before, after = transforms_of(task.recipe.augmentation, transforms)
+    normalise = transforms.Normalize(task.data.mean.tolist(), task.data.std.tolist())
+    train = task.part.train
+    assert isinstance(train, ResidentSet)
+    return DataLoader(
+        Pictures(train, transforms.Compose([*before, transforms.ToTensor(), normalise, *after])),
+        task.recipe.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        drop_last=True,
+    )
+
+
+def ffcv_loader(task: Task, device: torch.device | None) -> Any:
+    """FFCV's Loader on the images of one call. device: where its batches go, normalised; None: uint8 as it decodes them."""
+    with own_threads():
+        from ffcv import transforms as T  # as FFCV's own examples do
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+
+        augmentation, mean = task.recipe.augmentation, (255 * task.data.mean).tolist()
+        image: list[Any] = [SimpleRGBImageDecoder(), T.RandomHorizontalFlip(), T.RandomTranslate(augmentation.crop_padding)]
+        image += [T.Cutout(augmentation.cutout, tuple(map(int, mean)))] if augmentation.cutout else []
+        image, label = [*image, T.ToTensor()], [IntDecoder(), T.ToTensor()]
+        if device is not None:
+            normalise = transforms.Normalize(mean, (255 * task.data.std).tolist())
+            to_device = [T.ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+            image += [*to_device, T.ToTorchImage(), T.Convert(torch.float32), normalise]
+            label += [*to_device, T.Squeeze()]
+        return Loader(
+            str(task.folder / "train.beton"),
+            batch_size=task.recipe.batch_size,
+            num_workers=WORKERS,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            drop_last=True,
+            indices=range(task.images),
+            pipelines={"image": image, "label": label, "index": None},
+        )
+
+
+@contextmanager
+def own_threads() -> Iterator[Callable[[], None]]:
+    """Restore PyTorch's and Numba's numbers of threads, which FFCV sets for the whole process; what it yields does so too."""
+    import numba  # here, since only FFCV's loader needs it
+
+    threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+
+    def restore() -> None:
+        torch.set_num_threads(threads)
+        numba.set_num_threads(numba_threads)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+# ---- Outside scripts.
+
+
+def outside_scripts(named: Iterable[str]) -> dict[str, Path]:
+    """{name: path} of `NAME=PATH` arguments. Raises InputError for anything else, or a script that is not there."""
+    scripts: dict[str, Path] = {}
+    for argument in named:
+        name, _, path = argument.partition("=")
+        if not path or not re.fullmatch(r"[\w.+-]+", name):  # the name is also its logs'
+            raise InputError(f"an outside script is given as NAME=PATH, e.g. airbench=/src/airbench94.py, got {argument!r}")
+        if not Path(path).is_file():
+            raise InputError(f"outside script {name}: {path} is not a file: name the script to run")
+        if name in (*LOOPS, *scripts):
+            raise InputError(f"outside script {name}: that name is taken: choose another")
+        scripts[name] = Path(path).resolve()
+    return scripts
+
+
+def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
+    """Run an outside script in a process and a temporary folder of its own; what it states on its last line is its rate.
+
+    It is run by this Python without arguments, with these variables
+
+        FASTCIFAR_DATA         folder with train.beton and test.beton
+        FASTCIFAR_EPOCHS       epochs it is asked to train
+        FASTCIFAR_IMAGES       training images of an epoch
+        FASTCIFAR_TARGET       test accuracy (0..1) to which it may state its seconds; empty where none was chosen
+        FASTCIFAR_BATCH_SIZE, FASTCIFAR_ARCH, FASTCIFAR_DEVICE (cpu or cuda)
+
+    and in the folder it runs in
+
+        cifar10/{train,test}.pt    a dict of images (uint8 [N, 32, 32, 3]), labels (int64) and classes, where cifar10-airbench's
+                                   scripts look before they download
+        cifar-10-batches-py/       the same images as torchvision's CIFAR10(".", download=False) reads them. It accepts only the
+                                   md5 of the official files, which a beton cannot give back, so switch that check off first:
+                                   for file in CIFAR10.train_list + CIFAR10.test_list: file[1] = None
+                                   CIFAR10.meta["md5"] = None
+
+    The last line on its standard output must be a JSON object with "images_per_second" (a number, or a list of repetitions), or
+    with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1) and "seconds_to_accuracy"
+    are kept where they are given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log
+    and NAME.stderr.log in the results keep what it printed. A script that fails leaves one line, one that takes longer than two
+    hours is ended with its workers, and the others go on. It is not timed in turns with the other loops.
+    """
+    timing = Timing(name, name, f"{path}, by its own clock", in_turns=False)
+    logs.mkdir(parents=True, exist_ok=True)
+    out, err = logs / f"{name}.stdout.log", logs / f"{name}.stderr.log"
+    variables = {
+        "FASTCIFAR_DATA": str(task.folder.resolve()),
+        "FASTCIFAR_EPOCHS": str(epochs),
+        "FASTCIFAR_IMAGES": str(len(task.data.train)),
+        "FASTCIFAR_TARGET": f"{target:g}" if target else "",
+        "FASTCIFAR_BATCH_SIZE": str(task.recipe.batch_size),
+        "FASTCIFAR_ARCH": task.arch,
+        "FASTCIFAR_DEVICE": task.device.type,
+    }
+    with tempfile.TemporaryDirectory() as folder, out.open("wb") as stdout, err.open("wb") as stderr:
+        offer_data(Path(folder), task.data)
+        with subprocess.Popen(
+            [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=stdout,
+            stderr=stderr, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                process.wait(timeout=PATIENCE)
+            except BaseException as stopped:  # too late, or Ctrl-C, which a session of its own does not hear
+                with suppress(ProcessLookupError):  # it had just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
+                if isinstance(stopped, subprocess.TimeoutExpired):
+                    return replace(timing, error=f"not done after {PATIENCE / 3600:.0f} hours")
+                raise
+    if process.returncode:
+        return replace(
+            timing, error=f"exit code {process.returncode}: {_last_line(err) or _last_line(out) or 'no output'}"[:240]
+        )
+    try:
+        return replace(timing, **read_statement(_last_line(out)))
+    except ValueError as error:
+        return replace(timing, error=f"no rate: {error}")
+
+
+PROTOCOL = f"""An outside script (NAME=PATH): {getdoc(run_script)}"""
+
+
+def read_statement(line: str) -> dict[str, Any]:
+    """The fields of `Timing` that a script's last line states. Raises ValueError where it is no evidence of a rate."""
+
+    def number(value: Any, name: str, most: float = math.inf) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 < value <= most):
+            raise ValueError(
+                f"{name} must be a number above 0{'' if most == math.inf else f', at most {most:g}'}, got {value!r}"
+            )
+        return float(value)
+
+    try:
+        stated = json.loads(line)
+    except (ValueError, RecursionError):
+        stated = None
+    if not isinstance(stated, dict) or not ("images_per_second" in stated or stated.keys() >= {"images", "seconds"}):
+        wanted = 'a JSON object with "images_per_second", or "images" and "seconds"'
+        raise ValueError(f"its last line must be {wanted}, got {line[:80]!r}")
+    if "images_per_second" in stated:
+        repeated = (
+            stated["images_per_second"] if isinstance(stated["images_per_second"], list) else [stated["images_per_second"]]
+        )
+        rates = [number(rate, "images_per_second") for rate in repeated or [None]]
+    else:
+        rates = [number(stated["images"], "images") / number(stated["seconds"], "seconds")]
+    fields: dict[str, Any] = {"images_per_second": rates}
+    for name, most in (("top1", 1.0), ("seconds_to_accuracy", math.inf)):
+        if stated.get(name) is not None:
+            fields[name] = number(stated[name], name, most)
+    return fields
+
+
+def _last_line(path: Path) -> str:
+    """The last line that is not blank; only the end of a long log is read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 100_000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def offer_data(folder: Path, data: Splits) -> None:
+    """Write both splits into `folder` in the two layouts that `run_script` names."""
+    classes = data.manifest.class_names
+    (folder / "cifar10").mkdir()
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for split, chosen, files in (
+        ("train", data.train, [f"data_batch_{number}" for number in range(1, 6)]),
+        ("test", data.test, ["test_batch"]),
+    ):
+        images, labels = _on_host(chosen)
+        torch.save({"images": images, "labels": labels, "classes": classes}, folder / "cifar10" / f"{split}.pt")
+        planes = images.permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
+        for file, part in zip(files, np.array_split(np.arange(len(labels)), len(files)), strict=True):
+            names = [f"{split}_{number:05d}.png" for number in part]
+            batch = {"batch_label": file, "labels": labels[part].tolist(), "data": planes[part], "filenames": names}
+            (batches / file).write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {"num_cases_per_batch": len(data.train) // 5, "label_names": classes, "num_vis": 3072}
+    (batches / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+def _on_host(data: AnySet) -> tuple[Tensor, Tensor]:
+    assert isinstance(data, ResidentSet)
+    return data.images.cpu(), data.labels.cpu()

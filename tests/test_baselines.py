@@ -1,0 +1,396 @@
+"""Loops timed in turns: what works has every round, what fails is one line; outside scripts have a rate only with evidence."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from torchvision.datasets import CIFAR10
+
+from bench import baselines, input_pipelines
+from bench.baselines import (
+    BASELINES,
+    STEPS,
+    Task,
+    fastcifar_loop,
+    outside_scripts,
+    read_statement,
+    run_script,
+    take_turns,
+    time_architectures,
+    time_baselines,
+    time_steps,
+    wall_clock,
+    why_not,
+)
+from bench.stats import ratio
+from fastcifar.dataset import epoch_order, load_splits
+from fastcifar.errors import InputError
+from fastcifar.recipes import RECIPES, RunOptions, reported
+from fastcifar.state import build_state, build_step
+from fastcifar.step import TrainStep
+from tests.conftest import run_cli
+
+CPU = torch.device("cpu")
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def task(betons):
+    """One step of 8 images."""
+    data = load_splits(betons, CPU, limit_train=64, limit_test=20, val_fraction=0.0, seed=0, verify=False)
+    return Task("se_resnet18", replace(reported("se_resnet18").recipe, batch_size=8), data, betons, steps=1)
+
+
+def breaking(turns):
+    """A call that works for so many turns and raises then."""
+    left = iter(range(turns))
+
+    def call(*_, **__):
+        if next(left, None) is None:
+            raise RuntimeError("out of\nmemory")
+        return 1.0
+
+    return call
+
+
+def test_turns_come_in_a_changing_order_and_one_that_is_dropped_leaves_the_others_theirs():
+    def told(drop):
+        called = []
+        clocks = {name: lambda name=name: called.append(name) or 1.0 for name in "abcd"}
+        seconds, errors = take_turns(clocks | ({"b": breaking(2)} if drop else {}), rounds=8, warmup=1, drop=drop)
+        return called, seconds, errors
+
+    called, seconds, errors = told(drop=False)
+    rounds = list(zip(*[iter(called)] * 4, strict=True))
+    assert len(rounds) == 9
+    assert all(sorted(turn) == list("abcd") for turn in rounds)
+    assert len(set(rounds)) > 1
+    assert ({name: len(each) for name, each in seconds.items()}, errors) == (dict.fromkeys("abcd", 8), {})
+    undisturbed = [name for name in called if name != "b"]
+    called, seconds, errors = told(drop=True)
+    assert called == undisturbed
+    assert ({name: len(each) for name, each in seconds.items()}, list(errors)) == (dict.fromkeys("acd", 8), ["b"])
+    with pytest.raises(RuntimeError, match="out of"):
+        take_turns({"b": breaking(2)}, rounds=6, warmup=1)
+
+
+def test_a_clock_tells_what_the_call_took():
+    assert 0.02 <= wall_clock(lambda: time.sleep(0.02))() < 5
+
+
+def test_a_known_ratio_lies_in_its_interval_and_an_equal_pair_claims_nothing():
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(1, 3, 40)  # a machine that slows and recovers hits both loops of a round
+    slow, fast, same = (factor * drift * rng.normal(1, 0.05, 40) for factor in (2.0, 1.0, 1.0))
+    known, equal = ratio(slow.tolist(), fast.tolist()), ratio(same.tolist(), fast.tolist())
+    assert 1.8 < known.low < 2 < known.high < 2.2
+    assert equal.low < 1 < equal.high
+
+
+def test_the_ladder_times_every_step_in_turns_and_names_those_it_lacks(task, monkeypatch):
+    built = []
+
+    def broken_bf16(task, run, **form):
+        built.append((run.precision, run.kernels, form["channels_last"]))
+        if run.precision == "bf16":
+            raise RuntimeError("no such\ninstruction")
+        return fastcifar_loop(task, run, **form)
+
+    monkeypatch.setattr(baselines, "fastcifar_loop", broken_bf16)
+    timings = {timing.name: timing for timing in time_steps(task, rounds=2, left_out={"compile"}, say=quiet)}
+    assert list(timings) == list(STEPS)
+    rounds = {name: len(timing.images_per_second) for name, timing in timings.items() if not timing.error}
+    assert rounds == dict.fromkeys(("loader", "resident", "channels_last", "kernels"), 2)
+    errors = {name: timing.error for name, timing in timings.items() if timing.error}
+    assert errors == {
+        "bf16": "RuntimeError: no such instruction" if not why_not("bf16", CPU) else f"not applicable: {why_not('bf16', CPU)}",
+        "compile": "left out of this run",
+        "tuned": "not applicable: the thresholds are made for a GPU's memory traffic",
+        "captured": "not applicable: CUDA graphs need a GPU",
+    }
+    assert not any(timings[name].images_per_second for name in errors)
+    assert built[-1] == ("fp32", "auto", True)  # the step that failed is not in those after it
+
+
+def test_without_channels_last_the_loop_trains_nchw(task, monkeypatch):
+    formats = []
+
+    class Seen(baselines.NchwStep):
+        def loss(self, images, *rest):
+            weight = self.model.stem[0].weight
+            formats.append(
+                [t.is_contiguous() and not t.is_contiguous(memory_format=torch.channels_last) for t in (images, weight)]
+            )
+            return super().loss(images, *rest)
+
+    monkeypatch.setattr(baselines, "NchwStep", Seen)
+    fastcifar_loop(task, RunOptions(kernels="torch", compile=False), channels_last=False)()
+    assert formats == [[True, True]]
+
+
+def test_a_loop_that_breaks_in_a_timed_round_is_a_line_and_the_others_have_all_rounds(task, monkeypatch):
+    monkeypatch.setattr(baselines, "fastcifar_loop", lambda task, run, **form: lambda: None)
+    monkeypatch.setattr(baselines, "ffcv_loop", lambda task: lambda: None)
+    monkeypatch.setattr(baselines, "ordinary_loop", lambda task, built_in=False: breaking(3))  # ready, warm, one round
+    said = []
+    ladder = time_steps(task, rounds=4, say=said.append)
+    assert said[-1] == "optimization step: eager fp32 NCHW, DataLoader: RuntimeError: out of memory"
+    assert (ladder[0].error, ladder[0].images_per_second) == ("RuntimeError: out of memory", [])
+    assert {len(timing.images_per_second) for timing in ladder if not timing.error} == {4}
+    timings = time_baselines(task, rounds=4, say=said.append)
+    assert [timing.name for timing in timings] == list(BASELINES)
+    assert [timing.error for timing in timings] == ["", *["RuntimeError: out of memory"] * 2, ""]
+    assert [len(timing.images_per_second) for timing in timings] == [4, 0, 0, 4]
+
+
+def test_baselines_are_timed_beside_ours_and_one_that_cannot_be_built_is_a_line(task, monkeypatch):
+    def no_ffcv(task):
+        raise ImportError("libopencv_core.so.406: cannot open shared object file")
+
+    monkeypatch.setattr(baselines, "ffcv_loop", no_ffcv)
+    *timings, ffcv = time_baselines(task, rounds=2, say=quiet)
+    assert [(timing.name, timing.error, len(timing.images_per_second)) for timing in timings] == [
+        ("fastcifar", "", 2), ("ordinary", "", 2), ("built_in", "", 2),
+    ]  # fmt: skip
+    assert ffcv.error == "ImportError: libopencv_core.so.406: cannot open shared object file"
+
+
+@pytest.mark.slow
+def test_ffcvs_loader_trains_beside_ours_and_leaves_the_threads_alone(task):
+    before = torch.get_num_threads()
+    assert [timing.error for timing in time_baselines(task, rounds=2, say=quiet)] == [""] * 4
+    assert torch.get_num_threads() == before
+
+
+def test_architectures_take_turns_each_by_its_own_recipe(betons, monkeypatch):
+    tasks = []
+    monkeypatch.setattr(baselines, "fastcifar_loop", lambda task, run: tasks.append((task, run)) or (lambda: None))
+    archs, others = ["se_resnet18", "mish_se_resnet18", "se_resnet18"], {"images": 150, "device": CPU, "say": quiet}
+    timings = time_architectures(archs, betons, rounds=3, **others)
+    assert [(timing.name, len(timing.images_per_second)) for timing in timings] == [(arch, 3) for arch in archs[:2]]
+    assert [(task.steps, task.recipe) for task, _ in tasks] == [(1, reported(arch).recipe) for arch in archs[:2]]
+    tasks.clear()
+    options = RunOptions(precision="fp32", seed=3)
+    time_architectures(archs, betons, rounds=3, batch_size=32, options=options, **others)
+    assert [(task.steps, task.images, run.seed, run.precision) for task, run in tasks] == [(4, 128, 3, "fp32")] * 2
+
+
+@pytest.mark.parametrize(("batch_size", "error"), [(4, ""), (201, "InputError: 1 batches of 201 are more than 200 images")])
+def test_an_architecture_is_really_trained_and_one_that_cannot_be_is_a_line(betons, batch_size, error):
+    others = {"images": 1, "batch_size": batch_size, "device": CPU, "options": RunOptions(compile=False), "say": quiet}
+    (timing,) = time_architectures(["light_resnet18"], betons, rounds=2, **others)
+    assert (len(timing.images_per_second), timing.error) == (0 if error else 2, error)
+
+
+def script(tmp_path, *lines):
+    path = tmp_path / "outside.py"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(task, tmp_path):
+    path = script(
+        tmp_path,
+        "import os, sys",
+        "assert sorted(os.listdir()) == ['cifar-10-batches-py', 'cifar10'], os.listdir()",
+        "assert os.path.isfile(os.environ['FASTCIFAR_DATA'] + '/train.beton')",
+        "names = 'EPOCHS', 'IMAGES', 'TARGET', 'BATCH_SIZE', 'ARCH', 'DEVICE'",
+        "assert [os.environ['FASTCIFAR_' + name] for name in names] == ['3', '64', '0.94', '8', 'se_resnet18', 'cpu']",
+        "print('epoch 1'); print('a warning', file=sys.stderr)",
+        """print('{"images": 192, "seconds": 2, "top1": 0.5, "seconds_to_accuracy": 1.5}')""",
+    )
+    timing = run_script("mine", path, task, epochs=3, logs=tmp_path / "logs", target=0.94)
+    assert not timing.error, timing
+    assert (timing.images_per_second, timing.top1, timing.seconds_to_accuracy) == ([96.0], 0.5, 1.5)
+    assert not timing.in_turns
+    assert (tmp_path / "logs/mine.stdout.log").read_text().startswith("epoch 1\n")
+    assert (tmp_path / "logs/mine.stderr.log").read_text() == "a warning\n"
+
+
+def test_the_data_are_offered_as_airbench_and_torchvision_read_them(task, tmp_path, monkeypatch):
+    baselines.offer_data(tmp_path, task.data)
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    assert sorted(path.name for path in (tmp_path / "cifar-10-batches-py").iterdir()) == sorted(["batches.meta", *names])
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        CIFAR10(tmp_path, download=False)
+    # What the protocol tells a script to do first.
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [[name, None] for name, _ in CIFAR10.test_list])
+    monkeypatch.setitem(CIFAR10.meta, "md5", None)
+    for train, split in ((True, task.data.train), (False, task.data.test)):
+        theirs = CIFAR10(tmp_path, train=train, download=False)
+        assert theirs.classes == task.data.manifest.class_names
+        assert np.array_equal(theirs.data, split.images.numpy())
+        assert theirs.targets == split.labels.tolist()
+    airbench = torch.load(tmp_path / "cifar10/train.pt")
+    assert torch.equal(airbench["images"], task.data.train.images)
+    assert torch.equal(airbench["labels"], task.data.train.labels)
+    assert airbench["classes"] == task.data.manifest.class_names
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        (["import time; time.sleep(0.1)"], "no rate: its last line must be a JSON object"),
+        (["""print('{"images_per_second": 5}'); print('done')"""], "no rate: its last line must be a JSON object"),
+        (["raise RuntimeError('needs eight GPUs')"], "exit code 1: RuntimeError: needs eight GPUs"),
+        (["print('bye'); exit(3)"], "exit code 3: bye"),
+        (["exit(3)"], "exit code 3: no output"),
+    ],
+)
+def test_an_outside_script_without_evidence_has_no_rate(task, tmp_path, lines, error):
+    timing = run_script("mine", script(tmp_path, *lines), task, epochs=1, logs=tmp_path)
+    assert timing.error.startswith(error)
+    assert (timing.images_per_second, len(timing.error.splitlines())) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"images_per_second": 5, "accuracy": 0.9}', {"images_per_second": [5.0]}),
+        ('{"images_per_second": [100, 110], "top1": 1}', {"images_per_second": [100.0, 110.0], "top1": 1.0}),
+        ('{"images": 10, "seconds": 4, "top1": null}', {"images_per_second": [2.5]}),
+        ("", "its last line"),
+        ("12", "its last line"),
+        ("[1]", "its last line"),
+        ("{}", "its last line"),
+        ('{"seconds": 4}', "its last line"),
+        ('{"images": 10, "seconds": 0}', "seconds must be"),
+        ('{"images_per_second": "x"}', "images_per_second must be"),
+        ('{"images_per_second": []}', "images_per_second must be"),
+        ('{"images_per_second": true}', "images_per_second must be"),
+        ('{"images_per_second": 0}', "images_per_second must be"),
+        ('{"images_per_second": [NaN]}', "images_per_second must be"),
+        ('{"images_per_second": 5, "top1": 94.1}', "top1 must be a number above 0, at most 1, got 94.1"),
+        ('{"images_per_second": 5, "seconds_to_accuracy": -1}', "seconds_to_accuracy must be"),
+    ],
+)
+def test_a_statement_is_evidence_or_refused(line, found):
+    if isinstance(found, dict):
+        assert read_statement(line) == found
+        return
+    with pytest.raises(ValueError, match=found):
+        read_statement(line)
+
+
+def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path, monkeypatch):
+    path = script(
+        tmp_path,
+        "import subprocess, sys, time",
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+        "print(worker.pid, flush=True)",
+        "time.sleep(60)",
+    )
+    monkeypatch.setattr(baselines, "PATIENCE", 2.0)
+    timing = run_script("mine", path, task, epochs=1, logs=tmp_path)
+    assert timing.error.startswith("not done after")
+    worker = int((tmp_path / "mine.stdout.log").read_text())
+    waited = time.time() + 20
+    while running(worker) and time.time() < waited:  # the signal is on its way
+        time.sleep(0.05)
+    assert not running(worker)
+
+
+def running(pid):
+    """Whether a process lives; one that has ended may stay as a zombie where nobody waits for it."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_names_of_outside_scripts_are_checked(tmp_path):
+    path = script(tmp_path)
+    assert outside_scripts([f"mine={path}"]) == {"mine": path}
+    for given, message in (
+        (["mine"], "NAME=PATH"),
+        ([f"../mine={path}"], "NAME=PATH"),
+        (["mine=/nowhere.py"], "/nowhere.py is not a file"),
+        ([f"ffcv={path}"], "that name is taken"),
+        ([f"mine={path}", f"mine={path}"], "that name is taken"),
+    ):
+        with pytest.raises(InputError, match=message):
+            outside_scripts(given)
+
+
+def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "pipeline.json"
+    given = ["--data", betons, "--out", out, "--batch-size", "4", "--rounds", "3", "--starts", "0", "--input-batch-size", "2"]
+    given += ["--arch", "light_resnet18", "--pipelines", "crop + flip + cutout 8", "report D"]
+    monkeypatch.setattr(sys, "argv", ["bench/input_pipelines.py", *map(str, given)])
+    monkeypatch.setattr(baselines, "ffcv_loader", lambda task, device: [])
+    input_pipelines.main()
+    results = json.loads(out.read_text())
+    step, pipelines = results["step"], results["input"]
+    assert set(step["images_per_second"]) == {"fastcifar", "--kernels torch", "eager fp32 NCHW"}
+    assert len(step["seconds"]["fastcifar"]) == 3
+    assert step["speedup"].keys() >= {"median", "estimate", "low", "high"}
+    assert step["speedup"]["estimate"] > 0
+    common = ["fastcifar", "fastcifar in PyTorch", "torchvision DataLoader", "torchvision v2 on batches"]
+    assert [name for name in pipelines["report D"] if name != "kornia"] == common
+    assert set(pipelines["crop + flip + cutout 8"]) - {"kornia"} == {*common, "kernels.augment", "FFCV"}
+    for rows in pipelines.values():
+        assert {row["images_per_second"]["rounds"] for row in rows.values()} == {3}
+        assert rows["fastcifar"]["times_dataloader"]["median"] > 0
+        assert "times_dataloader" not in rows["torchvision DataLoader"]
+    assert results["versions"]["torch"]
+    assert "img/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", RECIPES)
+def test_every_recipe_has_its_torchvision_transforms(task, arch):
+    """One batch of the loader, without workers; what a recipe asks for and torchvision lacks would raise here."""
+    recipe = replace(RECIPES[arch].recipe, batch_size=8)
+    images, labels = next(iter(baselines.torchvision_loader(replace(task, recipe=recipe), workers=0)))
+    assert (images.shape, images.dtype, labels.shape) == ((8, 3, 32, 32), torch.float32, (8,))
+    assert images.isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_first_step_of_a_real_training_is_timed(betons):
+    options = input_pipelines.Options(data=betons, starts=2, arch="light_resnet18")
+    told = input_pipelines.time_to_first_step(options, Console(quiet=True))
+    assert len(told["seconds"]) == 2
+    assert 0 < min(told["seconds"]) <= told["median"] < 60
+
+
+def test_the_row_of_training_prepares_just_the_batches_of_training(task, monkeypatch):
+    """What is timed is `TrainStep.prepare` as a training run would call it."""
+    prepared = []
+    prepare = TrainStep.prepare
+
+    def noted(step, *arguments):
+        prepared.append((step.augments_by, prepare(step, *arguments)[0].clone()))
+        return prepared[-1][1], None, None
+
+    monkeypatch.setattr(TrainStep, "prepare", noted)
+    rows = input_pipelines.pipelines_of(replace(task, steps=2), task)
+    (ours,) = (row for row in rows if row.name == "fastcifar")
+    assert ours.images == 16
+    ours.build([])()
+    run = RunOptions(data=task.folder, compile=False)
+    step = build_step(build_state(task.arch, task.recipe, run, task.data, CPU), task.recipe, run, task.data)
+    order, plan = epoch_order(task.data.train.index[:16], 0, 0), step.plan(0, 2, progress=0.0)
+    for number, positions in enumerate(order.split(8)):
+        expected = prepare(step, task.data.train, positions, plan, plan.mixing.blend[number], plan.mixing.box[number])
+        assert prepared[number][0] == step.augments_by == "numba"
+        assert torch.equal(prepared[number][1], expected[0])
+
+
+def test_mistakes_are_one_line_and_the_old_name_says_so(betons):
+    process = run_cli("bench/pipeline.py", "--data", betons, "--no-step", "--starts", "0")
+    assert process.returncode == 2
+    first, second = process.stderr.splitlines()
+    assert first.startswith("bench/pipeline.py is now bench/input_pipelines.py")
+    assert second == "error: 80 batches of 512 are more than 200 images"
+    with pytest.raises(InputError, match="unknown pipeline 'report Z'"):
+        input_pipelines.Options(pipelines=("report Z",))
