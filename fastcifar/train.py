@@ -19,6 +19,7 @@ from fastcifar.curves import Curves
 from fastcifar.dataset import Splits, epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
 from fastcifar.errors import InputError, run_command
+from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.progress import TrainingProgress
 from fastcifar.recipes import Recipe
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
@@ -72,10 +73,11 @@ def train(command: Command, console: Console) -> RunFolder:
     train_step = TrainStep(
         state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average
     )
-    curves = Curves(folder.path)
+    curves, meter = Curves(folder.path), Meter(device)
     with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
         while state.epoch < recipe.epochs:
-            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress)
+            meter.start()
+            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress) | meter.stop()
             state.epoch += 1
             if state.epoch % run.eval_every == 0 or state.epoch == recipe.epochs:
                 record |= select_best(state, data, run.eval_batch_size, dtype)
@@ -123,17 +125,18 @@ def train_epoch(
     tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.int64, device=device))
     seed_torch(seed, epoch)
     train_step.model.train()
-    first_step_at = 0.0
+    first_step_at, first_step, steps_began = 0.0, 0.0, time.perf_counter()
     for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
         train_step(positions, step, rates[step], plan, tally)
         progress.advance(batch_size)
         if step == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()  # host sync, once an epoch: the first step counts when done, not when launched
-            first_step_at = time.time()
+            first_step_at, first_step = time.time(), time.perf_counter() - steps_began
         if device.type == "cpu" and not math.isfinite(tally.losses[step]):  # free here; a GPU is asked at the end
             break
     losses = tally.losses.tolist()  # host sync: the epoch ends here
+    all_steps = time.perf_counter() - steps_began
     require_finite(losses, rates, epoch)
     require_finite_weights(train_step, rates[-1], epoch)
     seconds = time.perf_counter() - started
@@ -149,6 +152,7 @@ def train_epoch(
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
+        "compile_seconds": compile_seconds(first_step, all_steps, steps),
     }
 
 
