@@ -4,8 +4,8 @@
 python bench/ablate.py --study report_d --seeds 0 1 2 --epochs 30
 python bench/ablate.py --arch se_resnet18 --arms 'full:' 'no_se: --no-squeeze-excitation' 'plain: --cutout 0 --mixup-alpha 0'
 
-An arm is a name and flags of `python -m fastcifar.train`. The first is what all others are compared with: for the same seed they
-share the draws of weights, order and augmentation. The same command again does what is left.
+An arm is a name and flags of `python -m fastcifar.train`. The first is what all others are compared with: for the same seed
+they share the draws of weights, order and augmentation. The same command again does what is left.
 """
 
 import json
@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -174,7 +175,7 @@ def ablate(options: Options, name: str, study: Study, out: Path, console: Consol
 def make_job(options: Options, name: str, study: Study, row: Configuration, seed: int, bench: Bench) -> Job:
     """The training of one configuration with one seed. Raises InputError for flags that training does not take."""
     flags = training_flags(options, study.arch, seed, bench.device, shlex.split(row.flags))
-    archs = [value for flag, value in zip(flags, flags[1:], strict=False) if flag == "--arch"]
+    archs = [value for flag, value in pairwise(flags) if flag == "--arch"]
     if len(archs) > 1:  # training looks at the first --arch for its recipe
         flags = ("--arch", archs[-1], *flags[2:])
     job = Job(f"{name}/{file_name(row.name)}-seed{seed}", flags)

@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def compare(before: Results, after: Results) -> Iterator[Row]:
-    """Every variant's speed and accuracy, every optimization and every arm of an ablation that A has, where B tried the same."""
+    """Every variant's speed and accuracy, every optimization and every arm of an ablation in A, where B tried the same."""
     timed = set()
     for what, old in before.comparisons().items():
         new = after.comparisons().get(what)
@@ -119,7 +119,8 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
     for name, runs in groups_of(before).items():
         others = groups.get(name, [])
         if others and name not in timed and "/" not in name:
-            yield speed(name, *([rate for run in side for rate in run.rates] for side in (runs, others)), "epochs")
+            rates, other_rates = ([rate for run in side for rate in run.rates] for side in (runs, others))
+            yield speed(name, rates, other_rates, "epochs")
         if others and recipe_of(runs) == recipe_of(others):
             yield accuracy(name, runs, others)
         for run in runs:
@@ -143,9 +144,9 @@ def recipe_of(runs: list[Run]) -> set[tuple[int, ...]]:
 def speed(name: str, before: Sequence[float], after: Sequence[float], unit: str) -> Row:
     ratio = stats.ratio_apart(after, before)
     low, high = (None if bound is None else bound - 1 for bound in (ratio.low, ratio.high))
-    rates = [significant(geometric_mean(side)) for side in (before, after)]
+    old, new = (significant(geometric_mean(side)) for side in (before, after))
     repetitions = f"{len(before)}, {len(after)} {unit}"
-    return Row(name, SPEED, *rates, ratio.estimate - 1, low, high, repetitions, below=max(after) < min(before))
+    return Row(name, SPEED, old, new, ratio.estimate - 1, low, high, repetitions, below=max(after) < min(before))
 
 
 def accuracy(name: str, before: Sequence[Run], after: Sequence[Run]) -> Row:

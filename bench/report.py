@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ from fastcifar.errors import run_command
 from fastcifar.files import write_bytes
 from fastcifar.plots import COLOURS, STYLE
 
-SVG: dict[str, Any] = {"svg.fonttype": "none", "text.parse_math": False}  # text stays text, and a $ in a name a $
+SVG: Any = {"svg.fonttype": "none", "text.parse_math": False}  # text stays text, and a $ in a name a $
 WIDTH = 4.6  # inches of a chart, 331 units of its SVG: as wide as a phone's page, so that its text is as large as drawn
 LEVEL = 0.05  # of a claimed difference, after Holm's correction
 NONE = "–"
@@ -113,19 +114,20 @@ def build_report(results: Results) -> Report:
     """Compute everything the page lays out."""
     check(results)
     rows = variant_rows(results)
-    sections = [scatter(rows), *variant_tables(rows, results), learning_curves(rows)]
-    sections += [
+    failed = [[Cell(run.name), Cell(run.error)] for run in results.runs if run.error]
+    for what, comparison in results.comparisons().items():
+        failed += [[Cell(f"{what}: {timing.title}"), Cell(timing.error)] for timing in comparison.timings if timing.failed]
+    facts = [[Cell(name), Cell(value)] for name, value in environment(results)]
+    sections = [
+        scatter(rows),
+        *variant_tables(rows, results),
+        learning_curves(rows),
         optimizations(results.optimizations),
         baselines(results.baselines),
-        *map(lambda a: ablation(a, results), results.ablations),
+        *(ablation(each, results) for each in results.ablations),
+        Section("Failed", columns=["What", "Its last line"], rows=failed) if failed else None,
+        Section("Environment", columns=["Fact", "Value"], rows=facts) if facts else None,
     ]
-    failed = [[Cell(run.name), Cell(run.error)] for run in results.runs if run.error]
-    failed += [
-        [Cell(f"{what}: {t.title}"), Cell(t.error)] for what, c in results.comparisons().items() for t in c.timings if t.failed
-    ]
-    sections.append(Section("Failed", columns=["What", "Its last line"], rows=failed) if failed else None)
-    facts = [[Cell(name), Cell(value)] for name, value in environment(results)]
-    sections.append(Section("Environment", columns=["Fact", "Value"], rows=facts) if facts else None)
     return Report(
         title=f"fastcifar benchmark: {results.environment.get('hardware') or 'unnamed hardware'}",
         banners=banners(results),
@@ -240,9 +242,15 @@ def draw_svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     return re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue()[buffer.getvalue().index("<svg") :], flags=re.DOTALL)
 
 
-def looks(number: int) -> dict[str, str]:
+def looks(number: int) -> Any:
     """A colour, and from the eighth on another marker."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": "os^D"[number // len(COLOURS) % 4]}
+
+
+def reach(value: Estimate) -> Any:
+    """How far the interval goes below and above the figure, [2, 1], as Matplotlib takes it."""
+    low, high = ends(value)
+    return np.array([[value.estimate - low], [high - value.estimate]])
 
 
 def legend(axes: Axes) -> None:
@@ -258,26 +266,23 @@ def scatter(rows: list[Row]) -> Section | None:
 
     def draw(axes: Axes) -> None:
         for number, (row, x, y) in enumerate(points):
-            spread = [[[100 * (y.estimate - low)], [100 * (high - y.estimate)]] for low, high in [ends(y)]][0]
-            bars = [[[x.estimate - low], [high - x.estimate]] for low, high in [ends(x)]][0]
             axes.errorbar(
-                x.estimate, 100 * y.estimate, yerr=spread, xerr=bars, label=short(row.arch), capsize=2, ls="", **looks(number)
-            )
+                x.estimate, 100 * y.estimate, xerr=reach(x), yerr=100 * reach(y), label=short(row.arch), capsize=2, ls="",
+                **looks(number),
+            )  # fmt: skip
         if len(front) > 1:
-            steps = sorted((x.estimate, 100 * y.estimate) for _, x, y in front)
-            axes.step(*zip(*steps, strict=True), where="pre", color="#888888", ls="--", zorder=0)
-        axes.set_xscale("log")
+            xs, ys = zip(*sorted((x.estimate, 100 * y.estimate) for _, x, y in front), strict=True)
+            axes.step(xs, ys, where="pre", color="#888888", ls="--", zorder=0)
+        axes.set(xlabel="images/s in training, logarithmic", ylabel="top-1, %", xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(
-            "{x:g}" if max(p[1].estimate for p in points) < 10 * min(p[1].estimate for p in points) else ""
-        )
+        speeds = [x.estimate for _, x, _ in points]
+        axes.xaxis.set_minor_formatter("{x:g}" if max(speeds) < 10 * min(speeds) else "")
         axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
-        axes.set(xlabel="images/s in training, logarithmic", ylabel="top-1, %")
         legend(axes)
 
     note = "Bars: 95 % intervals. "
     note += (
-        f"Dashed: the Pareto front, {', '.join(row.arch for row, _, _ in front)}; every pair on it differs beyond its intervals."
+        f"Dashed: the Pareto front, {', '.join(row.arch for row, _, _ in front)}; every pair on it has intervals apart."
         if len(front) > 1
         else "No Pareto front is drawn: there are variants whose intervals overlap, so that their order could be chance."
     )
@@ -286,7 +291,7 @@ def scatter(rows: list[Row]) -> Section | None:
 
 def learning_curves(rows: list[Row]) -> Section | None:
     """Test accuracy against epochs, and against minutes of training."""
-    curves = []
+    curves: list[Any] = []
     for number, row in enumerate(rows):
         length = min((len(run.epoch_top1) for run in row.runs), default=0)
         tops = [[run.epoch_top1[epoch] for run in row.runs] for epoch in range(length)]
@@ -317,16 +322,11 @@ def learning_curves(rows: list[Row]) -> Section | None:
 
 
 def rate_bars(name: str, timings: list[Timing]) -> str:
+    rates = [stats.rate(timing.images_per_second) for timing in timings]
+
     def draw(axes: Axes) -> None:
-        rates = [stats.rate(timing.images_per_second) for timing in timings]
-        errors = [[rate.estimate - ends(rate)[0] for rate in rates], [ends(rate)[1] - rate.estimate for rate in rates]]
-        axes.barh(
-            [short(timing.title) for timing in timings],
-            [rate.estimate for rate in rates],
-            xerr=errors,
-            color="#7db7d9",
-            capsize=2,
-        )
+        labels, errors = [short(timing.title) for timing in timings], np.hstack([reach(rate) for rate in rates])
+        axes.barh(labels, [rate.estimate for rate in rates], xerr=errors, color="#7db7d9", capsize=2)
         axes.invert_yaxis()
         axes.set_xlabel("images/s")
 
@@ -350,7 +350,7 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
         ("With flip, %", lambda row: share_cell(stats.mean([run.flip_top1 for run in row.runs]) if row.runs else None)),
         ("Best, %", lambda row: share_cell(stats.mean([run.best_top1 for run in row.runs]) if row.runs else None)),
         (f"To {100 * (target or 0):g} %", lambda row: time_to(row, target)),
-        ("Report claims", lambda row: Cell(row.variant.claim, sort=row.variant.claim) if row.variant else Cell(NONE)),
+        ("Report claims", lambda row: Cell(row.variant.claim) if row.variant and row.variant.claim else Cell(NONE)),
     ]
     cost: list[tuple[str, Callable[[Row], Cell]]] = [
         ("Variant", lambda row: Cell(row.arch, sort=row.arch)),
@@ -359,12 +359,12 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
         ("First step", lambda row: spread([run.first_step_seconds for run in row.runs], seconds)),
         ("Compile", lambda row: spread([run.compile_seconds for run in row.runs if run.compile_seconds is not None], seconds)),
         ("Peak memory", lambda row: spread([run.peak_memory_bytes for run in row.runs if run.peak_memory_bytes], size)),
-        ("Parameters", lambda row: spread([row.variant.parameters] if row.variant else [], "{:,.0f}".format)),
+        ("Parameters", lambda row: spread([row.variant.parameters] if row.variant else [], lambda v: f"{v:,.0f}")),
         (
             "FLOPs/image",
             lambda row: spread([row.variant.flops_per_image] if row.variant else [], lambda v: f"{v / 1e6:,.0f} M"),
         ),
-        ("Of roofline", lambda row: spread([share] if (share := of_roofline(row)) else [], lambda v: f"{100 * v:.0f} %")),
+        ("Of roofline", lambda row: spread([part] if (part := of_roofline(row)) else [], lambda v: f"{100 * v:.0f} %")),
         ("Energy/epoch", lambda row: spread(epoch_joules(row), lambda v: f"{significant(v / 1000)} kJ")),
     ]
     return [
@@ -374,9 +374,15 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
 
 
 def table(title: str, columns: list[tuple[str, Callable[[Row], Cell]]], rows: list[Row], notes: list[str]) -> Section:
-    cells = [[entry(row) for _, entry in columns] for row in rows]
-    kept = [place for place in range(len(columns)) if any(line[place].text != NONE for line in cells)]
-    return Section(title, columns=[columns[i][0] for i in kept], rows=[[line[i] for i in kept] for line in cells], notes=notes)
+    return Section(
+        title, **filled([name for name, _ in columns], [[entry(row) for _, entry in columns] for row in rows]), notes=notes
+    )
+
+
+def filled(columns: list[str], rows: list[list[Cell]]) -> Any:
+    """Both without the columns that no row fills, as fields of a section."""
+    kept = [place for place in range(len(columns)) if any(row[place].text != NONE or row[place].detail for row in rows)]
+    return {"columns": [columns[place] for place in kept], "rows": [[row[place] for place in kept] for row in rows]}
 
 
 def variant_name(row: Row) -> Cell:
@@ -487,7 +493,8 @@ def optimizations(comparison: Comparison | None) -> Section | None:
     measured = comparison.measured() if comparison else []
     if comparison is None or not measured:
         return None
-    rows, before = [], None
+    rows: list[list[Cell]] = []
+    before: Timing | None = None
     for timing in comparison.timings:
         cells = [Cell(timing.title, timing.note)]
         if timing not in measured:
@@ -510,13 +517,11 @@ def baselines(comparison: Comparison | None) -> Section | None:
         return None
     ours, rows = comparison.timings[0], []
     for timing in comparison.timings:
-        name = Cell(timing.title, timing.note)
-        if timing not in measured:
-            rows.append([name, Cell("failed" if timing.failed else NONE, timing.error), Cell(NONE)])
-        else:
-            rows.append(
-                [name, rate_cell(timing), gain(ours, timing) if timing is not ours and ours in measured else Cell(NONE)]
-            )
+        rate = rate_cell(timing) if timing in measured else Cell("failed" if timing.failed else NONE, timing.error)
+        gained = gain(ours, timing) if timing is not ours and timing in measured and ours in measured else Cell(NONE)
+        stated = Cell(NONE if timing.top1 is None else f"{100 * timing.top1:.2f}")
+        time = Cell(NONE if timing.seconds_to_accuracy is None else seconds(timing.seconds_to_accuracy))
+        rows.append([Cell(timing.title, timing.note), rate, gained, stated, time])
     notes = [turns_note([timing for timing in measured if timing.in_turns])]
     scripts = [timing.title for timing in comparison.timings if not timing.in_turns]
     if scripts:
@@ -525,15 +530,15 @@ def baselines(comparison: Comparison | None) -> Section | None:
             "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
         )
     text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
-    columns = ["Training loop", "Images/s", f"{ours.title} against it"]
-    return Section("Other training loops", text, [rate_bars("baselines", measured)], columns, rows, notes)
+    columns = ["Training loop", "Images/s", f"{ours.title} against it", "Top-1 it states, %", "To its target"]
+    return Section("Other training loops", text, [rate_bars("baselines", measured)], **filled(columns, rows), notes=notes)
 
 
 def turns_note(timings: list[Timing]) -> str:
     rounds = len(timings[0].images_per_second) if timings else 0
     return (
-        f"Timed in turns in one process, {count(rounds, 'round')} in an order drawn anew. Rates and ratios are geometric means, "
-        "ratios within a round; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
+        f"Timed in turns in one process, {count(rounds, 'round')} in an order drawn anew. Rates, and ratios within a round, "
+        "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
         "or slower where its interval excludes 1."
     )
 
@@ -576,37 +581,30 @@ def ablation(given: Ablation, results: Results) -> Section | None:
     shown = [(arm.name, d) for arm, d in zip(given.arms, differences, strict=True) if d]
 
     def draw(axes: Axes) -> None:
-        reach = max(4 * max(abs(d.estimate) for _, d in shown), 1e-4)  # an interval far wider than any difference is cut off
         for name, d in shown:
-            low, high = ends(d)
-            axes.errorbar(
-                100 * d.estimate,
-                short(name),
-                xerr=[[100 * (d.estimate - low)], [100 * (high - d.estimate)]],
-                fmt="o",
-                color=COLOURS[0],
-                capsize=3,
-            )
+            axes.errorbar(100 * d.estimate, short(name), xerr=100 * reach(d), fmt="o", color=COLOURS[0], capsize=3)
         axes.axvline(0, color="#555555", lw=1)
+        most = max(400 * max(abs(d.estimate) for _, d in shown), 0.01)  # an interval far wider than any difference is cut off
         left, right = axes.get_xlim()
-        axes.set_xlim(max(left, -100 * reach), min(right, 100 * reach))
+        axes.set_xlim(max(left, -most), min(right, most))
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel(f"top-1 against {short(given.arms[0].name)}, points")
 
     trained = [run for arm in given.arms for name in arm.runs if (run := runs.get(name))]
     notes = [
-        "Mean ± standard deviation over seeds, in brackets 95 % t intervals. Every other arm is compared with the first seed by seed (paired t test); p values are corrected for the number of comparisons by Holm's "
-        f"method, and a difference is called shown below {LEVEL}. Its interval is the uncorrected one."
+        "Mean ± standard deviation over seeds, in brackets 95 % t intervals. All other arms are compared with the first, "
+        "seed by seed (paired t test); p values are corrected for the number of comparisons by Holm's method, and a difference is "
+        f"called shown below {LEVEL}. Its interval is the uncorrected one."
         if any(p is not None for p in corrected)
         else "Too few seeds for intervals and tests: differences are those of single runs."
     ]
     text = (
         f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in trained])} images, "
-        f"{count(len(given.seeds), 'seed')}; test accuracy on {span([run.test_images for run in trained])} images after the last epoch."
+        f"{count(len(given.seeds), 'seed')}; final test accuracy on {span([run.test_images for run in trained])} images."
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(shown), draw)] if shown else []
     columns = ["Arm", "Top-1, %", f"Against {given.arms[0].name}, points", "Report's"]
-    return Section(f"Ablation: {given.title}", text, charts, columns, rows, notes)
+    return Section(f"Ablation: {given.title}", text, charts, **filled(columns, rows), notes=notes)
 
 
 def difference_cell(difference: Estimate | None, p: float | None) -> Cell:

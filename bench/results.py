@@ -1,25 +1,33 @@
 """One benchmark's figures, gathered from its run folders and timed comparisons into `results.json`, with CSVs beside it.
 
-OUT/runs/ARCH-seedN/          the run folder of a training as `python -m fastcifar.train` leaves it, OUT/runs/STUDY/ARM-seedN/ an
-                              ablation's; NAME.log beside it holds what the training printed
-OUT/results.json              everything below; runs.csv, timings.csv, report.html and report.md are made of it
+OUT/runs/ARCH-seedN/    the run folder of a training as `python -m fastcifar.train` leaves it, OUT/runs/STUDY/ARM-seedN/ an
+                        ablation's; NAME.log beside it holds what the training printed
+OUT/results.json        everything below; runs.csv, timings.csv, report.html and report.md are made of it
 
 Rates are images per second, times seconds, accuracies shares 0..1. What was repeated is kept as the list of its repetitions;
 means and intervals are made when it is shown.
 """
 
+import contextlib
 import csv
 import io
 import math
+import os
+import platform
+import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import psutil
+import torch
+
 from fastcifar import files
 from fastcifar.errors import InputError
-from fastcifar.run_folder import RunFolder
+from fastcifar.run_folder import RunFolder, environment_facts
 
 VERSION = 2  # of the format; raise it when a field changes its meaning
 FAILED = "failed: "  # how the last line of a failed training's log begins
@@ -88,6 +96,8 @@ class Timing:
     images_per_second: list[float] = field(default_factory=list)  # one a round; empty where it failed
     error: str = ""  # one line: why there is no rate
     in_turns: bool = True  # False: an outside script, whose rates are no rounds of the others
+    top1: float | None = None  # 0..1, as an outside script states it
+    seconds_to_accuracy: float | None = None  # as an outside script states it
 
     @property
     def failed(self) -> bool:
@@ -154,6 +164,32 @@ class Results:
     def comparisons(self) -> dict[str, Comparison]:
         named = {"speeds": self.speeds, "optimizations": self.optimizations, "baselines": self.baselines}
         return {name: comparison for name, comparison in named.items() if comparison is not None}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit, command; clocks, load and threads as they are now."""
+    facts = environment_facts(device) | {
+        "device": device.type,
+        "system": f"{platform.system()} {platform.release()}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,  # bytes
+        "load": {"at the start": load()},
+    }
+    if device.type == "cuda":
+        facts |= {"gpu_memory": torch.cuda.get_device_properties(device).total_memory, "cuda": torch.version.cuda}
+        query = "clocks.gr,clocks.mem,clocks.max.gr,power.limit,driver_version"
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
+            told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+            facts["clocks"] = f"{query}: {told}"
+    return facts
+
+
+def load() -> float:
+    """Processes that want a core, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def read_run(runs: Path, name: str) -> Run | None:

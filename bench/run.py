@@ -13,28 +13,37 @@ same command again repeats no finished one, goes on with an interrupted one from
 import contextlib
 import ctypes
 import io
-import os
-import platform
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
-from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-import psutil
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.results import FAILED, Comparison, Results, Run, Timing, Variant, read_results, read_run, write_results
+from bench.results import (
+    FAILED,
+    Comparison,
+    Results,
+    Run,
+    Timing,
+    Variant,
+    environment,
+    load,
+    read_results,
+    read_run,
+    write_results,
+)  # fmt: skip
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
 from fastcifar.command import Command, parse_command, resumed
@@ -44,17 +53,24 @@ from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
 from fastcifar.progress import clock
-from fastcifar.recipes import RunOptions, reported
-from fastcifar.run_folder import environment_facts
+from fastcifar.recipes import reported
 from fastcifar.summary import warn_synthetic
 from fastcifar.train import steps_per_epoch
 
 PROGRAM = "python bench/run.py"
 RENAMED = {  # names of the release before; to be dropped in the next
-    "--ladder": "--optimizations", "--no-ladder": "--no-optimizations", "--peers": "--baselines", "--no-peers": "--no-baselines",
-    "--peer": "--baseline", "--peer-arch": "--baseline-arch", "--peer-images": "--baseline-images",
+    "--ladder": "--optimizations", "--no-ladder": "--no-optimizations", "--peers": "--baselines",
+    "--no-peers": "--no-baselines", "--peer": "--baseline", "--peer-arch": "--baseline-arch",
 }  # fmt: skip
-OWN_FLAGS = ("--out", "--resume", "--seed", "--epochs", "--data", "--device")  # of training, which only a benchmark itself sets
+OWN_FLAGS = (
+    "--out",
+    "--resume",
+    "--seed",
+    "--epochs",
+    "--stop-after",
+    "--data",
+    "--device",
+)  # of training, which only a benchmark itself sets
 # What training reaches of its roofline (se_resnet18 on two cores: 360 of 1,036 img/s), and seconds to start a process. Guesses
 # for the plan only.
 SHARE, START_SECONDS = {"cpu": 0.35, "cuda": 0.5}, 10.0
@@ -100,7 +116,6 @@ class Options(Common):
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
     # NAME=PATH of an outside script to time beside ours: see bench/baselines.py
     baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    baseline_images: int = 0  # images an outside script trains on in all, if it prints no rate; 0 = epochs x training images
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,8 +124,7 @@ class Options(Common):
         require(self, bool(self.archs), "archs", "at least one")
         require(self, self.rounds >= 2, "rounds", "at least 2")
         require(self, 0 <= self.target < 100, "target", "0 to below 100 percent")
-        for name in ("steps", "baseline_images"):
-            require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.steps >= 0, "steps", "0 or more")
 
 
 # One image of every architecture costs 15.2 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
@@ -134,10 +148,9 @@ class Job:
             with contextlib.redirect_stderr(said):
                 return parse_command(list(self.flags))
         except SystemExit:
-            lines = [line.strip() for line in said.getvalue().splitlines() if line.strip(" -")]
-            hint = [lines[place + 1] for place, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")]
-            words = f"{lines[1] if len(lines) > 1 else 'unknown flags'}{'; perhaps you meant ' + hint[0] if hint else ''}"
-            raise InputError(f"{self.name}: {words}: see python -m fastcifar.train --help") from None
+            lines = [words for line in said.getvalue().splitlines() if (words := line.strip(" -│╭╮╰╯─"))]
+            hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
+            raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
 
     def state(self, out: Path, hardware: str, sha256: Sequence[str]) -> Literal["new", "begun", "finished"]:
         """How far its run folder is. Raises InputError when that was begun as another run than this."""
@@ -162,7 +175,7 @@ class Job:
         return "finished" if finished else "begun"
 
     def train(self, out: Path, *, go_on: bool, watch: Callable[[str], None] = lambda line: None) -> str:
-        """Train in a process of its own, whose lines go to `watch` and a log; return "", or the line that tells why it failed."""
+        """Train in a process of its own, whose lines go to `watch` and a log; return "", or a line that tells why it failed."""
         folder = out / "runs" / self.name
         where = ["--resume", folder, "--data", self.command.run.data] if go_on else [*self.flags, "--out", folder]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -233,22 +246,20 @@ class Bench:
         """Train what is not finished, one after the other; return the names of those that failed."""
         left, failed = self.left(jobs), []
         for number, job in enumerate((job for job in jobs if job.name in left), start=1):
-            with self.console.status("") as status:
-                title = f"[{number}/{len(left)}] {job.name}"
-                error = job.train(
-                    self.out, go_on=left[job.name], watch=lambda line, title=title: status.update(Text(f"{title}: {line}"))
-                )  # fmt: skip
+            title = f"[{number}/{len(left)}] {job.name}: "
+            with self.console.status(title) as status:
+                error = job.train(self.out, go_on=left[job.name], watch=lambda line: status.update(Text(line)))
             self.save()
-            run = next((run for run in self.results.runs if run.name == job.name), Run(job.name, error="no summary"))
-            failed += [job.name] if run.error else []
-            self.console.print(f"{title}: {outcome(run)}", style="yellow" if run.error else "")
+            if error:
+                failed.append(job.name)
+                self.console.print(f"{title}failed: {error}", style="yellow")
+            else:
+                self.console.print(title + outcome(next(run for run in self.results.runs if run.name == job.name)))
         return failed
 
 
 def outcome(run: Run) -> str:
     """What a training brought, in a line."""
-    if run.error:
-        return f"failed: {run.error}"
     return f"top-1 {run.top1:.2%}, {median(run.rates):,.0f} img/s, {clock(sum(run.train_seconds))}"
 
 
@@ -269,7 +280,7 @@ def gather(runs: Path, console: Console) -> list[Run]:
 
 
 def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[str, Any], console: Console) -> Bench:
-    """Read the data, measure the device's two rates, and open the folder. Raises InputError for one of other data or hardware."""
+    """Read the data, measure the device's two rates, and open the folder. InputError for one of other data or hardware."""
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
     data = load_splits(
@@ -317,32 +328,6 @@ def variant(arch: str, rates: Rates) -> Variant:
     return Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceiling)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit, command; clocks, load and threads as they are now."""
-    facts = environment_facts(device) | {
-        "device": device.type,
-        "system": f"{platform.system()} {platform.release()}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory": psutil.virtual_memory().total,  # bytes
-        "load": {"at the start": load()},
-    }
-    if device.type == "cuda":
-        facts |= {"gpu_memory": torch.cuda.get_device_properties(device).total_memory, "cuda": torch.version.cuda}
-        query = "clocks.gr,clocks.mem,clocks.max.gr,power.limit,driver_version"
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"]
-            told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-            facts["clocks"] = f"{query}: {told}"
-    return facts
-
-
-def load() -> float:
-    """Processes that want a core, averaged over the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 def training_flags(options: Common, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()) -> tuple[str, ...]:
     """The flags of one training: `flags` are its own, and come last since the last one counts. Raises InputError."""
     own = [*shlex.split(options.flags), *flags]
@@ -352,7 +337,9 @@ def training_flags(options: Common, arch: str, seed: int, device: torch.device, 
     return (
         "--arch", arch, "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
         "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
-        "--max-parameters", "0", "--no-plots", *(["--batch-size", str(options.batch_size)] if options.batch_size else []), *own,
+        "--max-parameters", "0", "--no-plots",
+        "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
+        *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
     )  # fmt: skip
 
 
@@ -380,14 +367,17 @@ def current_names(arguments: list[str]) -> list[str]:
     """The command line in today's names, with a line on standard error for each that was renamed."""
     current: list[str] = []
     levers: list[str] | None = None
-    collecting = False  # the values of --levers
+    taker = ""  # the old option whose values follow
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        collecting = collecting and not argument.startswith("-")
-        if collecting and levers is not None:
-            levers.append(argument)
-        elif name == "--levers":
-            levers, collecting = [value] if equals else [], True
+        if taker and not argument.startswith("-"):
+            levers = [*(levers or []), argument] if taker == "--levers" else levers
+            continue
+        taker = name if name in ("--levers", "--peer-images") else ""
+        if name == "--levers":
+            levers = [value] if equals else []
+        elif name == "--peer-images":
+            print("--peer-images is gone: an outside script states how many images it trained on", file=sys.stderr)
         elif name in RENAMED:
             print(f"{name} is now {RENAMED[name]}", file=sys.stderr)
             current.append(RENAMED[name] + equals + value)
@@ -395,11 +385,14 @@ def current_names(arguments: list[str]) -> list[str]:
             current.append(argument)
     if levers is None:
         return current
+    known = ("resident", "channels_last", "bf16", "compile", "kernels")
     for lever in levers:
-        if lever not in ("resident", "channels_last", "bf16", "compile", "kernels"):
-            raise unknown("lever", lever, ("resident", "channels_last", "bf16", "compile", "kernels"))
-    flags = f"--precision {'bf16' if 'bf16' in levers else 'fp32'} {'--compile' if 'compile' in levers else '--no-compile'}"
-    flags = f"--flags={flags} --kernels {'auto' if 'kernels' in levers else 'torch'}"
+        if lever not in known:
+            raise unknown("lever", lever, known)
+    flags = (
+        f"--flags=--precision {'bf16' if 'bf16' in levers else 'fp32'} {'--compile' if 'compile' in levers else '--no-compile'}"
+    )
+    flags += f" --kernels {'auto' if 'kernels' in levers else 'torch'}"
     print(f"--levers is now {shlex.quote(flags)}", file=sys.stderr)
     return [*current, flags]
 
@@ -428,6 +421,8 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
 
     failed: list[str] = []
     if options.speeds:
+        before = bench.results.speeds.settings["archs"] if bench.results.speeds else []  # a command for fewer drops none
+        archs = [arch for arch in ARCHITECTURES if arch in (*archs, *before)]
         given = {"archs": archs, "rounds": options.rounds, "images": steps * (options.batch_size or 256)}
         given |= {"batch_size": options.batch_size, "flags": options.flags}
         failed += compare(bench, "speeds", given, lambda: baselines.time_architectures(
@@ -444,8 +439,8 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
             bench, "baselines", timed, lambda: baselines.time_baselines(task, rounds=options.rounds, say=console.print)
         )
         for name, path in scripts.items():
-            failed += outside(bench, name, lambda name=name, path=path: baselines.run_script(
-                name, path, task, epochs=options.epochs, images=options.baseline_images
+            failed += outside(bench, name, partial(
+                baselines.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
             ))  # fmt: skip
     return failed
 

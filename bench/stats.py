@@ -55,18 +55,18 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     Raises ValueError when there is no round, or their numbers differ.
     """
     logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
-    return Ratio(**_exponential(mean(_block_means(logs))), n=len(logs))
+    return _exponential(mean(_block_means(logs)), len(logs))
 
 
 def ratio_apart(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """a over b, measured at different times: Welch's interval of the difference of logarithms over blocks."""
     logs = [_block_means([math.log(value) for value in side]) for side in (a, b)]
-    return Ratio(**_exponential(difference(*logs)), n=min(len(a), len(b)))
+    return _exponential(difference(*logs), min(len(a), len(b)))
 
 
 def rate(values: Sequence[float]) -> Estimate:
     """The geometric mean of rates measured in a row, with its interval over blocks."""
-    return Estimate(**_exponential(mean(_block_means([math.log(value) for value in values]))), n=len(values))
+    return _exponential(mean(_block_means([math.log(value) for value in values])), len(values))
 
 
 def mean(values: Sequence[float]) -> Estimate:
@@ -80,7 +80,7 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def paired(treated: Sequence[float], control: Sequence[float]) -> Estimate:
-    """Mean of treated - control, pair by pair, with the paired t test's interval and p value. Raises ValueError without pairs."""
+    """Mean of treated - control, pair by pair, with the paired t test's interval and p value; ValueError without pairs."""
     differences = [a - b for a, b in zip(treated, control, strict=True)]
     if not differences:
         raise ValueError("a paired comparison needs at least one pair, got none")
@@ -144,9 +144,9 @@ def _block_means(values: Sequence[float]) -> list[float]:
     return [float(block.mean()) for block in np.array_split(np.array(values), min(BLOCKS, len(values)))] if values else []
 
 
-def _exponential(logs: Estimate) -> dict[str, float | None]:
+def _exponential(logs: Estimate, n: int) -> Ratio:
     low, high = (None if bound is None else math.exp(bound) for bound in (logs.low, logs.high))
-    return {"estimate": math.exp(logs.estimate), "low": low, "high": high, "p": logs.p}
+    return Ratio(math.exp(logs.estimate), low, high, n, logs.p)
 
 
 def _tested(test: object, centre: float, n: int) -> Estimate:

@@ -32,7 +32,8 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     rows: one dict an epoch; those of runs from before this was recorded have none of it.
     """
-    peaks, joules = ([row.get(name) for row in rows] for name in ("peak_memory_bytes", "energy_joules"))
+    peaks: list[Any] = [row.get("peak_memory_bytes") for row in rows]
+    joules: list[Any] = [row.get("energy_joules") for row in rows]
     return {
         "compile_seconds": rows[0].get("compile_seconds"),
         "peak_memory_bytes": None if None in peaks else max(peaks),

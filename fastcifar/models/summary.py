@@ -26,7 +26,7 @@ def trace_layers(model: nn.Module) -> list[LayerRow]:
     outputs: dict[str, Tensor] = {}
     leaves = {name: m for name, m in model.named_modules() if not list(m.children()) and not isinstance(m, nn.Identity)}
     hooks = [
-        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))  # type: ignore[misc]
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
         for name, layer in leaves.items()
     ]
     was_training, counter = model.training, FlopCounterMode(display=False)
