@@ -1,283 +1,496 @@
 #!/usr/bin/env python3
-"""Architectures, seeds and betons enter; epochs per second beside accuracy leave, for every variant, with ladder and peers.
+"""Epochs per second beside accuracy for every variant, each optimization's gain, and other training loops beside ours.
 
 python bench/run.py                       # all architectures, three seeds: look at the plan it prints first
 python bench/run.py --quick               # the same in small, within ten minutes on two CPU cores
 python bench/run.py --archs se_resnet18 --epochs 30 --seeds 0 1 2 3 4 --out runs/bench-se
 
-Each training is a cell, runs in a process of its own and is saved when it is finished; the same command again does what is
-left, and what failed: the whole ladder for one of its rungs, all loops of the peers for one of them, an outside script for
-itself. `results.json`, `report.md` and `report.html` in the folder always show what is there; seconds to an accuracy in them
-are to `--target`, which may be given or changed at any time without another training.
+Every training is `python -m fastcifar.train` in a process of its own and a run folder in OUT/runs (with its checkpoints). The
+same command again repeats no finished one, goes on with an interrupted one from its last epoch, and tries again what failed.
+`results.json`, `report.md` and `report.html` in OUT always show what is there (bench/results.py).
 """
 
+import contextlib
+import ctypes
+import io
+import shlex
+import signal
+import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
-from inspect import getdoc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bench.cells import START_SECONDS, estimate, finished, run_jobs, settle
-from bench.collect import collect, open_header, read_part
-from bench.figures import broke
-from bench.ladder import climb
-from bench.levers import LEVERS, chosen_levers, why_not
-from bench.loops import Task
-from bench.peers import PROTOCOL, meet, outside_scripts
-from bench.roofline import Rates
-from bench.schema import Ladder, Peer, Peers, Rung
-from bench.train_cell import Job
+from bench.results import (
+    FAILED,
+    Comparison,
+    Results,
+    Run,
+    Timing,
+    Variant,
+    environment,
+    load,
+    read_results,
+    read_run,
+    write_results,
+)  # fmt: skip
+from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
+from fastcifar.command import Command, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
-from fastcifar.errors import require, run_command
+from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.models import ARCHITECTURES, architecture
+from fastcifar.models.summary import training_flops
 from fastcifar.progress import clock
 from fastcifar.recipes import reported
 from fastcifar.summary import warn_synthetic
 from fastcifar.train import steps_per_epoch
 
 PROGRAM = "python bench/run.py"
+RENAMED = {  # names of the release before; to be dropped in the next
+    "--ladder": "--optimizations", "--no-ladder": "--no-optimizations", "--peers": "--baselines",
+    "--no-peers": "--no-baselines", "--peer": "--baseline", "--peer-arch": "--baseline-arch",
+}  # fmt: skip
+OWN_FLAGS = (
+    "--out",
+    "--resume",
+    "--seed",
+    "--epochs",
+    "--stop-after",
+    "--data",
+    "--device",
+)  # of training, which only a benchmark itself sets
+# What training reaches of its roofline (se_resnet18 on two cores: 360 of 1,036 img/s), and seconds to start a process. Guesses
+# for the plan only.
+SHARE, START_SECONDS = {"cpu": 0.35, "cuda": 0.5}, 10.0
 
 
 @dataclass(frozen=True)
-class Options:
+class Common:
+    """What bench/run.py and bench/ablate.py share."""
+
+    epochs: int = 10  # of each training; every report's schedule is stretched to them
+    seeds: tuple[int, ...] = (0, 1, 2)  # one training of each configuration for each seed
+    flags: str = ""  # of `python -m fastcifar.train`, for every training: --flags='--no-compile --precision fp32'
+    data: Path = Path("data/beton")  # folder with train.beton and test.beton
+    out: Path | None = None  # folder of the results; default: runs/bench, runs/bench-quick or runs/ablate
+    limit_train: int = 0  # use only the first so many training images, 0 = all
+    limit_test: int = 0  # use only the first so many test images, 0 = all
+    batch_size: int = 0  # images per step, 0 = each recipe's own
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+
+    def __post_init__(self) -> None:
+        require(self, bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), "seeds", "at least one, 0..2^63-1")
+        require(self, self.epochs >= 1, "epochs", "at least 1")
+        require(self, self.batch_size == 0 or self.batch_size >= 2, "batch_size", "0 or at least 2")
+        for name in ("limit_train", "limit_test"):
+            require(self, getattr(self, name) >= 0, name, "0 or more")
+
+
+@dataclass(frozen=True)
+class Options(Common):
     """Measure speed and accuracy of architectures on this machine; the same command again goes on where it stood.
 
     The defaults shown are those of --quick where it is given: a real but small version, within ten minutes on two CPU cores.
     """
 
     archs: tuple[str, ...] = tuple(ARCHITECTURES)  # architectures; `python -m fastcifar.models` lists them
-    epochs: int = 10  # of each training; every report's schedule is stretched to them
-    seeds: tuple[int, ...] = (0, 1, 2)  # one training of each architecture for each seed
-    levers: tuple[str, ...] | None = None  # what is switched on (bench/levers.py); default: all that pay on this device
-    data: Path = Path("data/beton")  # folder with train.beton and test.beton
-    out: Path | None = None  # folder of the results; default: runs/bench, or runs/bench-quick
     quick: bool = False  # the small version
-    limit_train: int = 0  # use only the first so many training images, 0 = all
-    limit_test: int = 0  # use only the first so many test images, 0 = all
-    batch_size: int = 0  # images per step, 0 = each recipe's own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     target: float = 0.0  # top-1 in percent to which the report counts seconds; 0 = the most that half of the variants reach
-    ladder: bool = True  # time the levers one after the other
-    peers: bool = True  # time other training loops beside ours
-    peer_arch: str = "se_resnet18"  # the architecture of ladder and peers
-    rounds: int = 12  # timed turns of each rung and peer
+    speeds: bool = True  # time all architectures' training steps in turns
+    optimizations: bool = True  # time our training step with one optimization after the other
+    baselines: bool = True  # time other training loops beside ours
+    baseline_arch: str = "se_resnet18"  # the architecture of those two
+    rounds: int = 12  # timed turns of whatever is timed in turns
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
-    # NAME=PATH of an outside script to time beside ours, described above
-    peer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    peer_images: int = 0  # images an outside script trains on in all, if it prints no rate; 0 = epochs x training images
+    # NAME=PATH of an outside script to time beside ours: see bench/baselines.py
+    baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
 
     def __post_init__(self) -> None:
-        for arch in (*self.archs, self.peer_arch):
+        super().__post_init__()
+        for arch in (*self.archs, self.baseline_arch):
             architecture(arch)
         require(self, bool(self.archs), "archs", "at least one")
-        require(self, bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), "seeds", "at least one, 0..2^63-1")
-        require(self, self.epochs >= 1, "epochs", "at least 1")
         require(self, self.rounds >= 2, "rounds", "at least 2")
         require(self, 0 <= self.target < 100, "target", "0 to below 100 percent")
-        require(self, self.batch_size == 0 or self.batch_size >= 2, "batch_size", "0 or at least 2")
-        for name in ("limit_train", "limit_test", "steps", "peer_images"):
-            require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.steps >= 0, "steps", "0 or more")
 
 
 # One image of every architecture costs 15.2 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
 # training images and 5 x 500 test images, at a third each, are 3,900 x 15.2 / 300 = 200 s; nine starts of a process another
-# 60 s; ladder and peers, 5 + 4 loops of 128 images for 6 + 2 turns, about 60 s with FFCV's JIT.
+# 90 s; 8 turns of 128 images of every architecture 50 s; optimizations and baselines, 5 + 4 loops of 8 turns, about 60 s.
 QUICK = Options(epochs=3, seeds=(0,), limit_train=1024, limit_test=500, batch_size=64, rounds=6, steps=2, quick=True)
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What a run works with."""
+class Job:
+    """A training that a benchmark needs: the name of its run folder, and the flags of `python -m fastcifar.train`."""
 
-    options: Options
+    name: str
+    flags: tuple[str, ...]
+
+    @cached_property
+    def command(self) -> Command:
+        """The run those flags describe. Raises InputError for what training would refuse."""
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                return parse_command(list(self.flags))
+        except SystemExit:
+            lines = [words for line in said.getvalue().splitlines() if (words := line.strip(" -│╭╮╰╯─"))]
+            hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
+            raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
+
+    def state(self, out: Path, hardware: str, sha256: Sequence[str]) -> Literal["new", "begun", "finished"]:
+        """How far its run folder is. Raises InputError when that was begun as another run than this."""
+        path = out / "runs" / self.name
+        if not (path / "config.json").exists():
+            return "new"
+        finished, began = (path / "summary.json").exists(), resumed(path)
+        pairs = {name: (getattr(began, name), getattr(self.command, name)) for name in ("arch", "recipe_name")}
+        for part in ("settings", "run"):
+            then, now = getattr(began, part), getattr(self.command, part)
+            pairs |= {entry.name: (getattr(then, entry.name), getattr(now, entry.name)) for entry in fields(then)}
+        for free in ("data", "out", "resume", "plots", "verify"):
+            del pairs[free]
+        pairs["hardware"] = (files.read_json(path / "config.json", remedy="delete the folder").get("hardware"), hardware)
+        if finished:
+            trained_on = files.read_json(path / "summary.json", remedy="delete the folder").get("data_sha256")
+            pairs["data"] = (trained_on, list(sha256))
+        for name, (then, now) in pairs.items():
+            if then != now:
+                told = f"{name}: {then} there, {now} given"
+                raise InputError(f"{path} was begun with other settings ({told}): give the same, or choose another --out")
+        return "finished" if finished else "begun"
+
+    def train(self, out: Path, *, go_on: bool, watch: Callable[[str], None] = lambda line: None) -> str:
+        """Train in a process of its own, whose lines go to `watch` and a log; return "", or a line that tells why it failed."""
+        folder = out / "runs" / self.name
+        where = ["--resume", folder, "--data", self.command.run.data] if go_on else [*self.flags, "--out", folder]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        libc, lines = ctypes.CDLL(None), [""]
+        with (
+            (folder.parent / f"{folder.name}.log").open("w", encoding="utf-8") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", "fastcifar.train", *map(str, where)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace",
+                preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: a child ends with its parent
+            ) as child,
+        ):  # fmt: skip
+            assert child.stdout is not None
+            for line in child.stdout:
+                log.write(line)
+                lines += [line.strip()] if line.strip() else []
+                watch(lines[-1])
+            code = child.wait()
+            error = ""
+            if code < 0:
+                name = signal.Signals(-code).name
+                error = f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            elif code or not (folder / "summary.json").exists():
+                error = lines[-1].removeprefix("error: ")[:300] or f"exit code {code}, nothing said"
+            if error:
+                log.write(f"{FAILED}{error}\n")
+        return error
+
+
+@dataclass
+class Bench:
+    """A folder of results while it is filled."""
+
     out: Path
     device: torch.device
     data: Splits
-    jobs: list[Job]
-    rates: Rates  # the device's
-    seconds: dict[str, float]  # what each job is expected to take
-    scripts: dict[str, Path]
+    results: Results
     console: Console
 
     @property
-    def task(self) -> Task:
-        """What ladder and peers train."""
-        recipe = reported(self.options.peer_arch).recipe
-        recipe = replace(recipe, batch_size=self.options.batch_size or recipe.batch_size)
-        steps = self.options.steps or (50 if self.device.type == "cuda" else 4)
-        steps = min(steps, steps_per_epoch(self.data, recipe.batch_size))
-        return Task(self.options.peer_arch, recipe, self.data, self.options.data, steps)
+    def rates(self) -> Rates:
+        return Rates(**self.results.environment["rates"])
+
+    def save(self, **changes: Any) -> None:
+        """Write results.json and the reports of all that is finished. A broken run is left out, with a line."""
+        self.results = replace(self.results, runs=gather(self.out / "runs", self.console), **changes)
+        write_results(self.out, self.results)
+        from bench.report import write_reports  # here, since matplotlib takes a second to import
+
+        try:
+            write_reports(self.out, self.results)
+        except Exception as error:  # whatever a report cannot show must not end hours of measuring
+            self.console.print(f"no report: {type(error).__name__}: {error}; results.json is complete", style="yellow")
+
+    def left(self, jobs: Sequence[Job]) -> dict[str, bool]:
+        """{name: whether it was begun} of the jobs that are not finished. Raises InputError for one begun otherwise."""
+        states = {job.name: job.state(self.out, device_name(self.device), self.data.sha256) for job in jobs}
+        return {name: state == "begun" for name, state in states.items() if state != "finished"}
+
+    def seconds(self, job: Job) -> float:
+        """What a training is expected to take: its epochs, an evaluation after each, and the last with the flipped image."""
+        train, test = len(self.data.train), len(self.data.test)
+        epochs = job.command.settings.epochs
+        images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
+        return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(self.rates))
+
+    def train(self, jobs: Sequence[Job]) -> list[str]:
+        """Train what is not finished, one after the other; return the names of those that failed."""
+        left, failed = self.left(jobs), []
+        for number, job in enumerate((job for job in jobs if job.name in left), start=1):
+            title = f"[{number}/{len(left)}] {job.name}: "
+            with self.console.status(title) as status:
+                error = job.train(self.out, go_on=left[job.name], watch=lambda line: status.update(Text(line)))
+            self.save()
+            if error:
+                failed.append(job.name)
+                self.console.print(f"{title}failed: {error}", style="yellow")
+            else:
+                self.console.print(title + outcome(next(run for run in self.results.runs if run.name == job.name)))
+        return failed
+
+
+def outcome(run: Run) -> str:
+    """What a training brought, in a line."""
+    return f"top-1 {run.top1:.2%}, {median(run.rates):,.0f} img/s, {clock(sum(run.train_seconds))}"
+
+
+def gather(runs: Path, console: Console) -> list[Run]:
+    """All trainings in OUT/runs that have ended, in the order of the architectures and seeds."""
+    names = {str(path.relative_to(runs).parent) for path in runs.rglob("summary.json")}
+    names |= {str(path.relative_to(runs).with_suffix("")) for path in runs.rglob("*.log")}
+    found = []
+    for name in sorted(names):
+        try:
+            run = read_run(runs, name)
+        except InputError as error:
+            console.print(f"left out: {error}", style="yellow")
+            continue
+        found += [run] if run is not None else []
+    order = {arch: place for place, arch in enumerate(ARCHITECTURES)}
+    return sorted(found, key=lambda run: (run.name.count("/"), order.get(run.arch, len(order)), run.seed, run.name))
+
+
+def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[str, Any], console: Console) -> Bench:
+    """Read the data, measure the device's two rates, and open the folder. InputError for one of other data or hardware."""
+    device = choose_device(options.device)
+    set_up_process(device, deterministic=True)
+    data = load_splits(
+        options.data, device, limit_train=options.limit_train, limit_test=options.limit_test, val_fraction=0.0, seed=0,
+        verify=True,
+    )  # fmt: skip
+    warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
+    for arch in archs:
+        steps_per_epoch(data, options.batch_size or reported(arch).recipe.batch_size)
+    now = environment(device)
+    manifest, sha256 = data.manifest, dict(zip(("train", "test"), data.sha256, strict=True))
+    about = {"name": manifest.name, "official": manifest.official, "synthetic": manifest.synthetic, "sha256": sha256}
+    before = read_results(out)[1] if (out / "results.json").exists() else Results(now, about, {})
+    for name, then, given in (
+        ("hardware", before.environment["hardware"], now["hardware"]),
+        ("torch", before.environment["versions"]["torch"], now["versions"]["torch"]),
+        ("data", before.data, about),
+    ):
+        if then != given:
+            raise InputError(f"{out} was begun with other {name} ({then} there, {given} now): choose another --out")
+    rates = measure_rates(device)
+    if "rates" in before.environment:  # a ceiling is the most that was ever seen: at another time the machine may be busier
+        rates = Rates(*(max(pair) for pair in zip(before.environment["rates"].values(), astuple(rates), strict=True)))
+    joined = {name: _joined(before.environment.get(name), now[name]) for name in ("command", "commit")}
+    known = {variant.arch for variant in before.variants} | set(archs)
+    results = replace(
+        before,
+        environment=before.environment | joined | {"rates": asdict(rates)},
+        settings=before.settings | settings,
+        variants=[variant(arch, rates) for arch in ARCHITECTURES if arch in known],
+    )
+    return Bench(out, device, data, results, console)
+
+
+def _joined(before: str | None, now: str | None) -> str | None:
+    """Both where they differ: a folder may be filled by several commands."""
+    parts = before.split(" && ") if before else []
+    return " && ".join([*parts, *([] if now is None or now in parts else [now])]) or None
+
+
+def variant(arch: str, rates: Rates) -> Variant:
+    """What an architecture costs, and its ceiling at the device's rates."""
+    row = ARCHITECTURES[arch]
+    ceiling = cost_of_arch(arch).images_per_second(rates)
+    return Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceiling)
+
+
+def training_flags(options: Common, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()) -> tuple[str, ...]:
+    """The flags of one training: `flags` are its own, and come last since the last one counts. Raises InputError."""
+    own = [*shlex.split(options.flags), *flags]
+    for flag in own:
+        if flag.split("=")[0] in OWN_FLAGS:
+            raise InputError(f"{flag} is the benchmark's to set: give it to the benchmark itself")
+    return (
+        "--arch", arch, "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
+        "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
+        "--max-parameters", "0", "--no-plots",
+        "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
+        *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
+    )  # fmt: skip
 
 
 def main() -> None:
     """Parse, plan, measure."""
     default = QUICK if "--quick" in sys.argv[1:] else Options()
-    described = f"{getdoc(Options)}\n\nLevers: {', '.join(LEVERS)}.\n\n{PROTOCOL}"
-    options = tyro.cli(Options, prog=PROGRAM, default=default, description=described)
-    bench = prepare(options, Console(soft_wrap=True, highlight=False, markup=False))
-    show_plan(bench)
+    options = tyro.cli(Options, prog=PROGRAM, default=default, args=current_names(sys.argv[1:]))
+    out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
     try:
-        failures = measure(bench)
+        failures = measure(options, out, Console(soft_wrap=True, highlight=False, markup=False))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is finished is in {bench.out}; the same command goes on") from None
-    bench.console.print(f"results and report: {bench.out}")
+        raise KeyboardInterrupt(f"what is finished is in {out}; the same command goes on") from None
+    finish(out, failures)
+
+
+def finish(out: Path, failures: list[str]) -> None:
+    """The last lines, and exit code 1 when something failed."""
+    print(f"results and report: {out}")
     if failures:
-        named = f"{len(failures)} failed ({', '.join(failures)}), see above"
-        bench.console.print(f"{named}; the same command tries them again", style="yellow")
+        print(f"{len(failures)} failed ({', '.join(failures)}), see above; the same command tries them again")
         sys.exit(1)
 
 
-def prepare(options: Options, console: Console) -> Bench:
-    """Check everything that can be checked beforehand and open the folder. Raises InputError."""
-    scripts = outside_scripts(options.peer)
-    device = choose_device(options.device)
-    set_up_process(device, deterministic=True)
-    data = load_splits(
-        options.data,
-        device,
-        limit_train=options.limit_train,
-        limit_test=options.limit_test,
-        val_fraction=0.0,
-        seed=0,
-        verify=True,
+def current_names(arguments: list[str]) -> list[str]:
+    """The command line in today's names, with a line on standard error for each that was renamed."""
+    current: list[str] = []
+    levers: list[str] | None = None
+    taker = ""  # the old option whose values follow
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if taker and not argument.startswith("-"):
+            levers = [*(levers or []), argument] if taker == "--levers" else levers
+            continue
+        taker = name if name in ("--levers", "--peer-images") else ""
+        if name == "--levers":
+            levers = [value] if equals else []
+        elif name == "--peer-images":
+            print("--peer-images is gone: an outside script states how many images it trained on", file=sys.stderr)
+        elif name in RENAMED:
+            print(f"{name} is now {RENAMED[name]}", file=sys.stderr)
+            current.append(RENAMED[name] + equals + value)
+        else:
+            current.append(argument)
+    if levers is None:
+        return current
+    known = ("resident", "channels_last", "bf16", "compile", "kernels")
+    for lever in levers:
+        if lever not in known:
+            raise unknown("lever", lever, known)
+    flags = (
+        f"--flags=--precision {'bf16' if 'bf16' in levers else 'fp32'} {'--compile' if 'compile' in levers else '--no-compile'}"
     )
-    warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
-    jobs = [
-        make_job(options, arch, seed, device) for arch in dict.fromkeys(options.archs) for seed in dict.fromkeys(options.seeds)
-    ]
-    for job in jobs:
-        steps_per_epoch(data, job.recipe.batch_size)
-    if options.ladder or options.peers:
-        steps_per_epoch(data, options.batch_size or reported(options.peer_arch).recipe.batch_size)
-    out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
-    settle(out / "settings.json", defining(options, device, data))
-    header = open_header(out, device, data, list(dict.fromkeys(options.archs)), _plain(options))
-    rates = Rates(**header.environment["rates"])
-    seconds = {job.key: estimate(job, rates, device, len(data.train), len(data.test)) for job in jobs}
-    return Bench(options, out, device, data, jobs, rates, seconds, scripts, console)
+    flags += f" --kernels {'auto' if 'kernels' in levers else 'torch'}"
+    print(f"--levers is now {shlex.quote(flags)}", file=sys.stderr)
+    return [*current, flags]
 
 
-def make_job(options: Options, arch: str, seed: int, device: torch.device) -> Job:
-    """The job of one cell. Raises InputError for a lever that is unknown, or that the device lacks."""
-    levers = chosen_levers(options.levers, arch, device)
-    return Job(
-        key=f"{arch}-seed{seed}-{'+'.join(levers)}",
-        arch=arch,
-        seed=seed,
-        levers=levers,
-        epochs=options.epochs,
-        data=str(options.data.resolve()),
-        limit_train=options.limit_train,
-        limit_test=options.limit_test,
-        device=device.type,
-        overrides={"batch_size": options.batch_size} if options.batch_size else {},
-    )
+def measure(options: Options, out: Path, console: Console) -> list[str]:
+    """Do all that is not done or failed before; return what failed now."""
+    from bench import baselines  # here, since --help needs no FFCV
+
+    scripts = baselines.outside_scripts(options.baseline)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    bench = open_bench(options, out, (*options.archs, options.baseline_arch), settings, console)
+    bench.results = replace(bench.results, settings=bench.results.settings | {"target_top1": round(options.target / 100, 6)})
+    archs, seeds = list(dict.fromkeys(options.archs)), list(dict.fromkeys(options.seeds))
+    jobs = [Job(f"{arch}-seed{seed}", training_flags(options, arch, seed, bench.device)) for arch in archs for seed in seeds]
+    show_plan(bench, options, jobs)
+    bench.save()
+
+    recipe = reported(options.baseline_arch).recipe
+    recipe = replace(recipe, batch_size=options.batch_size or recipe.batch_size)
+    steps = min(options.steps or (50 if bench.device.type == "cuda" else 4), steps_per_epoch(bench.data, recipe.batch_size))
+    task = baselines.Task(options.baseline_arch, recipe, bench.data, options.data, steps)
+    run = jobs[0].command.run
+    timed = {"arch": task.arch, "batch_size": recipe.batch_size, "steps": steps, "rounds": options.rounds}
+    # Compiling for a CPU takes a minute and gains nothing there (LOG.md): not in the small version.
+    left_out = {"compile"} if options.quick and bench.device.type == "cpu" else set()
+
+    failed: list[str] = []
+    if options.speeds:
+        before = bench.results.speeds.settings["archs"] if bench.results.speeds else []  # a command for fewer drops none
+        archs = [arch for arch in ARCHITECTURES if arch in (*archs, *before)]
+        images = steps * (options.batch_size or 256)
+        given = {"archs": archs, "rounds": options.rounds, "images": images}
+        given |= {"batch_size": options.batch_size, "flags": options.flags}
+        failed += compare(bench, "speeds", given, lambda: baselines.time_architectures(
+            archs, options.data, rounds=options.rounds, images=images, batch_size=options.batch_size,
+            device=bench.device, options=run, say=console.print,
+        ))  # fmt: skip
+    failed += bench.train(jobs)
+    if options.optimizations:
+        failed += compare(bench, "optimizations", timed | {"left_out": sorted(left_out)}, lambda: baselines.time_steps(
+            task, rounds=options.rounds, left_out=left_out, say=console.print
+        ))  # fmt: skip
+    if options.baselines:
+        failed += compare(
+            bench, "baselines", timed, lambda: baselines.time_baselines(task, rounds=options.rounds, say=console.print)
+        )
+        for name, path in scripts.items():
+            failed += outside(bench, name, partial(
+                baselines.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+            ))  # fmt: skip
+    return failed
 
 
-def defining(options: Options, device: torch.device, data: Splits) -> dict[str, Any]:
-    """What all figures of a folder have in common; a restart with anything else is refused."""
-    timed = {"arch": options.peer_arch, "rounds": options.rounds, "steps": options.steps}
-    met = {"scripts": list(options.peer), "images": options.peer_images}
-    met["levers"] = chosen_levers(options.levers, options.peer_arch, device)
-    return {
-        "hardware": device_name(device),
-        "torch": torch.__version__,
-        "data": list(data.sha256),
-        **{name: getattr(options, name) for name in ("epochs", "limit_train", "limit_test", "batch_size")},
-        **({"ladder": timed} if options.ladder else {}),
-        **({"peers": timed | met} if options.peers else {}),
-    }
+def compare(bench: Bench, what: str, settings: dict[str, Any], timed: Callable[[], list[Any]]) -> list[str]:
+    """Time what takes turns, unless it is there with these settings and nothing failed; return what failed.
+
+    Outside scripts, which take no turns, keep what they have.
+    """
+    before: Comparison | None = getattr(bench.results, what)
+    kept = [timing for timing in before.timings if not timing.in_turns] if before else []
+    if before is None or before.settings != settings or any(timing.failed for timing in before.timings if timing.in_turns):
+        bench.results.environment["load"][f"before the {what}"] = load()
+        timings = [Timing(**asdict(timing)) for timing in timed()]
+        bench.save(**{what: Comparison(settings, [*timings, *kept])})
+    done = getattr(bench.results, what)
+    return [f"{what}: {timing.name}" for timing in done.timings if timing.in_turns and timing.failed]
 
 
-def _plain(options: Options) -> dict[str, Any]:
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    return plain | {"target_top1": round(options.target / 100, 6) or None}  # a share, as bench/figures.py reads it
+def outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
+    """Run an outside script, unless it has a rate already; its failure is its own: nothing else is timed or trained again."""
+    assert bench.results.baselines is not None
+    known = {timing.name: timing for timing in bench.results.baselines.timings}
+    if name not in known or known[name].failed:
+        known[name] = replace(Timing(**asdict(run())), in_turns=False)
+        bench.console.print(f"baseline {name}: {known[name].error or f'{median(known[name].images_per_second):,.0f} img/s'}")
+        bench.save(baselines=replace(bench.results.baselines, timings=list(known.values())))
+    return [f"baselines: {name}"] if known[name].failed else []
 
 
-def show_plan(bench: Bench) -> None:
+def show_plan(bench: Bench, options: Options, jobs: list[Job]) -> None:
     """Print what is to do, what is done, and what it is expected to take."""
-    options, console = bench.options, bench.console
-    done = {job.key for job in bench.jobs if finished(bench.out, job, Console(quiet=True)) is not None}
+    left, console = bench.left(jobs), bench.console
+    images = f"{options.epochs} epochs of {len(bench.data.train):,} images, {len(bench.data.test):,} test images"
+    console.print(f"{images}, {device_name(bench.device)}{'; ' + options.flags if options.flags else ''}")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("arch", no_wrap=True)
     for heading in ("trainings", "done", "each about"):
         table.add_column(heading, justify="right")
     for arch in dict.fromkeys(options.archs):
-        jobs = [job for job in bench.jobs if job.arch == arch]
-        finished_here = sum(job.key in done for job in jobs)
-        table.add_row(arch, str(len(jobs)), str(finished_here), clock(bench.seconds[jobs[0].key]))
-    images = f"{options.epochs} epochs of {len(bench.data.train):,} images, {len(bench.data.test):,} test images"
-    console.print(f"{images}, {device_name(bench.device)}; levers: {', '.join(bench.jobs[0].levers)}")
-    lacking = [f"{name}: {reason}" for name in LEVERS if (reason := why_not(name, bench.device))]
-    console.print("\n".join(f"no lever {line}" for line in lacking))
+        own = [job for job in jobs if job.command.arch == arch]
+        done = sum(job.name not in left for job in own)
+        table.add_row(arch, str(len(own)), str(done), clock(bench.seconds(own[0])))
     console.print(table)
-    total = sum(seconds for key, seconds in bench.seconds.items() if key not in done)
-    ladder = read_part(bench.out / "ladder.json", Ladder, Console(quiet=True))
-    peers = read_part(bench.out / "peers.json", Peers, Console(quiet=True))
-    for name, wanted, part in (("ladder", options.ladder, ladder), ("peers", options.peers, peers)):
-        failed = failures_of(part)
-        state = "not wanted" if not wanted else "done" if part is not None and not failed else ""
-        seconds = 0.0 if state else timed_seconds(bench, name)
-        total += seconds
-        again = f"; again for {', '.join(failed)}" if wanted and failed else ""
-        console.print(f"{name} of {options.peer_arch}: {state or f'about {clock(seconds)}'}{again}")
-    console.print(f"in all about {clock(total)}, guessed from FLOPs, bytes and this device's rates; into {bench.out}")
-
-
-def timed_seconds(bench: Bench, part: str) -> float:
-    """What ladder or peers are expected to take: their loops, each as many turns, taken to be half as fast as a cell's."""
-    job = make_job(replace(bench.options, levers=None), bench.options.peer_arch, 0, bench.device)
-    one_image = estimate(replace(job, levers=[], epochs=1), bench.rates, bench.device, 1, 0) - START_SECONDS
-    loops = 4 if part == "peers" else 1 + sum(not why_not(name, bench.device) for name in LEVERS)
-    compiling = 60.0 * (bench.device.type == "cuda" or (part == "ladder" and not bench.options.quick))
-    return compiling + 15.0 + loops * (bench.options.rounds + 2) * bench.task.images * one_image * 2
-
-
-def failures_of(part: Ladder | Peers | None) -> list[str]:
-    """What failed in a ladder or in peers; not what this device lacks or what was left out."""
-    if part is None:
-        return []
-    entries: list[tuple[str, Rung | Peer]]
-    if isinstance(part, Ladder):
-        entries = [("ladder", rung) for rung in part.rungs]
-    else:
-        entries = [("peer", peer) for peer in part.entries]
-    return [f"{kind}: {entry.name}" for kind, entry in entries if broke(entry)]
-
-
-def measure(bench: Bench) -> list[str]:
-    """Run all that is not finished or failed before; return what failed now: cells, rungs, peers."""
-    options, out, console = bench.options, bench.out, bench.console
-
-    def saved() -> None:
-        collect(out, console)
-
-    cells = run_jobs(bench.jobs, out, bench.seconds, console, saved)
-    failures = [cell.key for cell in cells if cell.error is not None]
-    ladder, peers = read_part(out / "ladder.json", Ladder, console), read_part(out / "peers.json", Peers, console)
-    if options.ladder and (ladder is None or failures_of(ladder)):
-        # Compiling for a CPU takes a minute and gains nothing there (LOG.md): not in the small version.
-        left_out = {"compile"} if options.quick and bench.device.type == "cpu" else set()
-        ladder = climb(bench.task, rounds=options.rounds, left_out=left_out, say=console.print)
-        files.write_json(out / "ladder.json", asdict(ladder))
-        saved()
-    if options.peers and (peers is None or failures_of(peers)):
-        levers = chosen_levers(options.levers, options.peer_arch, bench.device)
-        peers = meet(
-            bench.task, levers=levers, rounds=options.rounds, scripts=bench.scripts, epochs=options.epochs,
-            peer_images=options.peer_images, before=peers, say=console.print,
-        )  # fmt: skip
-        files.write_json(out / "peers.json", asdict(peers))
-    collect(out, console)
-    failures += failures_of(ladder) if options.ladder else []
-    return failures + (failures_of(peers) if options.peers else [])
+    total = clock(sum(bench.seconds(job) for job in jobs if job.name in left))
+    console.print(f"trainings: in all about {total}, guessed from FLOPs, bytes and this device's rates; into {bench.out}")
+    for name in ("speeds", "optimizations", "baselines"):
+        state = "not wanted" if not getattr(options, name) else "done" if getattr(bench.results, name) else "to be timed"
+        console.print(f"{name}: {state}, {options.rounds} rounds")
 
 
 if __name__ == "__main__":

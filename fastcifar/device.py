@@ -1,5 +1,6 @@
 """The user's choice of device and precision enters; a torch.device and an autocast dtype leave."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -42,14 +43,41 @@ def set_up_process(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
 
 
+# What a virtual machine calls just "AMD EPYC" is told by family and model. (vendor, family, model): microarchitecture
+CPUS = {
+    ("AuthenticAMD", 23, 1): "Zen",
+    ("AuthenticAMD", 23, 49): "Zen 2",
+    ("AuthenticAMD", 25, 1): "Zen 3",
+    ("AuthenticAMD", 25, 17): "Zen 4",
+    ("AuthenticAMD", 25, 160): "Zen 4c",
+    ("AuthenticAMD", 26, 2): "Zen 5",
+    ("GenuineIntel", 6, 79): "Broadwell",
+    ("GenuineIntel", 6, 85): "Skylake or Cascade Lake",
+    ("GenuineIntel", 6, 106): "Ice Lake",
+    ("GenuineIntel", 6, 143): "Sapphire Rapids",
+    ("GenuineIntel", 6, 207): "Emerald Rapids",
+}
+
+
 def device_name(device: torch.device) -> str:
     """What a report calls the hardware: the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = "CPU"
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
-        model = "CPU"
-    return f"{model}, {torch.get_num_threads()} threads"
+        cpuinfo = ""
+    return f"{cpu_name(cpuinfo)}, {torch.get_num_threads()} threads"
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """The CPU's name in the text of /proc/cpuinfo; where it names no model, with microarchitecture, family and model number."""
+    facts: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())  # the first processor's
+    name, family, model = facts.get("model name") or "CPU", facts.get("cpu family", ""), facts.get("model", "")
+    if any(c.isdigit() for c in name) or not (family.isdigit() and model.isdigit()):
+        return name
+    known = CPUS.get((facts.get("vendor_id", ""), int(family), int(model)))
+    return f"{name} ({f'{known}, ' if known else ''}family {family} model {model})"

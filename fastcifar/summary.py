@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fastcifar.command import Command
 from fastcifar.dataset import Splits
+from fastcifar.measuring import totals
 from fastcifar.models import count_parameters
 from fastcifar.progress import clock
 from fastcifar.recipes import reported
@@ -47,6 +48,7 @@ def summarise(
         "parameters": count_parameters(state.model),
         "data": data.manifest.name,
         "synthetic": data.manifest.synthetic,
+        "data_sha256": list(data.sha256),
         "recipe_source": row.source,
         "reported": row.claim,
         "epochs": recipe.epochs,
@@ -62,6 +64,7 @@ def summarise(
         "train_seconds": sum(record["train_seconds"] for record in rows),
         "eval_seconds": sum(record["eval_seconds"] or 0.0 for record in rows),
         "first_step_seconds": rows[0]["first_step_seconds"],
+        **totals(rows),
         "precision": "fp32" if dtype is None else "bf16",
         "class_names": data.manifest.class_names,
     }

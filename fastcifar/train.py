@@ -19,6 +19,7 @@ from fastcifar.curves import Curves
 from fastcifar.dataset import Splits, epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
 from fastcifar.errors import InputError, run_command
+from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.progress import TrainingProgress
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
@@ -71,11 +72,12 @@ def train(command: Command, console: Console) -> RunFolder:
     announce(console, command, data, state, folder, dtype)
 
     train_step = build_step(state, recipe, run, data)
-    curves = Curves(folder.path)
+    curves, meter = Curves(folder.path), Meter(device)
     last = last_epoch(recipe, run, state.epoch)
     with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
         while state.epoch < last:
-            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress)
+            meter.start()
+            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress) | meter.stop()
             state.epoch += 1
             if state.epoch % run.eval_every == 0 or state.epoch == last:
                 record |= select_best(state, data, run.eval_batch_size, dtype)
@@ -133,17 +135,18 @@ def train_epoch(
     tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device))
     seed_torch(seed, epoch)
     train_step.model.train()
-    first_step_at = 0.0
+    first_step_at, first_step, steps_began = 0.0, 0.0, time.perf_counter()
     for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
         train_step(positions, step, rates[step], plan, tally, momenta[step])
         progress.advance(batch_size)
         if step == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()  # host sync, once an epoch: the first step counts when done, not when launched
-            first_step_at = time.time()
+            first_step_at, first_step = time.time(), time.perf_counter() - steps_began
         if device.type == "cpu" and not math.isfinite(tally.losses[step]):  # free here; a GPU is asked at the end
             break
     losses = tally.losses.tolist()  # host sync: the epoch ends here
+    all_steps = time.perf_counter() - steps_began
     require_finite(losses, rates, epoch)
     require_finite_weights(train_step, rates[-1], epoch)
     seconds = time.perf_counter() - started
@@ -159,6 +162,7 @@ def train_epoch(
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
+        "compile_seconds": compile_seconds(first_step, all_steps, steps),
     }
 
 

@@ -1,11 +1,11 @@
-"""A seed enters, believable benchmark results leave: nine variants, a ladder, peers, an ablation, a failed cell."""
+"""Believable benchmark results drawn from a seed: nine variants, optimizations, baselines, an ablation, a failed run."""
 
 import math
 import random
 from dataclasses import replace
 from typing import Any
 
-from bench.schema import Ablation, Arm, Cell, Epoch, Ladder, Peer, Peers, Results, Rung, Variant
+from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant
 
 # arch: report, parameters, flops (forward and backward), images per second, accuracy it ends at, claim
 ARCHS: dict[str, tuple[str, int, int, float, float, str]] = {
@@ -20,11 +20,12 @@ ARCHS: dict[str, tuple[str, int, int, float, float, str]] = {
     "resnet18": ("-", 11_173_962, 3_329_000_000, 131, 0.725, "95-96 % test"),
 }
 ENVIRONMENT: dict[str, Any] = {
-    "hardware": "AMD EPYC, 2 threads",
+    "hardware": "AMD EPYC (Zen 4, family 25 model 17), 2 threads",
     "versions": {"fastcifar": "0.1.0", "python": "3.11.7", "torch": "2.11.0", "torchvision": "0.26.0", "numpy": "2.4.6"},
     "commit": "37642600e98e",
     "command": "python bench/run.py --quick --out bench/results/cpu",
-    "load": [0.4, 0.3, 0.2],
+    "cores": 2,
+    "load": {"at the start": 0.4, "before the speeds": 0.5},
 }
 DATA: dict[str, Any] = {
     "name": "CIFAR-10 (JPEG round trip)",
@@ -35,73 +36,71 @@ DATA: dict[str, Any] = {
 
 
 def make_results(*, seeds: int = 2, epochs: int = 12, images: int = 10_000, seed: int = 0, **changes: Any) -> Results:
-    """Whole results; `changes` replace fields (`cells=[]`, `ladder=None`...)."""
+    """Whole results; `changes` replace fields (`runs=[]`, `baselines=None`...)."""
     rng = random.Random(seed)
     variants = [
-        Variant(arch, report, parameters, flops, 12_000_000, claim, roofline_images_per_second=1.6 * rate)
+        Variant(arch, report, parameters, flops, claim, roofline_images_per_second=1.6 * rate)
         for arch, (report, parameters, flops, rate, _, claim) in ARCHS.items()
     ]
-    cells = [
-        make_cell(arch, number, rate, top1, epochs=epochs, images=images, rng=rng)
+    runs = [
+        make_run(arch, number, rate, top1, epochs=epochs, images=images, rng=rng)
         for arch, (_, _, _, rate, top1, _) in ARCHS.items()
         for number in range(seeds)
     ]
-    levers = ["channels_last", "bf16"]
-    cells.append(Cell("resnet42-seed9-failed", "resnet42", 9, levers, error="OutOfMemoryError: tried to allocate 2.00 GiB"))
+    runs.append(Run("resnet42-seed9", error="OutOfMemoryError: tried to allocate 2.00 GiB"))
+    ablation, arms = make_ablation(rng)
     results = Results(
         environment=ENVIRONMENT, data=DATA, settings={"quick": True, "epochs": epochs, "seeds": list(range(seeds))},
-        variants=variants, cells=cells, ladder=make_ladder(rng), peers=make_peers(rng), ablations=[make_ablation(rng)],
+        variants=variants, runs=[*runs, *arms], ablations=[ablation],
+        speeds=in_turns({arch: row[3] for arch, row in ARCHS.items()}, rng, images=512, rounds=12),
+        optimizations=in_turns(
+            {"eager fp32 NCHW": 131.0, "resident data": 138.0, "channels_last": 176.0, "bf16": 388.0, "torch.compile": 387.0},
+            rng, Timing("captured", "whole step captured", error="not applicable: needs a GPU"), arch="se_resnet18",
+        ),
+        baselines=in_turns(
+            {"fastcifar": 385.0, "ordinary loop": 128.0, "FFCV": 250.0}, rng,
+            Timing("airbench", "airbench", error="ModuleNotFoundError: No module named 'airbench'", in_turns=False),
+            Timing("script", "script", "its own clock", [50.0], in_turns=False), arch="se_resnet18",
+        ),
     )  # fmt: skip
     return replace(results, **changes)
 
 
-def make_cell(
+def make_run(
     arch: str, seed: int, rate: float, top1: float, *, epochs: int, images: int, rng: random.Random, **changes: Any
-) -> Cell:
-    """A finished cell whose accuracy rises towards `top1` and whose first epoch is slower."""
-    rows = []
+) -> Run:
+    """A finished run whose accuracy rises towards `top1` and whose first epoch is slower."""
     end = top1 + rng.gauss(0, 0.004)
-    for number in range(epochs):
-        seconds = images / (rate * rng.gauss(1, 0.012)) + (4.0 if number == 0 else 0.0)
-        share = 1 - math.exp(-(number + 1) / (0.3 * epochs))
-        test = 0.1 + (end - 0.1) * share / (1 - math.exp(-1 / 0.3)) + rng.gauss(0, 0.006)
-        rows.append(Epoch(seconds, images / rate / 18, 2.3 - 1.6 * share, test - 0.05, 2.3 - 1.5 * share, test))
-    cell = Cell(
-        f"{arch}-seed{seed}-channels_last+bf16", arch, seed, ["channels_last", "bf16"], rows, 256, images, 10_000,
-        final_top1=rows[-1].test_top1, final_flip_top1=rows[-1].test_top1 + 0.006, best_top1=max(r.test_top1 for r in rows),
-        first_step_seconds=4.6 + rng.random() / 5, compile_seconds=0.7, peak_memory=int(900e6 + 3e8 * rng.random()),
+    shares = [(1 - math.exp(-(n + 1) / (0.3 * epochs))) / (1 - math.exp(-1 / 0.3)) for n in range(epochs)]
+    tops = [round(0.1 + (end - 0.1) * share + rng.gauss(0, 0.006), 4) for share in shares]
+    run = Run(
+        f"{arch}-seed{seed}", arch, seed, 256, images, 10_000,
+        [images / (rate * rng.gauss(1, 0.012)) + (4.0 if n == 0 else 0.0) for n in range(epochs)],
+        [images / rate / 18] * epochs, tops, top1=tops[-1], flip_top1=tops[-1] + 0.006, best_top1=max(tops),
+        first_step_seconds=4.6 + rng.random() / 5, compile_seconds=0.7, peak_memory_bytes=int(900e6 + 3e8 * rng.random()),
     )  # fmt: skip
-    return replace(cell, **changes)
+    return replace(run, **changes)
 
 
-def make_ladder(rng: random.Random, rounds: int = 12) -> Ladder:
-    """Six rungs; the last two show nothing and cannot run."""
-    rungs = [
-        ("eager fp32 NCHW, DataLoader", 131.0, "torchvision, 2 workers"), ("device-resident data", 138.0, ""),
-        ("channels_last", 176.0, ""), ("bf16", 388.0, "autocast"), ("torch.compile", 387.0, "default settings"),
-    ]  # fmt: skip
+def in_turns(rates: dict[str, float], rng: random.Random, *others: Timing, rounds: int = 12, **settings: Any) -> Comparison:
+    """Timings under a drift that all share; `others` as they are."""
     drift = [rng.uniform(0.9, 1.05) for _ in range(rounds)]
-    made = [Rung(name, [rate * d * rng.gauss(1, 0.015) for d in drift], note) for name, rate, note in rungs]
-    return Ladder("se_resnet18", 256, [*made, Rung("whole step captured", [], "CUDA graph", "not applicable: needs a GPU")])
+    made = [Timing(name, name, "", [rate * d * rng.gauss(1, 0.015) for d in drift]) for name, rate in rates.items()]
+    return Comparison(settings | {"rounds": rounds}, [*made, *others])
 
 
-def make_peers(rng: random.Random, rounds: int = 12) -> Peers:
-    """Ours, two peers, and one that crashed."""
-    rates = [
-        ("fastcifar", 385.0, ""),
-        ("ordinary PyTorch loop", 128.0, "DataLoader, eager, fp32"),
-        ("FFCV pipeline", 250.0, ""),
-    ]
-    drift = [rng.uniform(0.9, 1.05) for _ in range(rounds)]
-    made = [Peer(name, [rate * d * rng.gauss(1, 0.02) for d in drift], note) for name, rate, note in rates]
-    return Peers("se_resnet18", 256, [*made, Peer("airbench", [], "PATH", "ModuleNotFoundError: No module named 'airbench'")])
-
-
-def make_ablation(rng: random.Random) -> Ablation:
+def make_ablation(rng: random.Random) -> tuple[Ablation, list[Run]]:
     """Report D's five models over five seeds; one run of one arm failed."""
-    arms = [("full recipe", 0.0), ("without mixup and cutout", 0.021), ("without colour jitter", -0.001),
-            ("without grayscale", 0.004), ("without squeeze-excitation", -0.012)]  # fmt: skip
+    arms = [("full recipe", "", 0.0), ("without mixup and cutout", "--mixup-alpha 0 --cutout 0", 0.021),
+            ("without colour jitter", "--brightness 0", -0.001), ("without grayscale", "--grayscale 0", 0.004),
+            ("without squeeze-excitation", "--no-squeeze-excitation", -0.012)]  # fmt: skip
     level = [0.62 + rng.gauss(0, 0.004) for _ in range(5)]
-    made = [Arm(name, {}, [base + gain + rng.gauss(0, 0.003) for base in level]) for name, gain in arms]
-    made[3] = replace(made[3], top1=[*made[3].top1[:4], None])
-    return Ablation("report D", "se_resnet18", 6, 10_000, [0, 1, 2, 3, 4], made)
+    made, runs = [], []
+    for number, (name, flags, gain) in enumerate(arms):
+        names = [f"report_d/{number}-seed{seed}" for seed in range(5)]
+        made.append(Arm(name, flags, names))
+        for seed, (path, base) in enumerate(zip(names, level, strict=True)):
+            top1 = base + gain + rng.gauss(0, 0.003)
+            run = replace(make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path), top1=top1)
+            runs.append(Run(path, error="killed") if (number, seed) == (3, 4) else run)
+    return Ablation("report_d", "Report D: five models", "se_resnet18", 6, [0, 1, 2, 3, 4], made), runs

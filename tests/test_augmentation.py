@@ -447,7 +447,7 @@ def test_order_of_a_subset_is_the_order_of_the_whole_with_the_rest_left_out():
     ("field", "value"),
     [
         ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("flip", "up"), ("cutout", -1), ("cutout", 33),
-        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mixup_alpha_floor", 0.5), ("erasing_area_min", 0.0),
+        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mixup_alpha_floor", -0.1), ("erasing_area_min", 0.0),
         ("erasing_area_max", 0.01), ("erasing_value", "grey"), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
         ("rotation", 181), ("policy", "best"), ("policy_operations", 0), ("policy_magnitude", 31), ("random_erasing", 1.5),
         ("brightness", -0.2),
@@ -456,6 +456,13 @@ def test_order_of_a_subset_is_the_order_of_the_whole_with_the_rest_left_out():
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"{field} must be .*got {value}"):
         Augmentation(**{field: value})
+
+
+def test_mixup_is_switched_off_by_its_alpha_alone():
+    """Though report D's recipe has a floor."""
+    assert not replace(RECIPES["se_resnet18"].recipe.augmentation, mixup_alpha=0.0).mixes
+    with pytest.raises(InputError, match=r"mixup_alpha_floor must be 0..mixup_alpha \(0\.4\), got 0\.5"):
+        Augmentation(mixup_alpha=0.4, mixup_alpha_floor=0.5)
 
 
 def test_recipes_augment_as_their_notebooks_do():

@@ -81,7 +81,8 @@ class Augmentation:
         require(self, 0 < low <= 1, "erasing_area_min", "above 0, at most 1")
         require(self, low <= high <= 1, "erasing_area_max", f"erasing_area_min ({low}) to 1")
         floor, end = self.mixup_alpha_floor, self.mixup_alpha_end
-        require(self, 0 <= floor <= self.mixup_alpha, "mixup_alpha_floor", f"0..mixup_alpha ({self.mixup_alpha})")
+        most = self.mixup_alpha or 10  # without mixup it does not matter
+        require(self, 0 <= floor <= most, "mixup_alpha_floor", f"0..mixup_alpha ({most})")
         reachable = end is None or (0 <= end <= 10 and (end > 0 or floor > 0))
         require(self, reachable, "mixup_alpha_end", "above 0, at most 10, or 0 with a mixup_alpha_floor above 0")
 

@@ -1,9 +1,12 @@
-"""A model enters; its layers with output shapes, parameters and FLOPs leave, traced by one forward pass."""
+"""A model's layers with their output shapes, parameters and FLOPs, from one traced forward pass; FLOPs of a training step."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastcifar.models import build_model
 
 
 @dataclass(frozen=True)
@@ -20,24 +23,26 @@ class LayerRow:
 @torch.no_grad()
 def trace_layers(model: nn.Module) -> list[LayerRow]:
     """Run one image [1, 3, 32, 32] through `model` in eval mode; return a row for each layer that has no layers inside."""
-    rows: list[LayerRow] = []
-
-    def recorder(name: str):  # type: ignore[no-untyped-def]
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            parameters = sum(p.numel() for p in layer.parameters())
-            rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), parameters, _flops(layer, output)))
-
-        return record
-
+    outputs: dict[str, Tensor] = {}
     leaves = {name: m for name, m in model.named_modules() if not list(m.children()) and not isinstance(m, nn.Identity)}
-    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in leaves.items()]
-    was_training = model.training
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, layer in leaves.items()
+    ]
+    was_training, counter = model.training, FlopCounterMode(display=False)
     try:
-        model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
+        with counter:
+            model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    counts = counter.get_flop_counts()
+    rows = []
+    for name, output in outputs.items():
+        layer, flops = leaves[name], sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
+        parameters = sum(p.numel() for p in layer.parameters())
+        rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), parameters, flops))
     return rows
 
 
@@ -46,9 +51,8 @@ def flops_per_image(model: nn.Module) -> int:
     return sum(row.flops for row in trace_layers(model))
 
 
-def _flops(layer: nn.Module, output: Tensor) -> int:
-    if isinstance(layer, nn.Conv2d):
-        return 2 * output[0].numel() * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-    if isinstance(layer, nn.Linear):
-        return 2 * layer.in_features * layer.out_features
-    return 0
+def training_flops(arch: str) -> int:
+    """Forward and backward FLOPs of convolutions and linear layers for one image, 2 per multiply-add; nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_model(arch, kernels="torch")(torch.zeros(2, 3, 32, 32)).sum().backward()  # two: batch norm needs more than one
+    return counter.get_total_flops() // 2
