@@ -1,4 +1,4 @@
-"""Small CIFAR data and command-line calls enter every test from here; nothing here needs a network."""
+"""Small CIFAR data and command-line calls for every test; nothing here needs a network."""
 
 import os
 import pickle
@@ -96,10 +96,13 @@ def pickles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def betons(pickles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.beton, test.beton and manifests, written from `pickles` by the real command. Copy it to change it."""
+    """A folder with train.beton, test.beton and manifests, written from `pickles` by the command. Copy it to change it."""
+    from data_prep import write_beton  # after the environment is set
+
     out = tmp_path_factory.mktemp("betons")
-    process = run_cli("data_prep/write_beton.py", "--source", pickles, "--out", out)
-    assert process.returncode == 0, process.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["write_beton.py", "--source", str(pickles), "--out", str(out)])
+        write_beton.main()
     return out
 
 
