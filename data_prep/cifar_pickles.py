@@ -1,4 +1,4 @@
-"""A folder of official CIFAR pickles enters; checked uint8 images [N, 32, 32, 3] and labels [N] leave, with the files' md5."""
+"""Finds, checks and reads CIFAR's official pickles, and tells by their md5 whether they are the official archive."""
 
 import hashlib
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def is_official(md5: dict[str, str], layout: Layout) -> bool:
 
 
 def read_split(folder: Path, layout: Layout, split: str) -> Split:
-    """Read all pickles of one split. Raises InputError naming the file for anything that is not sound CIFAR data."""
+    """Read all pickles of one split. Raises InputError naming the file for anything that is not valid CIFAR data."""
     class_names = _read_class_names(folder / next(iter(layout.meta)), layout)
     parts = [_read_batch(folder / name, layout) for name in layout.splits[split]]
     rows = np.concatenate([part[0] for part in parts])

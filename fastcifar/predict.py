@@ -1,4 +1,4 @@
-"""A checkpoint and unlabelled images enter; a CSV with the columns ID,Labels leaves, as the class competition wants it.
+"""Predicts the classes of unlabelled images and writes the class competition's CSV with the columns ID,Labels.
 
 python -m fastcifar.predict --checkpoint runs/se_resnet18-seed0/best.pt --input cifar_test_nolabel.pkl --out submission.csv
 """
@@ -112,7 +112,7 @@ def _read_folder(path: Path) -> Unlabelled:
                     raise InputError(f"{file} has mode {image.mode}: images must have 8 bits a channel, convert it first")
                 images[number] = np.asarray(image.convert("RGB"))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{file} is not a sound PNG ({' '.join(str(error).split())}): get it again") from None
+            raise InputError(f"{file} is not a valid PNG ({' '.join(str(error).split())}): get it again") from None
     return Unlabelled(images, [file.stem for file in files])
 
 

@@ -1,8 +1,9 @@
-"""A pickle file enters; byte strings, strings, numbers, lists, dicts and NumPy arrays leave. It cannot run code.
+"""Reads pickles of plain data (strings, numbers, lists, dicts, NumPy arrays) without running any code that stands in them.
 
-Two doors lead out of plain containers, and both are guarded. `find_class` knows a few names, each of which stands for
-something of ours: NumPy trusts the state it unpickles (a forged dtype or a short list of objects sends it to any address),
-so the stream never gets hold of a real dtype or array. BUILD, which sets attributes, works on those stand-ins only.
+A pickle leaves plain containers by two opcodes, and both are restricted. `find_class` knows a few names, each mapped to
+a class or function of this module: NumPy trusts the state it unpickles (a forged dtype or a short list of objects sends it
+to any address), so the stream never gets hold of a real dtype or array. BUILD, which sets attributes, works only on those
+classes.
 The unpickler is Python's own in Python: the one in C hashes keys of any depth and makes room for any memo number.
 """
 
@@ -20,11 +21,11 @@ NUMBERS = {f"{kind}{size}" for kind, sizes in (("u", "1248"), ("i", "1248"), ("f
 
 
 class _NdarrayType:
-    """Stands where the stream says `numpy.ndarray`: an inert argument of `_reconstruct`."""
+    """Replaces `numpy.ndarray` in a stream: an inert argument of `_reconstruct`."""
 
 
 class _Dtype:
-    """Stands where the stream says `numpy.dtype`: whole numbers, floats and booleans only."""
+    """Replaces `numpy.dtype` in a stream: whole numbers, floats and booleans only."""
 
     def __init__(self, code: Any, align: object = False, copy: object = False) -> None:
         name = _text(code).lstrip("|=<>")
@@ -38,7 +39,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array, which its state then makes."""
+    """Replaces an array in a stream until its state makes it."""
 
     array: np.ndarray
 
@@ -151,7 +152,7 @@ def load_pickle(path: Path) -> dict[str, Any]:
             return {_text(key): entry.array if isinstance(entry, _Array) else entry for key, entry in value.items()}
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: {error}; get the file again from a source you trust") from None
-    except Exception as error:  # a malformed stream can raise almost anything: all of it means "not a sound pickle"
+    except Exception as error:  # a malformed stream can raise almost anything: all of it means "not a valid pickle"
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): get the file again") from None
     raise InputError(f"{path} holds a {type(value).__name__}, not a dict: it is not a CIFAR pickle")
 
