@@ -70,9 +70,11 @@ class ClockedStep(TrainStep):
         self.first_seconds = 0.0
         self.ends: list[Any] = []  # host seconds, or CUDA events
 
-    def __call__(self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally) -> None:
+    def __call__(
+        self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally, momentum: float | None = None
+    ) -> None:
         started = time.perf_counter()
-        super().__call__(positions, step, rate, plan, tally)
+        super().__call__(positions, step, rate, plan, tally, momentum)
         cuda = self.mean.is_cuda
         if not self.ends:
             if cuda:

@@ -1,4 +1,4 @@
-"""The state of a run enters, one file of tensors and plain values leaves, and comes back checked. Loading never runs code."""
+"""Checkpoints: the state of a run as one file of tensors and plain values, whose loading is checked and never runs code."""
 
 import io
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from fastcifar import files
 from fastcifar.errors import InputError
-from fastcifar.models import build_model, place
+from fastcifar.models import REVISED, build_model, count_parameters, place
 from fastcifar.models.resnet import ResNet
 
 FORMAT = 1
@@ -74,7 +74,19 @@ def load_model(path: Path, device: torch.device) -> tuple[ResNet, Checkpoint]:
     checkpoint = load_checkpoint(path, device)
     model = build_model(checkpoint.arch, len(checkpoint.class_names), squeeze_excitation=checkpoint.squeeze_excitation)
     try:
+        require_fits(path, checkpoint, model)
         model.load_state_dict(checkpoint.average or checkpoint.model)
     except RuntimeError:
         raise InputError(f"{path} does not fit arch {checkpoint.arch}: use another checkpoint, or train again") from None
     return place(model, device).eval(), checkpoint
+
+
+def require_fits(path: Path, checkpoint: Checkpoint, model: ResNet) -> None:
+    """Raise InputError for a checkpoint of a row that was another network when it was written."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    held = sum(tensor.numel() for name, tensor in checkpoint.model.items() if not name.endswith(buffers))
+    if checkpoint.arch in REVISED and held != count_parameters(model):
+        raise InputError(
+            f"{path} holds {checkpoint.arch} as version 0.1 had it ({held:,} parameters), which is not the report's network "
+            f"({count_parameters(model):,}): train again, or use version 0.1"
+        )

@@ -1,4 +1,4 @@
-"""Command-line arguments enter; the complete description of a run leaves: architecture, recipe, options."""
+"""The command line of training: architecture, recipe and options, the complete description of a run."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,9 +22,21 @@ class Command:
     """
 
     arch: str = DEFAULT_ARCH  # architecture; `python -m fastcifar.models` lists them
-    recipe: str | None = None  # whose recipe to train by, an arch's name; default: the arch's own
+    recipe: str | None = None  # recipe to train by, an arch's name or NAME_text; default: the arch's own
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=lambda: reported(DEFAULT_ARCH).recipe)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        if self.settings.held_out and self.run.val_fraction:
+            raise InputError(
+                f"val_fraction {self.run.val_fraction} beside a recipe that holds out {self.settings.held_out} of the training "
+                "images itself: leave --val-fraction out, or set --held-out instead"
+            )
+        if self.run.stop_after > self.settings.epochs:
+            raise InputError(
+                f"stop_after {self.run.stop_after} is beyond the {self.settings.epochs} epochs of the schedule: "
+                "lower --stop-after"
+            )
 
     @property
     def recipe_name(self) -> str:
@@ -49,12 +61,12 @@ def parse_command(arguments: list[str]) -> Command:
 def resumed(path: Path) -> Command:
     """The command with which the run in folder `path` began, set to go on."""
     arch, recipe_name, recipe, run = RunFolder(path).read_config()
-    return Command(arch, recipe_name, recipe, replace(run, resume=path))
+    return Command(arch, recipe_name, recipe, replace(run, resume=path, stop_after=0))
 
 
 def _require_same(began: Command, command: Command) -> None:
     """Raise InputError when a resumed run is given anything that would make it another run."""
-    free = {"data", "plots", "verify", "resume"}  # where the data is, and what comes before and after training
+    free = {"data", "plots", "verify", "resume", "stop_after"}  # where the data is, how far to go, what comes after training
     changed = [name for name in ("arch", "recipe") if getattr(began, name) != getattr(command, name)]
     for part in ("settings", "run"):
         before, now = getattr(began, part), getattr(command, part)

@@ -1,4 +1,4 @@
-"""Betons enter; sets that live on the device as uint8 leave, with each epoch's order and what to hold out from training."""
+"""Betons as sets that live on the device as uint8, each epoch's order, and what is held out from training."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ from fastcifar.errors import InputError
 from kernels.philox import Purpose, philox
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# Normalisation all five reports use on CIFAR-10, per channel R, G, B in 0..1. Data of other classes use their own statistics.
+# The mean that all five reports' notebooks subtract from CIFAR-10, per channel R, G, B in 0..1, and CIFAR-10's own standard
+# deviation, by which report C's and the later of report E's divide; each report's own is a field of its recipe.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+Channels = tuple[float, ...]  # R, G, B in 0..1
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,13 @@ def load_splits(
     seed: int,
     verify: bool,
     stream: bool = False,
+    std: Channels | None = None,
+    std_everywhere: bool = False,
 ) -> Splits:
     """Read `train.beton` and `test.beton` of a folder onto `device`; with `stream` the training images stay on the disk.
 
     limit_train, limit_test: only the first so many images, 0 = all. val_fraction: share of the training images held out, 0..1;
-    0 selects on the test set, as the reports do. Raises InputError for anything unsound.
+    0 selects on the test set. std, std_everywhere: as `normalisation` says. Raises InputError for anything invalid.
     """
     full: AnySet
     load = load_streamed if stream else load_resident
@@ -113,8 +117,9 @@ def load_splits(
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
         select_name = "held-out"
         select = held_out.fetch(torch.arange(len(held_out))) if isinstance(held_out, StreamedSet) else held_out
-    mean, std = (torch.tensor(values, device=device) for values in normalisation(manifest))
-    return Splits(full, select, select_name, test, manifest, (manifest.sha256, test_manifest.sha256), mean, std)
+    statistics = normalisation(manifest, std, everywhere=std_everywhere)
+    tensors = (torch.tensor(values, device=device) for values in statistics)
+    return Splits(full, select, select_name, test, manifest, (manifest.sha256, test_manifest.sha256), *tensors)
 
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
@@ -142,13 +147,21 @@ def load_streamed(path: Path, device: torch.device, *, limit: int = 0, verify: b
     return StreamedSet(content, pointers[part], *tensors), manifest
 
 
-def normalisation(manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: the reports' for CIFAR-10's ten classes, otherwise the training split's own.
+def is_cifar10(manifest: Manifest) -> bool:
+    """Whether the data has CIFAR-10's ten classes, for which the reports' statistics hold."""
+    return tuple(manifest.class_names) == CIFAR10_CLASSES
 
+
+def normalisation(manifest: Manifest, std: Channels | None = None, *, everywhere: bool = False) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per channel: CIFAR-10's for its ten classes, otherwise the training split's own.
+
+    std: a recipe's deviation, which takes the place of CIFAR-10's, and of other data's own only if it holds `everywhere`.
     Raises InputError when a channel has the same value everywhere, which cannot be normalised.
     """
-    if tuple(manifest.class_names) == CIFAR10_CLASSES:
-        return CIFAR10_MEAN, CIFAR10_STD
+    if is_cifar10(manifest):
+        return CIFAR10_MEAN, std or CIFAR10_STD
+    if std is not None and everywhere:
+        return tuple(manifest.mean), std
     if min(manifest.std) == 0:
         raise InputError(f"{manifest.name}: a channel is the same in every pixel, which cannot be normalised: check it")
     return tuple(manifest.mean), tuple(manifest.std)

@@ -20,6 +20,7 @@ from fastcifar import __version__, files
 from fastcifar.checkpoint import Checkpoint, save_checkpoint
 from fastcifar.device import device_name
 from fastcifar.errors import InputError
+from fastcifar.models import REVISED
 from fastcifar.recipes import Recipe, RunOptions, recipe_from_dict, run_options_from_dict, to_dict
 from fastcifar.versions import installed
 
@@ -30,6 +31,7 @@ METRIC_KEYS = {
     "best_accuracy", "learning_rates", "images_per_second", "train_seconds", "first_step_seconds",
 }  # fmt: skip
 
+CONFIG_FORMAT = 2  # of config.json; version 0.1 wrote none
 NOT_A_RUN = "name a run folder that `python -m fastcifar.train` made"
 
 
@@ -54,13 +56,25 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, arch: str, recipe_name: str, recipe: Recipe, run: RunOptions, facts: dict[str, Any]) -> None:
-        config = {"arch": arch, "recipe_name": recipe_name, "recipe": to_dict(recipe), "run": to_dict(run), **facts}
+        config = {
+            "format": CONFIG_FORMAT,
+            "arch": arch,
+            "recipe_name": recipe_name,
+            "recipe": to_dict(recipe),
+            "run": to_dict(run),
+            **facts,
+        }
         files.write_json(self.path / "config.json", config)
 
     def read_config(self) -> tuple[str, str, Recipe, RunOptions]:
         """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no sound config."""
         values = files.read_json(self.path / "config.json", remedy=NOT_A_RUN)
         try:
+            if values["arch"] in REVISED and "format" not in values:
+                raise InputError(
+                    f"{self.path} is a run of version 0.1, whose {values['arch']} was not the report's network: "
+                    "train again, or use version 0.1"
+                )
             recipe, run = recipe_from_dict(values["recipe"]), run_options_from_dict(values["run"])
             return values["arch"], values["recipe_name"], recipe, run
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A schedule and a step number enter, a learning rate leaves: a pure function of the step, with nothing to save or restore.
+"""Learning rate and momentum as pure functions of the step, with nothing to save or restore.
 
 Epochs in a schedule are those of the report it comes from (`schedule_epochs` in all). A run of another length stretches
 them: three epochs of a 250-epoch recipe with 15 epochs of warm-up spend the same 6 % of their steps warming up.
@@ -19,18 +19,21 @@ class Schedule:
     """How the learning rate runs from the first step to the last."""
 
     schedule: Kind = "warmup_cosine"  # shape of the learning rate over training
+    schedule_step: Literal["batch", "epoch"] = "batch"  # when the rate moves: with every batch, or once an epoch
     schedule_epochs: float = 200  # length in epochs in which the next fields are given; --epochs stretches them
     peak_lr: float = 0.1  # highest learning rate
     initial_lr: float = 0.0  # learning rate from which the warm-up rises
     final_lr: float = 0.0  # learning rate at the end of a cosine
-    warmup_epochs: float = 0.0  # linear rise from initial_lr (one_cycle: a cosine one), in epochs of schedule_epochs
+    warmup_epochs: float = 0.0  # linear rise from initial_lr (one_cycle: half a cosine), in epochs of schedule_epochs
     milestones: tuple[float, ...] = ()  # multi_step: epochs at which the rate is multiplied by lr_factor
     lr_factor: float = 0.1  # multi_step: factor at each milestone, above 0, at most 1
+    min_momentum: float | None = None  # one_cycle: momentum falls to this as the rate rises, and back, 0 to below 1
     restart_epochs: float = 10.0  # cosine_restarts: length of the first cycle, in epochs of schedule_epochs
     restart_growth: float = 2.0  # cosine_restarts: each cycle is this many times as long as the one before, 1 or more
 
     def __post_init__(self) -> None:
         require(self, self.schedule in get_args(Kind), "schedule", f"one of {', '.join(get_args(Kind))}")
+        require(self, self.schedule_step in ("batch", "epoch"), "schedule_step", "batch or epoch")
         require(self, 0 < self.schedule_epochs < math.inf, "schedule_epochs", "above 0")
         require(self, 0 < self.peak_lr < math.inf, "peak_lr", "above 0")
         require(self, 0 <= self.initial_lr <= self.peak_lr, "initial_lr", f"0..peak_lr ({self.peak_lr})")
@@ -47,20 +50,42 @@ class Schedule:
             self, self.restart_epochs >= self.schedule_epochs / 1000, "restart_epochs", "at least a thousandth of all epochs"
         )
         require(self, 1 <= self.restart_growth < math.inf, "restart_growth", "1 or more")
+        require(self, self.min_momentum is None or 0 <= self.min_momentum < 1, "min_momentum", "0 to below 1")
+        cycles = self.schedule == "one_cycle"
+        require(self, self.min_momentum is None or cycles, "min_momentum", "left out unless schedule is one_cycle")
+
+
+def epoch_rates(schedule: Schedule, epoch: int, steps: int, epochs: int) -> list[float]:
+    """The learning rates of the `steps` batches of epoch `epoch` in 0..epochs-1."""
+    if schedule.schedule_step == "epoch":
+        return [learning_rate(schedule, epoch, epochs)] * steps
+    return [learning_rate(schedule, epoch * steps + step, epochs * steps) for step in range(steps)]
+
+
+def epoch_momenta(schedule: Schedule, momentum: float, epoch: int, steps: int, epochs: int) -> list[float]:
+    """The same of the momentum, which is `momentum` throughout unless the schedule cycles it."""
+    if schedule.min_momentum is None:
+        return [momentum] * steps
+    low, every = schedule.min_momentum, schedule.schedule_step == "epoch"
+    points = [epoch] * steps if every else range(epoch * steps, (epoch + 1) * steps)
+    total = epochs if every else epochs * steps
+    heights = (_one_cycle(schedule, point, total) for point in points)
+    return [momentum - (momentum - low) * height for _, height in heights]
 
 
 def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
     """Return the learning rate of step `step` in 0..total_steps-1.
 
-    The first step of a warm-up already moves: step t has the share (t + 1) / warm-up steps, so that none is wasted at 0.
+    The first step of a linear warm-up already moves: step t has the share (t + 1) / warm-up steps, so that none is wasted at 0.
     """
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    if schedule.schedule == "one_cycle":
+        low, height = _one_cycle(schedule, step, total_steps)
+        return low + (schedule.peak_lr - low) * height
     epoch = step / total_steps * schedule.schedule_epochs
     warmup_steps = schedule.warmup_epochs / schedule.schedule_epochs * total_steps
     if step < warmup_steps:
         share = min(1.0, (step + 1) / warmup_steps)
-        if schedule.schedule == "one_cycle":
-            share = (1 - math.cos(math.pi * share)) / 2
         return schedule.initial_lr + (schedule.peak_lr - schedule.initial_lr) * share
     if schedule.schedule == "multi_step":
         return schedule.peak_lr * schedule.lr_factor ** bisect_right(schedule.milestones, epoch)
@@ -68,6 +93,19 @@ def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
     if schedule.schedule == "cosine_restarts":
         return _cosine(schedule, _share_of_cycle(since_warmup, schedule.restart_epochs, schedule.restart_growth))
     return _cosine(schedule, since_warmup / (schedule.schedule_epochs - schedule.warmup_epochs))
+
+
+def _one_cycle(schedule: Schedule, step: int, total_steps: int) -> tuple[float, float]:
+    """The rate at the foot of the slope on which `step` lies, and the height on it, 0..1: PyTorch's OneCycleLR.
+
+    Half a cosine from initial_lr up to the peak in step w = warm-up steps - 1, half a cosine down to final_lr in the last step.
+    """
+    top = max(0.0, schedule.warmup_epochs / schedule.schedule_epochs * total_steps - 1)
+    if step <= top:
+        share = step / top if top else 1.0
+        return schedule.initial_lr, (1 - math.cos(math.pi * share)) / 2
+    share = (step - top) / (total_steps - 1 - top)
+    return schedule.final_lr, (1 + math.cos(math.pi * share)) / 2
 
 
 def _cosine(schedule: Schedule, share: float) -> float:

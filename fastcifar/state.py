@@ -1,10 +1,10 @@
-"""A command and its data enter; the state that training moves leaves: weights, average, optimizer, epoch, best so far."""
+"""What training moves: weights, average, optimizer, epoch, best so far; how it is built, saved and restored."""
 
 from dataclasses import dataclass
 
 import torch
 
-from fastcifar.checkpoint import Checkpoint, load_checkpoint
+from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.errors import InputError
 from fastcifar.inference import TTA, evaluate
@@ -52,6 +52,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         block_dropout=recipe.block_dropout,
         head_dropout=recipe.head_dropout,
         stochastic_depth=recipe.stochastic_depth,
+        stochastic_depth_mode=recipe.stochastic_depth_mode,
         squeeze_excitation=recipe.squeeze_excitation,
         kernels=run.kernels,
     )
@@ -97,6 +98,7 @@ def restore(state: TrainingState, folder: RunFolder, data: Splits, device: torch
             "name the folder of the run's own data with --data"
         )
     try:
+        require_fits(folder.last, checkpoint, state.model)
         state.model.load_state_dict(checkpoint.model)
         state.optimizer.load_state_dict(checkpoint.optimizer)
         if state.average is not None and checkpoint.average is not None:

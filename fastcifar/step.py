@@ -1,4 +1,4 @@
-"""Positions in the resident set enter; one optimizer step later the model has moved. Losses and hits stay on the device."""
+"""One training step on the samples at given positions of the set; its loss and hits stay on the device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.losses import mixed_cross_entropy
+from fastcifar.optimizers import set_step
 from kernels.augment import augment as augment_keyed
 from kernels.augment_reference import SIDE
 from kernels.backends import has_won
@@ -31,6 +32,7 @@ class StepSettings:
     autocast_dtype: torch.dtype | None  # None: float32 throughout
     compile: bool
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    clip_gradient_value: float = 0.0  # 0 = off
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class EpochTally:
     """What an epoch counts without asking the device: read it once, after the last step."""
 
     losses: Tensor  # [steps] float32
-    hits: Tensor  # 0-d int64: images whose heavier label was predicted
+    hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its share
 
 
 class TrainStep:
@@ -90,10 +92,13 @@ class TrainStep:
             _ = draws.moves, draws.rotations  # computed here, not in the first step
         return EpochPlan(draws, mixing, torch.tensor(epoch, device=device))
 
-    def __call__(self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally) -> None:
+    def __call__(
+        self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally, momentum: float | None = None
+    ) -> None:
         """Train on the samples at `positions` [B].
 
-        step: number of the batch in its epoch. rate: the learning rate. `tally` takes the loss and the hits.
+        step: number of the batch in its epoch. rate: the learning rate. momentum: SGD's, or Adam's first beta; None: as it is.
+        `tally` takes the loss and the hits.
         """
         mixing, data = plan.mixing, self.data
         if isinstance(data, StreamedSet):
@@ -103,17 +108,19 @@ class TrainStep:
         share = mixing.share[step]
         loss, logits = self._loss(images, labels, partner_labels, share)
         loss.backward()
+        if self.settings.clip_gradient_value:
+            nn.utils.clip_grad_value_(self.model.parameters(), self.settings.clip_gradient_value)
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_step(self.optimizer, rate, momentum)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         with torch.no_grad():
             tally.losses[step] = loss
-            tally.hits += (logits.argmax(1) == torch.where(share < 0.5, partner_labels, labels)).sum()
+            predicted = logits.argmax(1)
+            tally.hits += share * (predicted == labels).sum() + (1 - share) * (predicted == partner_labels).sum()
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor

@@ -1,4 +1,4 @@
-"""A run's command, data and state enter; what people read at its start and end, and `summary.json`, leave."""
+"""What people read at a run's start and end, and `summary.json`."""
 
 from statistics import median
 from typing import Any
@@ -14,7 +14,7 @@ from fastcifar.recipes import reported
 from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.state import TrainingState
 
-CHOSEN_ON = {"test": "the test set (the reports' habit; optimistic)", "held-out": "images held out from training"}
+CHOSEN_ON = {"test": "the test set (most reports' habit; optimistic)", "held-out": "images held out from training"}
 
 
 def announce(
@@ -23,12 +23,14 @@ def announce(
     """Say what is about to happen."""
     recipe, row = command.settings, reported(command.recipe_name)
     warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
-    console.print(f"{state.arch}, {count_parameters(state.model):,} parameters; {row.source}, which claims {row.claim}")
+    claim = f", which claims {row.claim}" if row.claim else ""
+    console.print(f"{state.arch}, {count_parameters(state.model):,} parameters; {row.source}{claim}")
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"
     console.print(f"{data.manifest.name}: {sizes}; best.pt is chosen on {CHOSEN_ON[data.select_name]}")
     how = [data.mean.device.type, "fp32" if dtype is None else "bf16 autocast", "channels_last"]
     how += ["compiled"] if command.run.compile else []
-    console.print(f"{', '.join(how)}; {recipe.epochs} epochs of batch {recipe.batch_size}; into {folder.path}")
+    epochs = f"{recipe.epochs} epochs" if not command.run.stop_after else f"{command.run.stop_after} of {recipe.epochs} epochs"
+    console.print(f"{', '.join(how)}; {epochs} of batch {recipe.batch_size}; into {folder.path}")
     if state.epoch:
         console.print(f"going on after epoch {state.epoch}")
 
@@ -48,6 +50,7 @@ def summarise(
         "recipe_source": row.source,
         "reported": row.claim,
         "epochs": recipe.epochs,
+        "epochs_trained": state.epoch,
         "train_images": len(data.train),
         "seed": command.run.seed,
         "final": final.to_dict(data.manifest.class_names),
@@ -73,6 +76,11 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
         f"trained in {clock(summary['train_seconds'])} at {summary['images_per_second']:,.0f} img/s"
     )
     warn_synthetic(console, summary["synthetic"], summary["data"])
+    if summary["epochs_trained"] < summary["epochs"]:
+        console.print(
+            f"stopped after epoch {summary['epochs_trained']} of {summary['epochs']}; go on with: "
+            f"python -m fastcifar.train --resume {folder.path}"
+        )
     console.print(f"curves, confusion matrix and checkpoints: {folder.path}")
 
 

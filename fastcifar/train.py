@@ -1,4 +1,4 @@
-"""An architecture's name and a folder of betons enter; a trained network in a complete run folder leaves.
+"""Train a network by a recipe into a complete run folder.
 
 python -m fastcifar.train --arch se_resnet18 --epochs 200
 python -m fastcifar.train --resume runs/se_resnet18-seed0
@@ -20,9 +20,9 @@ from fastcifar.dataset import Splits, epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
 from fastcifar.errors import InputError, run_command
 from fastcifar.progress import TrainingProgress
-from fastcifar.recipes import Recipe
+from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
-from fastcifar.schedules import learning_rate
+from fastcifar.schedules import epoch_momenta, epoch_rates
 from fastcifar.state import TrainingState, build_state, restore, snapshot
 from fastcifar.step import EpochTally, StepSettings, TrainStep
 from fastcifar.summary import announce, report_end, summarise
@@ -52,10 +52,12 @@ def train(command: Command, console: Console) -> RunFolder:
         device,
         limit_train=run.limit_train,
         limit_test=run.limit_test,
-        val_fraction=run.val_fraction,
+        val_fraction=recipe.held_out or run.val_fraction,
         seed=run.seed,
         verify=run.verify,
         stream=run.stream,
+        std=recipe.std,
+        std_everywhere=recipe.std != reported(command.recipe_name).recipe.std,
     )
     steps = steps_per_epoch(data, recipe.batch_size)
     state = build_state(command.arch, recipe, run, data, device)
@@ -68,22 +70,25 @@ def train(command: Command, console: Console) -> RunFolder:
         folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
     announce(console, command, data, state, folder, dtype)
 
-    settings = StepSettings(recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile, run.kernels)
+    settings = StepSettings(
+        recipe.label_smoothing, recipe.clip_gradient_norm, run.seed, dtype, run.compile, run.kernels, recipe.clip_gradient_value
+    )
     train_step = TrainStep(
         state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average
     )
     curves = Curves(folder.path)
+    last = last_epoch(recipe, run, state.epoch)
     with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
-        while state.epoch < recipe.epochs:
+        while state.epoch < last:
             record = train_epoch(train_step, data, recipe, state.epoch, steps, progress)
             state.epoch += 1
-            if state.epoch % run.eval_every == 0 or state.epoch == recipe.epochs:
+            if state.epoch % run.eval_every == 0 or state.epoch == last:
                 record |= select_best(state, data, run.eval_batch_size, dtype)
             record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
             rows.append(record)
             folder.save_epoch(rows, snapshot(state, recipe, data))
             curves.log(record)
-            progress.epoch(record, seconds_left=(recipe.epochs - state.epoch) * median(map(epoch_seconds, rows)))
+            progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
 
     curves.close()
 
@@ -95,6 +100,15 @@ def train(command: Command, console: Console) -> RunFolder:
         plots.draw([plots.read_run(folder)], folder.path)
     report_end(console, summary, folder)
     return folder
+
+
+def last_epoch(recipe: Recipe, run: RunOptions, done: int) -> int:
+    """The epoch after which this command stops. Raises InputError where that is past."""
+    if run.stop_after and run.stop_after < done:
+        raise InputError(
+            f"the run already has {done} epochs, more than --stop-after {run.stop_after}: raise it, or leave it out"
+        )
+    return run.stop_after or recipe.epochs
 
 
 def run_path(command: Command) -> Path:
@@ -118,14 +132,15 @@ def train_epoch(
     device, seed, batch_size = data.mean.device, train_step.settings.seed, recipe.batch_size
     started = time.perf_counter()
     order = epoch_order(data.train.index, seed, epoch)
-    plan = train_step.plan(epoch, steps, progress=epoch / max(1, recipe.epochs - 1))
-    rates = [learning_rate(recipe.schedule, epoch * steps + step, recipe.epochs * steps) for step in range(steps)]
-    tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.int64, device=device))
+    plan = train_step.plan(epoch, steps, progress=epoch / recipe.epochs)
+    rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
+    momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
+    tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device))
     seed_torch(seed, epoch)
     train_step.model.train()
     first_step_at = 0.0
     for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
-        train_step(positions, step, rates[step], plan, tally)
+        train_step(positions, step, rates[step], plan, tally, momenta[step])
         progress.advance(batch_size)
         if step == 0:
             if device.type == "cuda":
@@ -141,7 +156,7 @@ def train_epoch(
         "epoch": epoch + 1,
         "data_name": data.manifest.name,
         "train_loss": sum(losses) / steps,
-        "train_accuracy": int(tally.hits) / (steps * batch_size),  # on augmented images, against the heavier label
+        "train_accuracy": float(tally.hits) / (steps * batch_size),  # on augmented images; both labels count by their shares
         "eval_loss": None,
         "eval_accuracy": None,
         "eval_seconds": None,

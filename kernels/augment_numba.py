@@ -27,6 +27,7 @@ ZERO, ONE, TOP = f32(0), f32(1), f32(255)
 MASK, HALF_WORD = u64(keyed.MASK), u64(32)
 M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
 CROP_FLIP, CUTOUT, FIRST_MIRROR = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_MIRROR)
+NOISE = u64(keyed.Purpose.NOISE)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the columns of jitter's factors
 THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
 
@@ -128,6 +129,16 @@ def clear(image, top, bottom, left, right):
     """Set a box, clipped, of [32, 96] to 0, in every dtype the bits of its zero."""
     for y in range(max(top, 0), min(bottom, SIDE)):
         image[y, 3 * max(left, 0) : 3 * min(right, SIDE)] = 0
+
+
+@njit(**KEPT)
+def fill_with_noise(image, top, bottom, left, right, seed, quantiles):
+    """Set a box inside [32, 96] to the noise of its places, kernels.augment_reference.noise."""
+    for y in range(top, bottom):
+        for x in range(3 * left, 3 * right):
+            value = y * ROW + x
+            words = philox(seed, u64(value >> 3), u64(0), NOISE)
+            image[y, x] = quantiles[np.int64((words[(value & 7) >> 1] >> u64(16 * (value & 1))) & u64(0xFFFF))]
 
 
 @njit(**KEPT)
@@ -362,20 +373,45 @@ def apply_operation(x, operation, magnitude, matrix, spare):
 
 
 @njit(**KEPT)
+def to_planes(image, x):
+    """image [32, 96] uint8 -> x [3, 1024] float32."""
+    pixels = image.reshape(AREA, 3)
+    for channel in range(3):
+        for i in range(AREA):
+            x[channel, i] = f32(pixels[i, channel])
+
+
+@njit(**KEPT)
+def to_pixels(x, image):
+    """x [3, 1024] of whole levels -> image [32, 96] uint8."""
+    pixels = image.reshape(AREA, 3)
+    for channel in range(3):
+        for i in range(AREA):
+            pixels[i, channel] = np.uint8(x[channel, i])
+
+
+@njit(**KEPT)
 def recipe_batch(
-    first, last, images, positions, down, right, mirrored, reflect, recolours, jitters, turns_hue, factors, order, grey,
-    operations, magnitudes, moves, rotations, erased, cutout, table, out,
+    first, last, images, positions, down, right, mirrored, reflect, jitters_first, recolours, jitters, turns_hue, factors,
+    order, grey, operations, magnitudes, moves, rotations, erased, erases_by, noise_seeds, quantiles, cutout, table, out,
 ):  # fmt: skip
-    """A whole recipe. Parameters are the whole set's, looked up by position; what the recipe leaves out has length 0."""
+    """A whole recipe. Parameters are the whole set's, looked up by position; what the recipe leaves out has length 0.
+
+    jitters_first, jitters: colour jitter before or after the crop. erases_by: 0 mean colour, 1 black, 2 noise.
+    """
     moved, x, spare = np.empty((SIDE, ROW), np.uint8), np.empty((3, AREA), np.float32), np.empty((3, AREA), np.float32)
+    whole_image = np.empty((SIDE, ROW), np.uint8)
     for b in range(first, last):
         position = positions[b]
-        move(images[position], down[position], right[position], mirrored[position], reflect, moved)
-        pixels = moved.reshape(AREA, 3)
+        source = images[position]
+        if jitters_first:
+            to_planes(source, x)
+            jitter(x, factors[position], order[position], turns_hue, spare[0])
+            to_pixels(x, whole_image)
+            source = whole_image
+        move(source, down[position], right[position], mirrored[position], reflect, moved)
         if recolours:
-            for channel in range(3):
-                for i in range(AREA):
-                    x[channel, i] = f32(pixels[i, channel])
+            to_planes(moved, x)
             if jitters:
                 jitter(x, factors[position], order[position], turns_hue, spare[0])
             if len(grey) > 0 and grey[position]:
@@ -386,11 +422,17 @@ def recipe_batch(
                 apply_operation(x, operations[position, k], magnitudes[position, k], moves[position, k], spare)
             if len(rotations) > 0:
                 affine(x, rotations[position], spare)
-            for channel in range(3):
-                for i in range(AREA):
-                    pixels[i, channel] = np.uint8(x[channel, i])
+            to_pixels(x, moved)
+        if len(erased) > 0 and erases_by == 1:
+            box = erased[position]
+            clear(moved, box[0], box[1], box[2], box[3])
         normalise(moved, table, out[b])
-        for boxes in (erased, cutout):
-            if len(boxes) > 0:
-                box = boxes[position]
+        if len(erased) > 0 and erases_by != 1:
+            box = erased[position]
+            if erases_by == 0:
                 clear(out[b], box[0], box[1], box[2], box[3])
+            else:
+                fill_with_noise(out[b], box[0], box[1], box[2], box[3], u64(noise_seeds[position]), quantiles)
+        if len(cutout) > 0:
+            box = cutout[position]
+            clear(out[b], box[0], box[1], box[2], box[3])

@@ -4,6 +4,7 @@ Draws are one set of expressions for NumPy and PyTorch. `augment_torch` is the f
 `augment_numpy` the plain one that the tests believe: one image, one array operation after the other.
 """
 
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -85,12 +86,32 @@ def level_table(mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def clear_box(x: Tensor, box: Tensor) -> Tensor:
-    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each normalised image [B, 32, 32, 3] to 0."""
+    """Set a box [B, 4] (top, bottom, left, right; clipped, maybe empty) of each image [B, 32, 32, 3] to 0."""
     place = torch.arange(SIDE, device=x.device)
     rows = (place >= box[:, :1]) & (place < box[:, 1:2])
     columns = (place >= box[:, 2:3]) & (place < box[:, 3:])
     inside = rows[:, :, None] & columns.repeat_interleave(3, 1)[:, None, :]  # [B, 32, 96]: along whole rows, as normalise
-    return x.reshape(len(x), SIDE, SIDE * 3).masked_fill(inside, 0.0).reshape(x.shape)
+    return x.reshape(len(x), SIDE, SIDE * 3).masked_fill(inside, 0).reshape(x.shape)
+
+
+@cache
+def noise_quantiles() -> Tensor:
+    """The standard normal distribution's 65,536 equally likely values [65536] float32, between -4.2 and 4.2."""
+    return torch.special.ndtri((torch.arange(65_536, dtype=torch.float64) + 0.5) / 65_536).float()
+
+
+def noise(seeds: Tensor, quantiles: Tensor) -> Tensor:
+    """Noise N(0, 1) of images [B, 32, 32, 3] float32, keyed by seeds [B]: value i takes the i-th 16 bits of its stream."""
+    values = SIDE * SIDE * 3
+    words = torch.stack(philox(seeds[:, None], torch.arange(values // 8, device=seeds.device)[None], 0, Purpose.NOISE), 2)
+    halves = torch.stack([words & 0xFFFF, words >> 16], 3)  # [B, 384, 4, 2]
+    return quantiles[halves].view(-1, SIDE, SIDE, 3)
+
+
+def fill_with_noise(x: Tensor, box: Tensor, seeds: Tensor, *, quantiles: Tensor) -> Tensor:
+    """Replace a box [B, 4] of each normalised image [B, 32, 32, 3] by its noise."""
+    inside = clear_box(torch.ones_like(x), box) == 0
+    return torch.where(inside, noise(seeds, quantiles), x)
 
 
 def augment_torch(

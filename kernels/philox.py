@@ -39,7 +39,11 @@ class Purpose(IntEnum):
     JITTER_ORDER = 8  # word 0: which of the 24 orders of the four; word 1: grey or not
     ROTATION = 9  # word 0: angle
     POLICY = 10  # block = place in the sequence; word 0: operation, word 1: sign, word 2: bin or whether applied at all
-    ERASING = 11  # block 0, word 0: whether; block k > 0, the k-th try: words 0..3 area, ratio, row, column
+    ERASING = (
+        11  # block 0, word 0: whether; block k in 1..10, the k-th try: words 0..3 area, ratio, row, column; block 11, words
+    )
+    # 0, 1: the seed of the noise that erases
+    NOISE = 12  # by that seed, counter word 0 = value number // 8: eight 16-bit quantiles, the low half of each word first
 
 
 def philox(seed: Any, sample: Words, epoch: int | Words, purpose: int, block: int = 0) -> tuple[Words, ...]:

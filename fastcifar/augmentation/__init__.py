@@ -1,10 +1,11 @@
-"""A batch of the resident uint8 set enters as positions; normalised, augmented images [B, 3, 32, 32] channels_last leave.
+"""A recipe's augmentation of batches of the resident uint8 set: normalised images [B, 3, 32, 32], channels_last.
 
 Each sample's parameters are its own and come from Philox at (sample number, epoch, purpose): no generator, no loop over
 samples, no host sync. `draws` draws them, the other modules apply them, `python -m fastcifar.augmentation` shows them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +18,19 @@ from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
 from fastcifar.beton import SIDE
 from fastcifar.errors import require
-from kernels.augment_reference import Flip, clear_box, crop_and_flip, draw_cutout, draw_geometry, normalise
+from kernels.augment_reference import (
+    Flip,
+    clear_box,
+    crop_and_flip,
+    draw_cutout,
+    draw_geometry,
+    fill_with_noise,
+    noise_quantiles,
+    normalise,
+)
 
 CropMode = Literal["zero", "reflect"]
+ErasingValue = Literal["mean", "black", "noise"]
 Backend = Literal["torch", "numba"]  # what applies the drawn parameters: PyTorch anywhere, Numba on a CPU; the same pixels
 
 
@@ -34,23 +45,28 @@ class Augmentation:
     contrast: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
     saturation: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
     hue: float = 0.0  # colour jitter: turn drawn from -x .. x, in turns, 0..0.5
+    jitter_before_crop: bool = False  # colour jitter sees the whole image, before the crop pads it with black (report D)
     grayscale: float = 0.0  # probability of a grey image, 0..1
-    policy: PolicyName = "none"  # a learned or random policy of operations on top
+    policy: PolicyName = "none"  # a learned or random policy of operations; auto_augment is CIFAR-10's
     policy_operations: int = 2  # rand_augment: operations per image, 1..14
     policy_magnitude: int = 9  # rand_augment: strength, 0..30
     rotation: float = 0.0  # degrees; angle drawn from -x .. x, 0..180
     rotation_interpolation: Interpolation = "nearest"  # how rotated pixels are read
-    random_erasing: float = 0.0  # probability that a rectangle (2 to 33 % of the image) is set to the mean colour, 0..1
+    random_erasing: float = 0.0  # probability that a rectangle is replaced, 0..1
+    erasing_area_min: float = 0.02  # random_erasing: smallest area, share of the image, above 0
+    erasing_area_max: float = 0.33  # random_erasing: largest area, share of the image, at most 1
+    erasing_value: ErasingValue = "mean"  # random_erasing: the mean colour, black, or noise N(0, 1) after normalisation
     cutout: int = 0  # side in pixels of a square set to the mean colour, 0..32; its centre is uniform, its edges clipped
     mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the share in mixup at the start of training, 0..10
-    mixup_alpha_end: float | None = None  # alpha at the end of training, reached linearly; None: constant
+    mixup_alpha_end: float | None = None  # alpha at the end of training, towards which it moves linearly; None: constant
+    mixup_alpha_floor: float = 0.0  # alpha falls no lower than this, 0..mixup_alpha
     cutmix_alpha: float = 0.0  # Beta(alpha, alpha) of the kept area in CutMix, 0..10; with mixup: either, equally likely
-    mix_probability: float = 1.0  # probability that a batch is mixed at all, 0..1
+    mix_probability: float = 1.0  # probability that a batch is mixed at all, 0..1; 1: every batch
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.crop_padding < SIDE, "crop_padding", "0..31 pixels")
-        named = {"crop_mode": CropMode, "flip": Flip, "policy": PolicyName, "rotation_interpolation": Interpolation}
-        for field, names in named.items():
+        named = {"crop_mode": CropMode, "flip": Flip, "policy": PolicyName, "erasing_value": ErasingValue}
+        for field, names in (named | {"rotation_interpolation": Interpolation}).items():
             require(self, getattr(self, field) in get_args(names), field, f"one of {', '.join(get_args(names))}")
         for field in ("brightness", "contrast", "saturation", "grayscale", "random_erasing", "mix_probability"):
             require(self, 0 <= getattr(self, field) <= 1, field, "0..1")
@@ -61,7 +77,13 @@ class Augmentation:
         require(self, 0 <= self.cutout <= SIDE, "cutout", "0..32 pixels")
         for field in ("mixup_alpha", "cutmix_alpha"):
             require(self, 0 <= getattr(self, field) <= 10, field, "0..10")
-        require(self, self.mixup_alpha_end is None or 0 < self.mixup_alpha_end <= 10, "mixup_alpha_end", "above 0, at most 10")
+        low, high = self.erasing_area_min, self.erasing_area_max
+        require(self, 0 < low <= 1, "erasing_area_min", "above 0, at most 1")
+        require(self, low <= high <= 1, "erasing_area_max", f"erasing_area_min ({low}) to 1")
+        floor, end = self.mixup_alpha_floor, self.mixup_alpha_end
+        require(self, 0 <= floor <= self.mixup_alpha, "mixup_alpha_floor", f"0..mixup_alpha ({self.mixup_alpha})")
+        reachable = end is None or (0 <= end <= 10 and (end > 0 or floor > 0))
+        require(self, reachable, "mixup_alpha_end", "above 0, at most 10, or 0 with a mixup_alpha_floor above 0")
 
     @property
     def jitter(self) -> tuple[float, float, float, float]:
@@ -70,8 +92,14 @@ class Augmentation:
 
     @property
     def recolours(self) -> bool:
-        """Whether anything works on grey levels between the crop and the normalisation."""
-        return any(self.jitter) or self.grayscale > 0 or self.policy != "none" or self.rotation > 0
+        """Whether anything works on pixel values between the gathering and the normalisation."""
+        return any(self.jitter) or self.recolours_the_crop
+
+    @property
+    def recolours_the_crop(self) -> bool:
+        """Whether anything works on pixel values between the crop and the normalisation."""
+        jitters = any(self.jitter) and not self.jitter_before_crop
+        return jitters or self.grayscale > 0 or self.policy != "none" or self.rotation > 0
 
     @property
     def mixes(self) -> bool:
@@ -79,15 +107,17 @@ class Augmentation:
         return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def plan_mixing(self, *, seed: int, epoch: int, steps: int, progress: float, device: torch.device) -> MixPlan:
-        """Draw how each batch of an epoch is mixed; `progress` is the share of training done, 0..1."""
+        """Draw how each batch of an epoch is mixed; `progress` is the share of training done before it, 0 to below 1."""
         end = self.mixup_alpha if self.mixup_alpha_end is None else self.mixup_alpha_end
-        alpha = self.mixup_alpha and self.mixup_alpha + (end - self.mixup_alpha) * progress
+        alpha = self.mixup_alpha and max(self.mixup_alpha_floor, self.mixup_alpha + (end - self.mixup_alpha) * progress)
         return mix_plan(alpha, self.cutmix_alpha, self.mix_probability, seed=seed, epoch=epoch, steps=steps, device=device)
 
 
 def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draws:
     """Draw the parameters of every sample number in `samples` [N] int64 for an epoch."""
     down, right, mirrored = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
+    area = (settings.erasing_area_min, settings.erasing_area_max)
+    noisy = settings.random_erasing > 0 and settings.erasing_value == "noise"
     jitter, order = draws.draw_jitter(samples, seed, epoch, settings.jitter) if any(settings.jitter) else (None, None)
     operations, magnitudes = (
         draws.draw_policy(samples, seed, epoch, settings.policy, settings.policy_operations, settings.policy_magnitude)
@@ -105,7 +135,9 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         operations=operations,
         magnitudes=magnitudes,
         cutout=torch.stack(draw_cutout(samples, seed, epoch, settings.cutout), 1) if settings.cutout else None,
-        erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing) if settings.random_erasing else None,
+        erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing, area) if settings.random_erasing else None,
+        noise_seed=draws.draw_noise_seed(samples, seed, epoch) if noisy else None,
+        quantiles=noise_quantiles().to(samples.device) if noisy else None,
     )
 
 
@@ -129,12 +161,22 @@ def augment(
 
         return augment_compiled(settings, images, positions, drawn, mean, std, reuse)
     batch = drawn.at(positions)
+    if any(settings.jitter) and settings.jitter_before_crop:
+        images = as_pixels(jittered(settings, as_planes(images[positions]), batch)).to(torch.uint8)
+        positions = torch.arange(len(positions), device=positions.device)
     pixels = crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, reflect=settings.crop_mode == "reflect")
-    if settings.recolours:
+    if settings.recolours_the_crop:
         pixels = recolour(settings, pixels, batch)
+    if batch.erased is not None and settings.erasing_value == "black":
+        pixels = clear_box(pixels, batch.erased)
     x = normalise(pixels, mean, std).permute(0, 2, 3, 1)  # [B, 32, 32, 3]
-    if batch.erased is not None:
-        x = colour.apply_where(x, batch.erased[:, 1] > batch.erased[:, 0], clear_box, batch.erased)
+    if batch.erased is not None and settings.erasing_value != "black":
+        erases = batch.erased[:, 1] > batch.erased[:, 0]  # [B]
+        if batch.noise_seed is None or batch.quantiles is None:
+            x = colour.apply_where(x, erases, clear_box, batch.erased)
+        else:
+            with_noise = partial(fill_with_noise, quantiles=batch.quantiles)
+            x = colour.apply_where(x, erases, with_noise, batch.erased, batch.noise_seed)
     if batch.cutout is not None:
         x = clear_box(x, batch.cutout)
     return x.permute(0, 3, 1, 2)
@@ -145,12 +187,28 @@ def numba_serves(settings: Augmentation, device: torch.device) -> bool:
     return device.type == "cpu" and not (settings.rotation and settings.rotation_interpolation == "bilinear")
 
 
+def as_planes(pixels: Tensor) -> Tensor:
+    """uint8 [B, 32, 32, 3] as float32 [B, 3, 32, 32], in which colour operations are fastest; in one pass."""
+    return torch.empty(len(pixels), 3, SIDE, SIDE, device=pixels.device).copy_(pixels.permute(0, 3, 1, 2))
+
+
+def as_pixels(planes: Tensor) -> Tensor:
+    """[B, 3, 32, 32] as [B, 32, 32, 3]."""
+    return planes.permute(0, 2, 3, 1).contiguous()
+
+
+def jittered(settings: Augmentation, planes: Tensor, batch: Draws) -> Tensor:
+    """Colour jitter of whole float32 pixel values [B, 3, 32, 32], which it may overwrite."""
+    assert batch.jitter is not None
+    assert batch.jitter_order is not None
+    return colour.jitter(planes, batch.jitter, batch.jitter_order, turns_hue=settings.hue > 0)
+
+
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
-    """Everything that works on grey levels: uint8 [B, 32, 32, 3] in, whole float32 levels of the same layout out."""
-    # Planes [B, 3, 32, 32], in which colour operations are fastest; converted and transposed in one pass.
-    levels = torch.empty(len(pixels), 3, SIDE, SIDE, device=pixels.device).copy_(pixels.permute(0, 3, 1, 2))
-    if batch.jitter is not None and batch.jitter_order is not None:
-        levels = colour.jitter(levels, batch.jitter, batch.jitter_order, turns_hue=settings.hue > 0)
+    """Everything that works on the crop's pixel values: uint8 [B, 32, 32, 3] to whole float32 values of the same layout."""
+    levels = as_planes(pixels)
+    if any(settings.jitter) and not settings.jitter_before_crop:
+        levels = jittered(settings, levels, batch)
     if batch.grey is not None:
         levels = colour.apply_where(levels, batch.grey, lambda some: colour.grey(some).expand_as(some))
     if batch.operations is not None and batch.magnitudes is not None:
@@ -158,4 +216,4 @@ def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
             levels = policies.apply_operation(levels, operation, magnitude)
     if batch.degrees is not None:
         levels = geometry.affine(levels, geometry.rotation_matrix(batch.degrees), settings.rotation_interpolation)
-    return levels.permute(0, 2, 3, 1).contiguous()
+    return as_pixels(levels)

@@ -46,7 +46,7 @@ def main() -> None:
     architecture(options.arch)
     row = reported(options.arch)
     data, manifest = load_resident(options.data / f"{options.split}.beton", torch.device("cpu"), limit=options.images)
-    mean, std = (torch.tensor(values) for values in normalisation(manifest))
+    mean, std = (torch.tensor(values) for values in normalisation(manifest, row.recipe.std))
     columns = [data.images.numpy()] + [
         seen(row.recipe.augmentation, data.images, data.index, mean, std, options.seed, epoch, options.epochs)
         for epoch in range(options.epochs)
@@ -69,7 +69,7 @@ def seen(
     """What the network is shown of `images` in an epoch, as pixels again: uint8 [N, 32, 32, 3]. The images make one batch."""
     x = augment(settings, images, torch.arange(len(images)), draw(settings, index, seed, epoch), mean, std)
     if settings.mixes:
-        progress = epoch / max(1, epochs - 1)
+        progress = epoch / epochs
         plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=progress, device=images.device)
         x = mix(x, plan.blend[0], plan.box[0])
     levels = x.permute(0, 2, 3, 1) * (255 * std) + 255 * mean

@@ -1,16 +1,18 @@
-"""A recipe, the resident set and an epoch's draws enter; the augmented batch leaves, by one Numba loop over its images."""
+"""A recipe's augmentation on a CPU by one Numba loop over the batch's images."""
 
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.augmentation import Augmentation
+from fastcifar.augmentation import Augmentation, ErasingValue
 from fastcifar.augmentation.draws import Draws
 from kernels import augment_numba as compiled
 from kernels.augment_reference import SIDE, level_table
 
+ERASING_VALUES = get_args(ErasingValue)  # by their numbers in kernels.augment_numba
 NOTHING: dict[str, compiled.Array] = {
     "floats": np.empty((0, 4), np.float32),
     "numbers": np.empty((0, 4), np.int64),
@@ -19,6 +21,8 @@ NOTHING: dict[str, compiled.Array] = {
     "magnitudes": np.empty((0, 0), np.float32),
     "moves": np.empty((0, 0, 2, 3), np.float32),
     "rotations": np.empty((0, 2, 3), np.float32),
+    "seeds": np.empty(0, np.int64),
+    "quantiles": np.empty(0, np.float32),
 }
 
 
@@ -28,14 +32,17 @@ def augment_compiled(
     """`augment` for CPU tensors: the same pixels, bit for bit."""
     count = len(positions)
     out = torch.empty(count, SIDE, SIDE, 3) if reuse is None or len(reuse) != count else reuse.permute(0, 2, 3, 1)
+    jitters = drawn.jitter is not None
     table = _table(tuple(mean.tolist()), tuple(std.tolist()))
     # No tensor operation in here: PyTorch's idle threads spin for a while after each, on the cores these loops need.
     compiled.in_threads(
         compiled.recipe_batch, count, images.view(-1, SIDE, SIDE * 3).numpy(), positions.numpy(),
-        drawn.down.numpy(), drawn.right.numpy(), drawn.mirrored.numpy(), settings.crop_mode == "reflect", settings.recolours,
-        drawn.jitter is not None, settings.hue > 0, _array(drawn.jitter, "floats"), _array(drawn.jitter_order, "numbers"),
+        drawn.down.numpy(), drawn.right.numpy(), drawn.mirrored.numpy(), settings.crop_mode == "reflect",
+        jitters and settings.jitter_before_crop, settings.recolours_the_crop, jitters and not settings.jitter_before_crop,
+        settings.hue > 0, _array(drawn.jitter, "floats"), _array(drawn.jitter_order, "numbers"),
         _array(drawn.grey, "flags"), _array(drawn.operations, "operations"), _array(drawn.magnitudes, "magnitudes"),
         _array(drawn.moves, "moves"), _array(drawn.rotations, "rotations"), _array(drawn.erased, "numbers"),
+        ERASING_VALUES.index(settings.erasing_value), _array(drawn.noise_seed, "seeds"), _array(drawn.quantiles, "quantiles"),
         _array(drawn.cutout, "numbers"), table.numpy(), out.view(count, SIDE, SIDE * 3).numpy(),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Sample numbers, seed and epoch enter; every sample's augmentation parameters of that epoch leave, on their device.
+"""Every sample's augmentation parameters of an epoch, drawn by (seed, epoch, sample, purpose) on the samples' device.
 
 Drawn once an epoch for the whole set, so that a step only looks them up. A parameter depends on (seed, epoch, sample,
 purpose) alone.
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fastcifar.augmentation.geometry import rotation_matrix
 from fastcifar.augmentation.policies import (
-    AUTO_AUGMENT_CIFAR10,
+    AUTO_AUGMENT,
     BINS,
     DRAWN,
     NUMBER,
     SIGNED,
     USUAL,
     WIDE,
+    Pairs,
     PolicyName,
     magnitude_table,
     move_matrices,
@@ -30,8 +31,7 @@ from fastcifar.augmentation.policies import (
 from kernels.augment_reference import SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
-ERASED_AREA = (0.02, 0.33)  # random erasing: share of the image, uniform (Zhong et al., AAAI 2020; torchvision's defaults)
-ERASED_RATIO = (0.3, 3.3)  # height to width, uniform in the logarithm
+ERASED_RATIO = (0.3, 3.3)  # random erasing: height to width, uniform in the logarithm (Zhong et al., AAAI 2020; torchvision)
 ERASING_TRIES = 10
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
 
@@ -51,6 +51,8 @@ class Draws:
     magnitudes: Tensor | None = None  # [N, K] float32
     cutout: Tensor | None = None  # [N, 4] int64: top, bottom, left, right, not clipped
     erased: Tensor | None = None  # [N, 4] int64: the same of random erasing, empty where nothing is erased
+    noise_seed: Tensor | None = None  # [N] int64: seed of the noise that erases
+    quantiles: Tensor | None = None  # [65536] float32, what the noise is looked up in: shared by all samples
 
     @cached_property
     def moves(self) -> Tensor | None:
@@ -69,7 +71,7 @@ class Draws:
         values: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            values[entry.name] = None if value is None else value[positions]
+            values[entry.name] = value if value is None or entry.name == "quantiles" else value[positions]
         batch = Draws(**values)
         for name in ("moves", "rotations"):  # what is computed already need not be computed again
             if self.__dict__.get(name) is not None:
@@ -104,8 +106,8 @@ def draw_policy(
 
     operations, magnitude: RandAugment's N and its bin 0..30. AutoAugment applies two, TrivialAugment one.
     """
-    if policy == "auto_augment":
-        return _draw_auto_augment(samples, seed, epoch)
+    if policy in AUTO_AUGMENT:
+        return _draw_auto_augment(samples, seed, epoch, AUTO_AUGMENT[policy])
     table = magnitude_table(WIDE if policy == "trivial_augment" else USUAL, BINS).to(samples.device)
     drawn, magnitudes = [], []
     for place in range(1 if policy == "trivial_augment" else operations):
@@ -117,13 +119,13 @@ def draw_policy(
     return torch.stack(drawn, 1), torch.stack(magnitudes, 1)
 
 
-def _draw_auto_augment(samples: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+def _draw_auto_augment(samples: Tensor, seed: int, epoch: int, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """One of the 25 pairs for each image; each operation of the pair is applied with its own probability."""
-    numbers = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
-    chances = torch.tensor([[chance for _, chance, _ in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
-    bins = torch.tensor([[size for _, _, size in pair] for pair in AUTO_AUGMENT_CIFAR10], device=samples.device)
+    numbers = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in pairs], device=samples.device)
+    chances = torch.tensor([[chance for _, chance, _ in pair] for pair in pairs], device=samples.device)
+    bins = torch.tensor([[size for _, _, size in pair] for pair in pairs], device=samples.device)
     table = magnitude_table(USUAL, 10).to(samples.device)
-    pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(AUTO_AUGMENT_CIFAR10))
+    pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(pairs))
     drawn, magnitudes = [], []
     for place in range(2):
         _, sign, applied, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
@@ -139,14 +141,19 @@ def _signed(magnitude: Tensor, operation: Tensor, word: Tensor) -> Tensor:
     return torch.where(has_sign & (below(word, 2) == 1), -magnitude, magnitude)
 
 
-def draw_erasing(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:
-    """Boxes [N, 4] of random erasing: area and ratio are tried until the box is smaller than the image, then placed in it."""
+def draw_erasing(
+    samples: Tensor, seed: int, epoch: int, probability: float, areas: tuple[float, float] = (0.02, 0.33)
+) -> Tensor:
+    """Boxes [N, 4] of random erasing: area and ratio are tried until the box is smaller than the image, then placed in it.
+
+    areas: least and most, as shares of the image, uniform between them.
+    """
     chosen = uniform(philox(seed, samples, epoch, Purpose.ERASING)[0]) < probability
     box = torch.zeros(len(samples), 4, dtype=torch.int64, device=samples.device)
     found = ~chosen
     for attempt in range(1, ERASING_TRIES + 1):
         area_word, ratio_word, row, column = philox(seed, samples, epoch, Purpose.ERASING, block=attempt)
-        area = SIDE**2 * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * uniform(area_word))
+        area = SIDE**2 * (areas[0] + (areas[1] - areas[0]) * uniform(area_word))
         low, high = (math.log(ratio) for ratio in ERASED_RATIO)
         ratio = torch.exp(low + (high - low) * uniform(ratio_word))
         height, width = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
@@ -155,3 +162,9 @@ def draw_erasing(samples: Tensor, seed: int, epoch: int, probability: float) -> 
         box = torch.where(fits[:, None], torch.stack([top, top + height, left, left + width], 1), box)
         found = found | fits
     return box
+
+
+def draw_noise_seed(samples: Tensor, seed: int, epoch: int) -> Tensor:
+    """The seed [N], 0..2^63-1, of each sample's noise."""
+    high, low, _, _ = philox(seed, samples, epoch, Purpose.ERASING, block=ERASING_TRIES + 1)
+    return high << 31 | low >> 1

@@ -1,4 +1,4 @@
-"""Grey levels, operations and magnitudes enter, augmented levels leave: RandAugment, AutoAugment, TrivialAugment.
+"""RandAugment, AutoAugment and TrivialAugment: their tables, and their operations on batches of pixel values.
 
 All three reduce to the same thing: for each image a short sequence of (operation, signed magnitude). What differs is the
 table they draw from. Operations and tables are torchvision's, sized for 32 pixels where they count pixels.
@@ -14,7 +14,8 @@ from fastcifar.augmentation import colour, geometry
 from fastcifar.augmentation.colour import apply_where
 from fastcifar.beton import SIDE
 
-PolicyName = Literal["none", "rand_augment", "auto_augment", "trivial_augment"]
+PolicyName = Literal["none", "rand_augment", "auto_augment", "auto_augment_imagenet", "trivial_augment"]
+Pairs = tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...]  # two of (operation, probability, magnitude 0..9)
 
 # Operation numbers are positions here. RandAugment and TrivialAugment draw from the first 14; Invert is AutoAugment's alone.
 OPERATIONS = (
@@ -26,8 +27,8 @@ SIGNED = range(NUMBER["ShearX"], NUMBER["Sharpness"] + 1)  # their magnitude is 
 DRAWN = NUMBER["Equalize"] + 1  # how many operations RandAugment and TrivialAugment choose from
 BINS = 31  # RandAugment's and TrivialAugment's magnitudes, 0..30
 
-# AutoAugment's policy for CIFAR-10 (Cubuk et al., CVPR 2019, table 7): two of (operation, probability, magnitude 0..9) each.
-AUTO_AUGMENT_CIFAR10 = (
+# AutoAugment's policy for CIFAR-10 (Cubuk et al., "AutoAugment", CVPR 2019, table 7).
+AUTO_AUGMENT_CIFAR10: Pairs = (
     (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
     (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
@@ -54,6 +55,36 @@ AUTO_AUGMENT_CIFAR10 = (
     (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
 )
+
+# Its policy for ImageNet (table 9), torchvision's default.
+AUTO_AUGMENT_IMAGENET: Pairs = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 0), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, 0)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 0), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.0, 0), ("Equalize", 0.8, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 0)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 0)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+)
+AUTO_AUGMENT: dict[str, Pairs] = {"auto_augment": AUTO_AUGMENT_CIFAR10, "auto_augment_imagenet": AUTO_AUGMENT_IMAGENET}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
-"""A feature map enters a residual block, another leaves, half as large where the stride is 2: y = shortcut(x) + branch(x)."""
+"""Residual blocks, y = shortcut(x) + branch(x), whose feature map is half as large where the stride is 2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastcifar.models.layers import Kernels, SqueezeExcitation, StochasticDepth, conv, dropout, idle, norm_act
+from fastcifar.models.layers import (
+    Kernels,
+    SqueezeExcitation,
+    StochasticDepth,
+    StochasticDepthMode,
+    conv,
+    dropout,
+    idle,
+    norm_act,
+)
 
 
 @dataclass(frozen=True)
@@ -17,9 +26,11 @@ class BlockSpec:
     stride: int
     shortcut: str  # conv1x1_bn, conv3x3_bn or conv1x1; used where the shape changes
     activation: Callable[[], nn.Module]
-    se_reduction: int  # 0: no squeeze-excitation
+    squeezes: bool  # whether it has squeeze-excitation
+    se_bias: bool
     dropout: float
     drop_path: float  # stochastic depth: probability of dropping this block's branch
+    drop_path_mode: StochasticDepthMode = "sample"
     kernels: Kernels = "torch"  # who computes BN, squeeze-excitation, sum and activation
 
     @property
@@ -39,8 +50,8 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(spec.outputs, spec.outputs, 3)
         self.bn2 = nn.BatchNorm2d(spec.outputs)
         self.dropout2 = dropout(spec.dropout)
-        self.se = _squeeze_excitation(spec)
-        self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.se = _squeeze_excitation(spec, spec.outputs)
+        self.drop_path = _drop_path(spec)
         self.shortcut = _shortcut(spec)
         self.act2 = spec.activation()
         self.kernels = spec.kernels
@@ -55,37 +66,42 @@ class BasicBlock(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """BN, act, conv, BN, act, dropout, conv, [squeeze-excitation], [stochastic depth], add (He et al., ECCV 2016; report C).
+    """BN, act, [squeeze-excitation], conv, BN, act, dropout, conv, [stochastic depth], add (He et al., ECCV 2016; report C).
 
-    Where the shape changes, the shortcut's convolution takes the activated input; elsewhere the input passes untouched.
+    Where the shape changes, the shortcut's convolution takes what the first convolution takes; elsewhere the input passes
+    untouched.
     """
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(spec.inputs)
         self.act1 = spec.activation()
+        self.se = _squeeze_excitation(spec, spec.inputs)
         self.conv1 = conv(spec.inputs, spec.outputs, 3, spec.stride)
         self.bn2 = nn.BatchNorm2d(spec.outputs)
         self.act2 = spec.activation()
         self.dropout = dropout(spec.dropout)
         self.conv2 = conv(spec.outputs, spec.outputs, 3)
-        self.se = _squeeze_excitation(spec)
-        self.drop_path = StochasticDepth(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.drop_path = _drop_path(spec)
         self.shortcut = _shortcut(spec)
         self.projects = spec.changes_shape
         self.kernels = spec.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = norm_act(x, self.bn1, self.act1, self.kernels)
+        activated = self.se(norm_act(x, self.bn1, self.act1, self.kernels))
         branch = norm_act(self.conv1(activated), self.bn2, self.act2, self.kernels)
         branch = self.conv2(self.dropout(branch))
-        return self.shortcut(activated if self.projects else x) + self.drop_path(self.se(branch))
+        return self.shortcut(activated if self.projects else x) + self.drop_path(branch)
 
 
-def _squeeze_excitation(spec: BlockSpec) -> nn.Module:
-    if not spec.se_reduction:
+def _squeeze_excitation(spec: BlockSpec, channels: int) -> nn.Module:
+    if not spec.squeezes:
         return nn.Identity()
-    return SqueezeExcitation(spec.outputs, spec.se_reduction, spec.activation, spec.kernels)
+    return SqueezeExcitation(channels, spec.activation, bias=spec.se_bias, kernels=spec.kernels)
+
+
+def _drop_path(spec: BlockSpec) -> nn.Module:
+    return StochasticDepth(spec.drop_path, spec.drop_path_mode) if spec.drop_path else nn.Identity()
 
 
 def _shortcut(spec: BlockSpec) -> nn.Module:

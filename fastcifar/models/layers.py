@@ -1,4 +1,4 @@
-"""Feature maps [N, C, H, W] enter, feature maps leave: the layers between the convolutions."""
+"""The layers between the convolutions, on feature maps [N, C, H, W]."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,58 +13,73 @@ from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a peer in measurements.
 Kernels = Literal["auto", "torch", "triton", "fusable"]
+StochasticDepthMode = Literal["sample", "batch"]
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Mish: "mish"}  # what the kernels know
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias whose padding keeps the map's size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
+    """A convolution whose padding keeps the map's size at stride 1."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
 
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by what the whole map says of it (Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018).
 
-        s = sigmoid(W_expand act(W_reduce mean_hw(x)))        y = x * s
+        s = sigmoid(W_expand act(W_reduce mean_hw(x) + b_reduce) + b_expand)        y = x * s
 
-    No biases: with them none of the reports' parameter counts comes out. The bottleneck has channels // reduction units, at
-    least one.
+    The bottleneck has channels // reduction units, at least one. bias: whether b_reduce and b_expand exist.
     """
 
-    def __init__(self, channels: int, reduction: int, activation: Callable[[], nn.Module], kernels: Kernels = "torch") -> None:
+    def __init__(
+        self, channels: int, activation: Callable[[], nn.Module], *, reduction: int = 16, bias: bool, kernels: Kernels = "torch"
+    ) -> None:
         super().__init__()
         self.kernels = kernels
         hidden = max(channels // reduction, 1)
-        self.reduce = nn.Linear(channels, hidden, bias=False)
+        self.reduce = nn.Linear(channels, hidden, bias=bias)
         self.activation = activation()
-        self.expand = nn.Linear(hidden, channels, bias=False)
+        self.expand = nn.Linear(hidden, channels, bias=bias)
+
+    @property
+    def parameters_of_kernels(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """w_reduce [R, C], w_expand [C, R], b_reduce [R] and b_expand [C], as the kernels take them."""
+        return self.reduce.weight, self.expand.weight, self.reduce.bias, self.expand.bias
 
     def forward(self, x: Tensor) -> Tensor:
         if _form("squeeze_excite", self.kernels, x, self.activation) == "triton":
             from kernels.squeeze_excite import squeeze_excite
 
-            weights = (self.reduce.weight, self.expand.weight)
-            return squeeze_excite(x, *weights, activation=ACTIVATIONS[type(self.activation)], backend="triton")
+            w_reduce, w_expand, b_reduce, b_expand = self.parameters_of_kernels
+            activation = ACTIVATIONS[type(self.activation)]
+            return squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand, backend="triton")
         squeezed = x.mean(dim=(2, 3))  # [N, C]
         scale = torch.sigmoid(self.expand(self.activation(self.reduce(squeezed))))
         return x * scale[:, :, None, None].to(x.dtype)
 
 
 class StochasticDepth(nn.Module):
-    """Drop a residual branch for whole samples in training, scaling the kept by 1 / survival (Huang et al., ECCV 2016)."""
+    """Drop a residual branch in training (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016).
 
-    def __init__(self, drop_probability: float) -> None:
+    mode: sample draws for every sample and scales the kept by 1 / survival; batch draws once for the whole batch and scales
+    nothing, as report C does. Report C's dropped blocks have no gradients, so that its SGD skips their weights in that step;
+    ours are 0, and momentum and decay go on: a multiplication needs no host wait, a branch would.
+    """
+
+    def __init__(self, drop_probability: float, mode: StochasticDepthMode = "sample") -> None:
         super().__init__()
-        self.drop_probability = drop_probability
+        self.drop_probability, self.mode = drop_probability, mode
 
     def forward(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_probability == 0:
             return branch
         survival = 1 - self.drop_probability
+        if self.mode == "batch":
+            return branch * (torch.rand(1, 1, 1, 1, device=branch.device) < survival).to(branch.dtype)
         kept = torch.rand(len(branch), 1, 1, 1, device=branch.device) < survival
         return branch * (kept / survival).to(branch.dtype)
 
     def extra_repr(self) -> str:
-        return f"p={self.drop_probability:.3g}"
+        return f"p={self.drop_probability:.3g}, mode={self.mode}"
 
 
 def dropout(probability: float) -> nn.Module:
@@ -95,7 +110,7 @@ def norm_act(
     return tail(
         x, shortcut, bn.weight, bn.bias, bn.running_mean, bn.running_var,
         training=bn.training, momentum=bn.momentum, eps=bn.eps, activation=name,
-        se=(squeezing.reduce.weight, squeezing.expand.weight) if squeezing else None,
+        se=squeezing.parameters_of_kernels if squeezing else None,
         se_activation=ACTIVATIONS[type(squeezing.activation)] if squeezing else "relu",
     )  # fmt: skip
 

@@ -1,15 +1,24 @@
-"""Normalised images [N, 3, 32, 32] enter, logits [N, classes] leave: stem, stages of residual blocks, pooled head."""
+"""The one residual network behind every row of the table: stem, stages of residual blocks, pooled head."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 
 from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
-from fastcifar.models.layers import Kernels, conv, dropout, norm_act
+from fastcifar.models.layers import Kernels, StochasticDepthMode, conv, dropout, norm_act
+
+# pytorch: every layer's default. kaiming: convolutions normal by fan-out (He et al., ICCV 2015). kaiming_small_head: these, and
+# linear layers, those of squeeze-excitation too, normal with deviation 0.01 and zero bias (report C).
+Initialisation = Literal["pytorch", "kaiming", "kaiming_small_head"]
 
 
 class ResNet(nn.Module):
-    """The one network behind every row of the table; the arguments are the row's fields and a recipe's probabilities."""
+    """Normalised images [N, 3, 32, 32] to logits [N, num_classes]; arguments are a row's fields and a recipe's probabilities.
+
+    stochastic_depth: probability p of dropping the last block's branch. Mode sample: block l of L drops with p l / L (Huang et
+    al., ECCV 2016); mode batch: block i of n in stage s of S with p (s / S) (i / n) (report C).
+    """
 
     def __init__(
         self,
@@ -20,18 +29,21 @@ class ResNet(nn.Module):
         shortcut: str,
         activation: Callable[[], nn.Module],
         se_stages: tuple[int, ...],
-        se_reduction: int,
+        se_bias: bool,
+        stem_bias: bool,
+        initialisation: Initialisation,
         num_classes: int,
         block_dropout: float,
         head_dropout: float,
         stochastic_depth: float,
+        stochastic_depth_mode: StochasticDepthMode = "sample",
         kernels: Kernels = "torch",
     ) -> None:
         super().__init__()
         self.kernels = kernels
         # Then the blocks begin with BN and activation, and the trunk ends with them.
         pre_activation = block is PreActivationBlock
-        self.stem = nn.Sequential(conv(3, widths[0], 3))
+        self.stem = nn.Sequential(conv(3, widths[0], 3, bias=stem_bias))
         if not pre_activation:
             self.stem.extend([nn.BatchNorm2d(widths[0]), activation()])
 
@@ -41,15 +53,19 @@ class ResNet(nn.Module):
             stage = nn.Sequential()
             for position in range(count):
                 depth += 1
+                per_batch = stochastic_depth_mode == "batch"
+                share = number / len(widths) * (position + 1) / count if per_batch else depth / total
                 spec = BlockSpec(
                     inputs=inputs,
                     outputs=width,
                     stride=2 if number > 1 and position == 0 else 1,
                     shortcut=shortcut,
                     activation=activation,
-                    se_reduction=se_reduction if number in se_stages else 0,
+                    squeezes=number in se_stages,
+                    se_bias=se_bias,
                     dropout=block_dropout,
-                    drop_path=stochastic_depth * depth / total,
+                    drop_path=stochastic_depth * share,
+                    drop_path_mode=stochastic_depth_mode,
                     kernels=kernels,
                 )
                 stage.append(block(spec))
@@ -59,7 +75,7 @@ class ResNet(nn.Module):
         self.tail = nn.Sequential(nn.BatchNorm2d(inputs), activation()) if pre_activation else nn.Identity()
         self.dropout = dropout(head_dropout)
         self.classifier = nn.Linear(inputs, num_classes)
-        self._initialise()
+        self._initialise(initialisation)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem[0](images)
@@ -72,8 +88,11 @@ class ResNet(nn.Module):
         pooled = x.mean(dim=(2, 3))  # [N, C]
         return self.classifier(self.dropout(pooled))
 
-    def _initialise(self) -> None:
-        """He initialisation by fan-out for convolutions (He et al., ICCV 2015), PyTorch's own for the rest; not stated."""
+    def _initialise(self, initialisation: Initialisation) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and initialisation != "pytorch":
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Linear) and initialisation == "kaiming_small_head":
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
