@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -86,6 +87,19 @@ def assert_user_error(process: subprocess.CompletedProcess[str], *fragments: obj
     assert lines[0].startswith("error: "), process.stderr
     for fragment in fragments:
         assert str(fragment) in lines[0]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command's `main` in this process, which saves the seconds of its imports; returns what it printed to stdout."""
+
+    def call(main: Callable[[], None], *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,11 @@ def test_the_same_seed_draws_the_same_and_another_seed_does_not() -> None:
 
 def test_pickles_are_the_same_for_a_seed_and_pass_the_normal_reader(tmp_path: Path) -> None:
     folder = tmp_path / "first"
-    first, again, other = write(folder, 1000, 300), write(tmp_path / "again", 1000, 300), write(tmp_path / "other", 1000, 300, 1)
+    first, again, other = (
+        write(folder, 1000, 300),
+        write(tmp_path / "again", 1000, 300),
+        write(tmp_path / "other", 1000, 300, 1),
+    )
     assert first == again
     assert [name for name in first if first[name] == other[name]] == ["batches.meta"]
     assert find_pickles(folder, LAYOUT) == folder

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,19 +44,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., str]) -> Command:
     """The command, run here in an empty folder; it returns what was printed."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def command(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["write_beton.py", *map(str, arguments)])
-        capsys.readouterr()
-        write_beton.main()
-        return capsys.readouterr().out
-
-    return command
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return partial(call, write_beton.main)
 
 
 @pytest.fixture
