@@ -139,16 +139,24 @@ INVALID: list[tuple[str, str, str, list[Any]]] = [
     ("data_batch_4", "labels", "no entry 'labels'", [None]),
     ("data_batch_4", "labels", "is not a list of whole numbers", [b"labels", 3, np.array(3), {"0": 0}, *WITH_NO_NUMBER]),
     ("data_batch_4", "labels", "is not a list of whole numbers", [np.zeros(40), np.zeros((40, 1), np.int64)]),
+    ("data_batch_4", "labels", "is not a list of whole numbers", [[True] * 40, np.ones(40, bool), [np.True_] * 40]),
     ("data_batch_4", "labels", "40 images but", [[], [0] * 39, [0] * 41]),
     ("data_batch_4", "labels", "label 17 is outside 0..9", [[3] * 20 + [17] + [3] * 19]),
-    ("data_batch_4", "labels", "is outside 0..9", [[0] * 39 + [10], [0] * 39 + [-1], [0] * 39 + [2**70]]),
+    (
+        "data_batch_4",
+        "labels",
+        "is outside 0..9",
+        [[0] * 39 + [10], [0] * 39 + [-1], [0] * 39 + [2**70], [0] * 39 + [10**5000]],
+    ),
     ("batches.meta", "label_names", "no entry 'label_names'", [None]),
-    ("batches.meta", "label_names", "10 class names", [[], [b"cat"] * 9, [b"cat"] * 11, [b"cat"] * 9 + [3], b"0123456789", 10]),
+    ("batches.meta", "label_names", "is not a list of class names", [[b"cat"] * 9 + [3], b"0123456789", 10]),
+    ("batches.meta", "label_names", "names 3 classes, this layout has 10", [[b"cat"] * 3]),
+    ("batches.meta", "label_names", "--dataset cifar100", [[], [b"cat"] * 9, [b"cat"] * 37, [b"cat"] * 100]),
 ]
 CASES = [(name, key, problem, value) for name, key, problem, values in INVALID for value in values]
 
 
-@pytest.mark.parametrize(("name", "key", "problem", "value"), CASES, ids=lambda value: str(value)[-30:])
+@pytest.mark.parametrize(("name", "key", "problem", "value"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_invalid_data_is_refused(folder: Path, name: str, key: str, problem: str, value: Any) -> None:
     change(folder / name, **{key: value})
     assert problem in refusal(folder / name)

@@ -128,7 +128,12 @@ INVALID_PICKLES = [
     ({"data": ROWS.astype(np.float32)}, "no entry data"),
     ({"data": ROWS[:0]}, "no entry data"),
     ({"data": ROWS, "ids": [1]}, "2 images but 1 ids"),
-    *(({"data": ROWS, "ids": ids}, "ids is not a list") for ids in (b"ab", 5, np.zeros((2, 2), int), [None, 1.5])),
+    *(
+        ({"data": ROWS, "ids": ids}, "ids is not a list")
+        for ids in (b"ab", 5, np.zeros((2, 2), int), [None, 1.5], [True, False])
+    ),
+    ({"data": ROWS, "ids": [1, 10**5000]}, "an id is a number of 16610 bits"),
+    ({"data": ROWS, "ids": ["x", "y" * 10_000]}, "an id is a text of 10000 characters"),
 ]
 
 

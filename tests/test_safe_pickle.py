@@ -252,10 +252,22 @@ def test_codecs_encode_is_what_python_3_writes_for_bytes_and_only_with_latin1(lo
 # of the stream's choosing. Each of these runs in a process of its own, since the failure is the end of the process.
 OBJECT_FIELD = b"(U\x01at}U\x01a(cnumpy\ndtype\nU\x02O8K\x00K\x01\x87RK\x00ts"  # names, {name: (dtype, offset)}
 POINTER_DTYPE = b"cnumpy\ndtype\nU\x02V8K\x00K\x01\x87R(K\x03U\x01|N" + OBJECT_FIELD + b"K\x08K\x01K\x00tb"  # no flags
+ENCODE = b"\x80\x02c_codecs\nencode\nq\x01X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20) + b"q\x02("
 HOSTILE = {
     "object array with too short a list": entry(array(b"J\xa0\x86\x01\x00\x85", OBJECT, b"](K\x01e")),
     "object pointer as a scalar": entry(b"cnumpy.core.multiarray\nscalar\n" + POINTER_DTYPE + short(b"A" * 8) + b"\x86R"),
-    "tuples so deep that their hash overflows the stack": b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s.",
+    "tuples so deep that their hash overflows the stack": b"\x80\x02}T"
+    + struct.pack("<I", 8 << 20)
+    + bytes(8 << 20)
+    + b"0)"
+    + b"\x85" * 200_000
+    + b"K\x01s.",  # the bytes pay for the opcodes
+    "bytes that the file does not have": b"\x80\x05}X\x04\x00\x00\x00data\x96" + struct.pack("<Q", 1 << 30) + b"xs.",
+    "one text encoded many times": ENCODE + b"h\x01h\x02\x85R" * 800 + b"l.",
+    "one text encoded many times, by another opcode": ENCODE + b"(h\x01h\x02o" * 800 + b"l.",
+    "sets": b"\x80\x04(" + b"\x8f" * 3_000_000 + b"l.",
+    "lists": b"\x80\x02(" + b"]" * 6_000_000 + b"l.",
+    "a name of 20 MB": b"\x80\x02c" + b"os." * 7_000_000 + b"\nsystem\n.",
     # C's memo is a table as long as the largest number put into it: one flipped byte in `q` makes that a huge one.
     "memo number": b"\x80\x02}r" + struct.pack("<I", 1 << 26) + b"0K\x01.",
     # BUILD sets attributes of what is on the stack: here the defaults of the function behind an allowed name.
@@ -287,6 +299,7 @@ def test_a_hostile_stream_neither_crashes_nor_fills_the_memory_nor_changes_what_
     assert process.returncode == 0, f"exit code {process.returncode}: {process.stderr}"
     first, second, peak = process.stdout.splitlines()
     assert first.startswith("refused")
+    assert len(first) < 500
     assert second == "read batch_label data filenames labels"
     assert int(peak) < 200  # MB; Python and NumPy take about 40
 
@@ -332,6 +345,22 @@ short_streams = st.builds(
 def test_a_mutated_stream_gives_a_dict_or_an_input_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     with little_memory():
         refused(tmp_path_factory.getbasetemp() / "mutated.pickle", content)
+
+
+def test_a_file_too_large_or_without_end_is_refused_unread(tmp_path: Path) -> None:
+    large = tmp_path / "large.pickle"
+    large.touch()
+    os.truncate(large, (1 << 30) + 1)  # takes no room on the disk
+    with pytest.raises(InputError, match=r"large\.pickle has 1,073,741,825 bytes"):
+        load_pickle(large)
+    with pytest.raises(InputError, match="/dev/zero is not a file"):
+        load_pickle(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("opcode", [pickle.EMPTY_SET, pickle.FROZENSET, pickle.EXT1, b"\xff"])
+def test_opcodes_that_data_does_not_need_are_refused(load: Load, opcode: bytes) -> None:
+    with pytest.raises(InputError, match=f"opcode {opcode[0]:#04x}"):
+        load(b"\x80\x04(" + opcode + b".")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
