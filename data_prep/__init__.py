@@ -1,1 +1,1 @@
-"""From CIFAR's pickles, or a procedural stand-in for them, to `.beton` files."""
+"""Writes CIFAR's pickles, or a synthetic dataset in the same format, as `.beton` files."""

@@ -1,4 +1,4 @@
-"""A folder of official CIFAR pickles enters; checked uint8 images [N, 32, 32, 3] and labels [N] leave, with the files' md5."""
+"""Finds, checks and reads CIFAR's official pickles, and tells by their md5 whether they are the official archive."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, shortened
 from fastcifar.safe_pickle import load_pickle
 
 ROW = 3072  # bytes of one image: 1024 red, 1024 green, 1024 blue, each row by row
@@ -103,7 +103,7 @@ def is_official(md5: dict[str, str], layout: Layout) -> bool:
 
 
 def read_split(folder: Path, layout: Layout, split: str) -> Split:
-    """Read all pickles of one split. Raises InputError naming the file for anything that is not sound CIFAR data."""
+    """Read all pickles of one split. Raises InputError naming the file for anything that is not valid CIFAR data."""
     class_names = _read_class_names(folder / next(iter(layout.meta)), layout)
     parts = [_read_batch(folder / name, layout) for name in layout.splits[split]]
     rows = np.concatenate([part[0] for part in parts])
@@ -120,29 +120,36 @@ def _read_batch(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         what = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
         raise InputError(f"{path}: data is {what}, not uint8 [N, {ROW}]: get the file again")
     listed = _entry(batch, layout.labels_key, path)
-    if isinstance(listed, np.ndarray):
-        listed = listed.tolist()
-    if not isinstance(listed, list) or not all(isinstance(label, (int, np.integer)) for label in listed):
+    if not isinstance(listed, list) and not (isinstance(listed, np.ndarray) and listed.ndim == 1):
         raise InputError(f"{path}: {layout.labels_key} is not a list of whole numbers: get the file again")
     if len(rows) == 0 or len(rows) != len(listed):
         raise InputError(f"{path}: {len(rows)} images but {len(listed)} labels: get the file again")
+    if isinstance(listed, np.ndarray):
+        listed = listed.tolist()
+    if not all(isinstance(label, int) and not isinstance(label, bool) for label in listed):
+        raise InputError(f"{path}: {layout.labels_key} is not a list of whole numbers: get the file again")
     if min(listed) < 0 or max(listed) >= layout.classes:
         wrong = next(label for label in listed if not 0 <= label < layout.classes)
-        raise InputError(f"{path}: label {wrong} is outside 0..{layout.classes - 1}: get the file again")
+        raise InputError(f"{path}: label {shortened(wrong)} is outside 0..{layout.classes - 1}: get the file again")
     return rows, np.array(listed, np.int64)
 
 
 def _read_class_names(path: Path, layout: Layout) -> list[str]:
     names = _entry(load_pickle(path), layout.names_key, path)
-    names = [name.decode("latin1") if isinstance(name, bytes) else name for name in names] if isinstance(names, list) else []
-    if len(names) != layout.classes or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: {layout.names_key} does not list {layout.classes} class names: get the file again")
-    return names
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+        raise InputError(f"{path}: {layout.names_key} is not a list of class names: get the file again")
+    if len(names) != layout.classes:
+        raise InputError(
+            f"{path} names {len(names)} classes, this layout has {layout.classes}: only CIFAR-10's layout and "
+            "CIFAR-100's (--dataset cifar100) can be converted"
+        )
+    return [name.decode("latin1") if isinstance(name, bytes) else name for name in names]
 
 
 def _entry(batch: dict[str, Any], key: str, path: Path) -> Any:
     if key not in batch:
-        raise InputError(f"{path} has no entry {key!r} (it has {', '.join(sorted(batch)) or 'none'}): is it the right dataset?")
+        found = shortened(", ".join(sorted(batch)) or "none")
+        raise InputError(f"{path} has no entry {key!r} (it has {found}): is it the right dataset?")
     return batch[key]
 
 

@@ -1,7 +1,7 @@
-"""Images and labels enter; a `.beton` file written by FFCV's own code leaves, in this process and the same every time.
+"""Writes a `.beton` file by FFCV's own code, in this process and with the same bytes every time.
 
 FFCV's `DatasetWriter` hands the work to child processes and waits for a counter; when a child dies, of a full disk for
-example, it waits for ever. This subclass runs the same worker function here, so an error is an error, and one worker means
+example, it waits forever. This subclass runs the same worker function here, so an error is an error, and one worker means
 one order of bytes.
 """
 
@@ -24,7 +24,7 @@ Sample = tuple[np.ndarray, int, int]
 
 
 class _Samples:
-    """The indexable set FFCV reads from: (image, label, sample number); calls `advance` once a sample."""
+    """The indexable set FFCV reads from: (image, label, sample index); calls `advance` once a sample."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> None:
         self.images, self.labels, self.advance = images, labels, advance
@@ -32,13 +32,13 @@ class _Samples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         self.advance()
-        return self.images[number], int(self.labels[number]), int(number)
+        return self.images[index], int(self.labels[index]), int(index)
 
 
 class _Counter:
-    """Stands for the shared counter by which FFCV's workers report progress."""
+    """Replaces the shared counter by which FFCV's workers report progress."""
 
     value = 0
 

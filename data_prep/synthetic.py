@@ -1,8 +1,8 @@
-"""A folder enters; the procedural stand-in for CIFAR-10 leaves, as pickles of the official layout.
+"""Draws a synthetic dataset in CIFAR-10's format, as pickles of the official layout.
 
-Ten shapes, each drawn at a random place, size and angle, in a colour its class prefers without owning it, over a shaded
-background with noise: a small net soon learns the colours and then, over some epochs, the shapes. It serves machines without
-network or data; accuracy on it means nothing.
+Ten shapes, each drawn at a random place, size and angle over a shaded background with noise, in a colour that is likely
+for its class but not only for it: a small network soon learns the colours and then, over some epochs, the shapes. It serves
+machines without network or data; accuracy on it means nothing.
 """
 
 import pickle
@@ -13,7 +13,7 @@ import numpy as np
 
 from fastcifar import files
 
-NAME = "synthetic stand-in: accuracy means nothing"
+NAME = "synthetic dataset: accuracy means nothing"
 BATCH = 10_000  # images in a pickle, as in the official archive
 NOISE = 0.05  # standard deviation per pixel and channel, in units of the full range
 HUE_SPREAD = 0.15  # standard deviation of a class's hue, in turns; classes are a tenth of a turn apart

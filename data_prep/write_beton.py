@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""CIFAR's official pickles enter; `train.beton`, `test.beton` and their manifests leave, verified byte for byte.
+"""Writes CIFAR's official pickles as `train.beton` and `test.beton` with manifests, and reads every byte back to verify it.
 
-python data_prep/write_beton.py                          # finds the data, or downloads it, or makes the stand-in
+python data_prep/write_beton.py                          # finds the data, or downloads it, or draws a synthetic dataset
 python data_prep/write_beton.py --source DIR --out data/beton
 python data_prep/write_beton.py --dataset cifar100
-python data_prep/write_beton.py --synthetic              # the stand-in: ten drawn shapes
+python data_prep/write_beton.py --synthetic              # a synthetic dataset: ten drawn shapes
 """
 
 import hashlib
@@ -42,14 +42,14 @@ class Options:
     out: Path = Path("data/beton")  # folder for train.beton, test.beton and their manifests
     dataset: Literal["cifar10", "cifar100"] = "cifar10"  # which official layout the pickles have
     name: str | None = None  # what reports call this data; default: the dataset's name, and whether it is the official archive
-    synthetic: bool = False  # write the procedural stand-in instead of CIFAR: accuracy means nothing
-    train_images: int = 50_000  # size of the stand-in's training split, a multiple of 5
-    test_images: int = 10_000  # size of the stand-in's test split
+    synthetic: bool = False  # write a synthetic dataset instead of CIFAR: accuracy means nothing
+    train_images: int = 50_000  # size of the synthetic training split, a multiple of 5
+    test_images: int = 10_000  # size of the synthetic test split
     force: bool = False  # write again even when an intact beton is there, and replace one made from other data
 
     def __post_init__(self) -> None:
         if self.synthetic and self.dataset != "cifar10":
-            raise InputError("the stand-in has ten classes: use --synthetic without --dataset cifar100")
+            raise InputError("the synthetic dataset has ten classes: use --synthetic without --dataset cifar100")
         if self.train_images < 5 or self.train_images % 5:
             raise InputError(f"train_images must be a positive multiple of 5 (five pickles), got {self.train_images}")
         if self.test_images < 1:
@@ -80,7 +80,7 @@ def main() -> None:
 def find_source(options: Options, layout: Layout, console: Console) -> Source | None:
     """Return the pickles by order of preference; None when intact betons are there and nothing else is at hand."""
     if options.synthetic:
-        return make_stand_in(options, console)
+        return make_synthetic(options, console)
     named = options.source or (Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None)
     if named is not None:
         return Source(cifar_pickles.find_pickles(named, layout))
@@ -88,12 +88,12 @@ def find_source(options: Options, layout: Layout, console: Console) -> Source | 
         return Source(DATA / layout.folder)
     if not options.force and all(existing(options.out / f"{split}.beton", options.dataset) for split in layout.splits):
         return None
-    incomplete = (DATA / layout.folder).is_dir()  # an interrupted unpacking, which a download mends, or the user's own mistake
+    incomplete = (DATA / layout.folder).is_dir()  # an interrupted unpacking, which a download completes, or a mistake
     if download(options.dataset, console) or incomplete:
         return Source(cifar_pickles.find_pickles(DATA, layout))
     if options.dataset != "cifar10":
         raise InputError(f"{TITLES[options.dataset]} cannot be downloaded here: name its folder with --source")
-    return make_stand_in(options, console)
+    return make_synthetic(options, console)
 
 
 def download(dataset: str, console: Console) -> bool:
@@ -117,14 +117,14 @@ def download(dataset: str, console: Console) -> bool:
     return True
 
 
-def make_stand_in(options: Options, console: Console) -> Source:
-    """Draw the stand-in's pickles under data/synthetic-*/ unless they are there already."""
+def make_synthetic(options: Options, console: Console) -> Source:
+    """Draw the synthetic dataset's pickles under data/synthetic-*/ unless they are there already."""
     console.print(synthetic.NAME, style="bold yellow")
     sizes = {"train": options.train_images, "test": options.test_images}
     folder = DATA / f"synthetic-{sizes['train']}-{sizes['test']}"
     if options.force or not (folder / "batches.meta").is_file():  # it is written last
         with progress(console) as bar:
-            task = bar.add_task("drawing the stand-in", total=sum(sizes.values()))
+            task = bar.add_task("drawing the synthetic dataset", total=sum(sizes.values()))
             for drawn in synthetic.write_pickles(folder, train=sizes["train"], test=sizes["test"]):
                 bar.advance(task, drawn)
     return Source(folder, synthetic=True)
@@ -142,19 +142,19 @@ def existing(path: Path, dataset: str | None = None) -> Manifest | None:
 def write_split(options: Options, layout: Layout, source: Source, split: str, console: Console) -> None:
     """Write one split's beton and manifest, unless an intact one of the same source is there.
 
-    Raises InputError when the file there is intact, was made from other data and is no stand-in, since that would be lost.
+    Raises InputError when the file there is intact, was made from other data and is not synthetic, since that would be lost.
     """
     path = options.out / f"{split}.beton"
     md5 = cifar_pickles.source_md5(source.folder, layout, split)
     official = cifar_pickles.is_official(md5, layout)
     name = options.name or _default_name(options.dataset, official, source.synthetic)
-    there = existing(path)
-    if there is not None and not options.force:
-        if there.source_md5 == md5 and there.dataset == options.dataset and there.name == name:
-            console.print(f"{path}: intact, left alone ({there.count:,} images, {there.name})")
+    old = existing(path)
+    if old is not None and not options.force:
+        if old.source_md5 == md5 and old.dataset == options.dataset and old.name == name:
+            console.print(f"{path}: intact, left alone ({old.count:,} images, {old.name})")
             return
-        if there.source_md5 != md5 and not there.synthetic:
-            raise InputError(f"{path} holds other data ({there.name}): choose another --out, or --force to replace it")
+        if old.source_md5 != md5 and not old.synthetic:
+            raise InputError(f"{path} holds other data ({old.name}): choose another --out, or --force to replace it")
     if not official and not source.synthetic:
         console.print(f"{source.folder}: not the official archive (md5 differs); going on", style="yellow")
 

@@ -1,11 +1,11 @@
-"""A `.beton` file and its manifest enter, checked bound by bound; uint8 images, labels and sample numbers leave.
+"""Reads `.beton` files and their manifests, every pointer checked before it is followed.
 
 The one home of the format as fastcifar uses it: FFCV version 2, fields `image` (RGB, raw), `label`, `index`.
 
     header 24 B | 3 field descriptors of 1041 B | metadata, 32 B a sample | zeros | pages of pixels | allocation table
 
 FFCV's own reader checks nothing of this: it follows a zeroed pointer into a segmentation fault. Here the file is read
-once, hashed, and every pointer is held against the region it must lie in before a pixel is touched.
+once, hashed, and every pointer is compared with the region it must lie in before a pixel is touched.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Manifest:
     std: list[float]
     sha256: str  # of the beton file
     official: bool  # every source file has the md5 of the official archive's
-    synthetic: bool  # the procedural stand-in: accuracy means nothing
+    synthetic: bool  # a synthetic dataset: accuracy means nothing
     source_md5: dict[str, str] = field(default_factory=dict)  # pickle's name -> md5
     versions: dict[str, str | None] = field(default_factory=dict)  # of what wrote the file
 
@@ -73,25 +73,25 @@ class Manifest:
         if not isinstance(values, dict) or set(values) != set(expected):
             raise InputError(f"{path} does not have the fields of a manifest of this version: {REWRITE}")
         manifest = cls(**values)
-        sound = (
+        valid = (
             isinstance(manifest.count, int)
             and isinstance(manifest.sha256, str)
             and isinstance(manifest.class_names, list)
             and all(isinstance(name, str) for name in manifest.class_names)
             and all(_is_colour(value) for value in (manifest.mean, manifest.std))
         )
-        if not sound:
+        if not valid:
             raise InputError(f"{path} has fields of the wrong type: {REWRITE}")
         return manifest
 
 
 @dataclass(frozen=True)
 class Beton:
-    """A beton's content, in the order of its sample numbers' storage."""
+    """A beton's content, in the order in which its samples are stored."""
 
     images: np.ndarray  # [N, 32, 32, 3] uint8
     labels: np.ndarray  # [N] int64
-    index: np.ndarray  # [N] int64, each sample's number in the source, which keys its randomness
+    index: np.ndarray  # [N] int64, each sample's index in the source, which keys its randomness
     manifest: Manifest
 
 
@@ -193,7 +193,7 @@ def layout(content: "bytes | np.ndarray", path: Path) -> tuple[np.ndarray, np.nd
 
     labels, index = metadata["label"].copy(), metadata["index"].copy()
     demand(bool(labels.min() >= 0), f"label {labels.min()}")
-    demand(bool(np.array_equal(np.sort(index), np.arange(count))), "the sample numbers are not 0..N-1")
+    demand(bool(np.array_equal(np.sort(index), np.arange(count))), "the sample indices are not 0..N-1")
     return pointers.astype(np.int64), labels, index
 
 

@@ -43,6 +43,14 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {given!r}: {hint}known are {', '.join(known)}")
 
 
+def shortened(value: object, limit: int = 80) -> str:
+    """Text of at most about `limit` characters, for messages that quote what a file says."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to write thousands of digits
+        return f"a number of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's `main`; turn what the user can mend into one line and exit code 2, Ctrl-C into exit code 130.
 

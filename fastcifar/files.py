@@ -1,4 +1,4 @@
-"""Bytes and a path enter; either the whole file stands under its name or nothing changed."""
+"""Writes files whole or not at all, and reads JSON with errors that name the file and the remedy."""
 
 import json
 import os

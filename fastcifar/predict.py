@@ -1,4 +1,4 @@
-"""A checkpoint and unlabelled images enter; a CSV with the columns ID,Labels leaves, as the class competition wants it.
+"""Predicts the classes of unlabelled images and writes the class competition's CSV with the columns ID,Labels.
 
 python -m fastcifar.predict --checkpoint runs/se_resnet18-seed0/best.pt --input cifar_test_nolabel.pkl --out submission.csv
 """
@@ -18,11 +18,12 @@ from PIL import Image, UnidentifiedImageError
 from fastcifar.beton import SIDE, read_beton
 from fastcifar.checkpoint import load_model
 from fastcifar.device import choose_device, choose_precision, set_up_process
-from fastcifar.errors import InputError, require, run_command
+from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.files import write_bytes
 from fastcifar.inference import TTA, class_probabilities
 from fastcifar.safe_pickle import load_pickle
 
+MAX_ID = 255  # characters of an ID, as of a file's name
 EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's modes that turn into RGB without loss of range
 
 
@@ -112,7 +113,7 @@ def _read_folder(path: Path) -> Unlabelled:
                     raise InputError(f"{file} has mode {image.mode}: images must have 8 bits a channel, convert it first")
                 images[number] = np.asarray(image.convert("RGB"))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{file} is not a sound PNG ({' '.join(str(error).split())}): get it again") from None
+            raise InputError(f"{file} is not a valid PNG ({' '.join(str(error).split())}): get it again") from None
     return Unlabelled(images, [file.stem for file in files])
 
 
@@ -133,17 +134,24 @@ def _read_pickle(path: Path) -> Unlabelled:
         images = data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     else:
         raise InputError(f"{path}: data has shape {list(data.shape)}, not [N, 32, 32, 3] or [N, 3072]: is it the right file?")
-    ids = _read_ids(content.get("ids", np.arange(len(images))), path)
-    if len(ids) != len(images):
-        raise InputError(f"{path}: {len(images)} images but {len(ids)} ids: is the file whole?")
+    ids = _read_ids(content.get("ids", np.arange(len(images))), len(images), path)
     return Unlabelled(np.array(images, order="C"), ids)
 
 
-def _read_ids(ids: Any, path: Path) -> list[str]:
-    """IDs as text; a list or one-dimensional array of whole numbers or text."""
-    entries = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, (int, str, bytes)) for entry in entries):
+def _read_ids(ids: Any, count: int, path: Path) -> list[str]:
+    """`count` IDs as text; a list or one-dimensional array of whole numbers or text."""
+    if not isinstance(ids, list | tuple) and not (isinstance(ids, np.ndarray) and ids.ndim == 1):
         raise InputError(f"{path}: ids is not a list of numbers or names: is it the right file?")
+    if len(ids) != count:
+        raise InputError(f"{path}: {count} images but {len(ids)} ids: is the file whole?")
+    entries = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    if not all(isinstance(entry, int | str | bytes) and not isinstance(entry, bool) for entry in entries):
+        raise InputError(f"{path}: ids is not a list of numbers or names: is it the right file?")
+    for entry in entries:
+        if isinstance(entry, int) and entry.bit_length() > 64:
+            raise InputError(f"{path}: an id is {shortened(entry)}: is it the right file?")
+        if isinstance(entry, bytes | str) and len(entry) > MAX_ID:
+            raise InputError(f"{path}: an id is a text of {len(entry)} characters, more than {MAX_ID}: is it the right file?")
     return [entry.decode("latin1") if isinstance(entry, bytes) else str(entry) for entry in entries]
 
 

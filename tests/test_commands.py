@@ -1,4 +1,4 @@
-"""Evaluate, predict, plots and the contact sheet, on a network trained for a moment."""
+"""Evaluate, predict, plots and the contact sheet do what they say, on a network trained for a moment."""
 
 import csv
 import json
@@ -25,21 +25,8 @@ from tests.conftest import assert_user_error, run_cli
 def finished(betons, tmp_path_factory):
     """A complete run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    options = [
-        "--data",
-        str(betons),
-        "--out",
-        str(out),
-        "--epochs",
-        "2",
-        "--batch-size",
-        "50",
-        "--mixup-alpha",
-        "0",
-        "--cutout",
-        "0",
-    ]
-    return train(parse_command(options), Console(quiet=True))
+    options = "--arch light_resnet18 --epochs 2 --batch-size 50 --limit-train 100 --held-out 0 --mix-probability 0 --no-plots"
+    return train(parse_command([*options.split(), "--data", str(betons), "--out", str(out)]), Console(quiet=True))
 
 
 def measure(finished, betons, **options):
@@ -65,18 +52,17 @@ def test_evaluate_gives_the_summarys_figures(finished, betons):
 
 
 def test_evaluate_does_not_depend_on_the_batch_size(finished, betons):
-    a, b = (measure(finished, betons, batch_size=size, tta="flip_translate", precision="fp32") for size in (50, 7))
+    a, b = (measure(finished, betons, batch_size=size, limit=20, tta="flip_translate", precision="fp32") for size in (20, 7))
     assert a["confusion"] == b["confusion"]
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_evaluate_prints_tables_and_json(finished, betons):
-    command = ("-m", "fastcifar.evaluate", "--checkpoint", finished.last, "--data", betons)
-    text, plain = run_cli(*command), run_cli(*command, "--json")
-    result = json.loads(plain.stdout)
-    assert f"top-1 {result['top1']:.2%}" in text.stdout
+def test_evaluate_prints_tables_and_json(finished, betons, call):
+    command = ("--checkpoint", finished.last, "--data", betons)
+    text, result = call(evaluate.main, *command), json.loads(call(evaluate.main, *command, "--json"))
+    assert f"top-1 {result['top1']:.2%}" in text
     for name in result["per_class"]:
-        assert name in text.stdout
+        assert name in text
 
 
 def test_evaluate_refuses_data_of_other_classes(finished, betons, tmp_path):
@@ -91,36 +77,37 @@ def test_evaluate_refuses_data_of_other_classes(finished, betons, tmp_path):
 # Predict
 
 
-def test_predict_writes_the_competitions_csv_and_agrees_with_evaluate(finished, betons, tmp_path):
+def test_predict_writes_the_competitions_csv_and_agrees_with_evaluate(finished, betons, tmp_path, call):
     out = tmp_path / "submission.csv"
-    command = ("-m", "fastcifar.predict", "--checkpoint", finished.last, "--input", betons / "test.beton", "--out", out)
-    process = run_cli(*command, "--tta", "none")
-    assert process.returncode == 0, process.stderr
+    command = ("--checkpoint", finished.last, "--input", betons / "test.beton", "--out", out, "--tta", "none")
+    call(predict.main, *command)
     rows = list(csv.reader(out.open()))
     assert rows[0] == ["ID", "Labels"]
     assert [row[0] for row in rows[1:]] == [str(number) for number in range(50)]
     labels = np.array([int(row[1]) for row in rows[1:]])
     truth = read_beton(betons / "test.beton").labels
     assert (labels == truth).mean() == measure(finished, betons)["top1"]
-    assert_user_error(run_cli(*command), "submission.csv exists", "--force")
+    with pytest.raises(InputError, match=r"submission\.csv exists.*--force"):
+        call(predict.main, *command)
+    assert call(predict.main, *command, "--force") == f"{out}: 50 predictions\n"
 
 
 @pytest.mark.parametrize("layout", ["hwc", "rows", "chw"])
-@pytest.mark.parametrize("keys", ["bytes", "str"])
-@pytest.mark.parametrize("with_ids", [True, False])
-def test_predict_reads_every_form_of_the_competitions_pickle(finished, betons, tmp_path, layout, keys, with_ids):
+def test_predict_reads_every_form_of_the_competitions_pickle(betons, tmp_path, layout):
     images = read_beton(betons / "test.beton").images
     planes = images.transpose(0, 3, 1, 2)
-    data = {"hwc": images, "rows": planes.reshape(len(images), -1), "chw": planes}[layout]
-    content = {"data": np.ascontiguousarray(data), **({"ids": np.arange(1000, 1050)} if with_ids else {})}
-    if keys == "bytes":
-        content = {key.encode(): value for key, value in content.items()}
+    data = np.ascontiguousarray({"hwc": images, "rows": planes.reshape(len(images), -1), "chw": planes}[layout])
     path = tmp_path / "test.pkl"
-    path.write_bytes(pickle.dumps(content))
-    unlabelled = predict.read_unlabelled(path)
-    assert np.array_equal(unlabelled.images, images)
-    first = 1000 if with_ids else 0
-    assert unlabelled.ids == [str(number) for number in range(first, first + 50)]
+    for content, first in (
+        ({"data": data}, 0),
+        ({b"data": data}, 0),
+        ({"data": data, "ids": np.arange(1000, 1050)}, 1000),
+        ({b"data": data, b"ids": list(range(1000, 1050))}, 1000),
+    ):
+        path.write_bytes(pickle.dumps(content))
+        unlabelled = predict.read_unlabelled(path)
+        assert np.array_equal(unlabelled.images, images)
+        assert unlabelled.ids == [str(number) for number in range(first, first + 50)]
 
 
 def test_predict_reads_a_folder_of_pngs_in_the_order_of_their_numbers(finished, betons, tmp_path):
@@ -134,31 +121,40 @@ def test_predict_reads_a_folder_of_pngs_in_the_order_of_their_numbers(finished, 
     assert labels == predictions(finished, betons / "test.beton", tmp_path)[0][:12]
 
 
-def test_predict_refuses_what_is_no_set_of_images(finished, tmp_path):
+ROWS = np.zeros((2, 3072), np.uint8)
+INVALID_PICKLES = [
+    ({"images": 1}, "no entry data"),
+    ({"data": np.zeros((4, 10), np.uint8)}, "has shape"),
+    ({"data": ROWS.astype(np.float32)}, "no entry data"),
+    ({"data": ROWS[:0]}, "no entry data"),
+    ({"data": ROWS, "ids": [1]}, "2 images but 1 ids"),
+    *(
+        ({"data": ROWS, "ids": ids}, "ids is not a list")
+        for ids in (b"ab", 5, np.zeros((2, 2), int), [None, 1.5], [True, False])
+    ),
+    ({"data": ROWS, "ids": [1, 10**5000]}, "an id is a number of 16610 bits"),
+    ({"data": ROWS, "ids": ["x", "y" * 10_000]}, "an id is a text of 10000 characters"),
+]
+
+
+def test_predict_refuses_what_is_no_set_of_images(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(InputError, match=r"holds no \.png"):
         predict.read_unlabelled(folder)
-    Image.new("RGB", (31, 32)).save(folder / "small.png")
+    path = folder / "small.png"
+    Image.new("RGB", (31, 32)).save(path)
     with pytest.raises(InputError, match=r"small\.png is 31x32 pixels"):
         predict.read_unlabelled(folder)
-    (folder / "small.png").write_bytes(b"not a picture")
-    with pytest.raises(InputError, match=r"small\.png is not a sound PNG"):
+    path.write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"small\.png is not a valid PNG"):
         predict.read_unlabelled(folder)
-    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(folder / "small.png")
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path)
     with pytest.raises(InputError, match=r"small\.png has mode I;16"):
         predict.read_unlabelled(folder)
     with pytest.raises(InputError, match="is missing"):
         predict.read_unlabelled(tmp_path / "nothing.pkl")
-    for content, problem in (
-        ({"images": 1}, "no entry data"),
-        ({"data": np.zeros((4, 10), np.uint8)}, "has shape"),
-        ({"data": np.zeros((4, 3072), np.float32)}, "no entry data"),
-        ({"data": np.zeros((4, 3072), np.uint8), "ids": [1, 2]}, "4 images but 2 ids"),
-        ({"data": np.zeros((2, 3072), np.uint8), "ids": b"ab"}, "ids is not a list"),
-        ({"data": np.zeros((2, 3072), np.uint8), "ids": 5}, "ids is not a list"),
-        ({"data": np.zeros((2, 3072), np.uint8), "ids": np.zeros((2, 2), int)}, "ids is not a list"),
-    ):
+    for content, problem in INVALID_PICKLES:
         (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(InputError, match=problem):
             predict.read_unlabelled(tmp_path / "bad.pkl")
@@ -167,33 +163,30 @@ def test_predict_refuses_what_is_no_set_of_images(finished, tmp_path):
 # Plots
 
 
-def test_plots_of_one_run_and_of_several(finished, tmp_path):
-    paths = plots.draw([plots.read_run(finished)], tmp_path / "one")
-    names = {"loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png"}
-    assert {path.name for path in paths} == names | {"confusion_matrix.png"}
+CURVES = {"loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png"}
+
+
+def test_plots_of_one_run_and_of_several(finished, tmp_path, call):
+    call(plots.main, finished.path, "--out", tmp_path / "one")
+    paths = list((tmp_path / "one").iterdir())
+    assert {path.name for path in paths} == CURVES | {"confusion_matrix.png"}
     for path in paths:
         assert np.asarray(Image.open(path).convert("L")).std() > 10  # something is drawn
     run = plots.read_run(finished)
     two = plots.draw([run, run], tmp_path / "two")
     assert len(set(two)) == 6
     assert all(path.exists() for path in two)
-    assert {path.name for path in two} >= names
+    assert {path.name for path in two} >= CURVES
 
 
-def test_plots_of_an_unfinished_run_leave_out_the_confusion_matrix(finished, tmp_path):
+def test_plots_of_a_run_unfinished_or_not_yet_evaluated_leave_out_what_is_unknown(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").unlink()
     run = plots.read_run(RunFolder(tmp_path / "cut"))
-    assert {path.name for path in plots.draw([run], tmp_path / "out")} == {
-        "loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png",
-    }  # fmt: skip
-
-
-def test_plots_of_a_run_not_yet_evaluated(finished, tmp_path):
-    run = plots.read_run(finished)
     rows = [{**row, "eval_loss": None, "eval_accuracy": None, "best_accuracy": None} for row in run.rows]
     early = plots.Run(run.label, run.data_name, rows, None)
-    assert len(plots.draw([early], tmp_path)) == 4
+    for number, unfinished in enumerate((run, early)):
+        assert {path.name for path in plots.draw([unfinished], tmp_path / str(number))} == CURVES
 
 
 def test_the_curves_show_what_the_metrics_say(finished):
@@ -206,8 +199,7 @@ def test_the_curves_show_what_the_metrics_say(finished):
     assert run.data_name in figure.axes[0].get_title()
 
 
-def test_plots_say_what_is_missing(tmp_path, finished):
-    assert_user_error(run_cli("-m", "fastcifar.plots", tmp_path / "nowhere"), "config.json is missing", "run folder")
+def test_plots_name_the_line_that_is_damaged(tmp_path, finished):
     shutil.copytree(finished.path, tmp_path / "broken")
     path = tmp_path / "broken" / "metrics.jsonl"
     path.write_text(path.read_text().splitlines()[0] + '\n{"epo')
@@ -215,14 +207,28 @@ def test_plots_say_what_is_missing(tmp_path, finished):
         plots.read_run(RunFolder(tmp_path / "broken"))
 
 
-def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, monkeypatch):
+# The contact sheet, and the processes
+
+
+def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, call):
     out = tmp_path / "grid.png"
-    arguments = ["x", "--arch", "robust_resnet64", "--data", str(betons), "--out", str(out), "--images", "4", "--epochs", "3"]
-    monkeypatch.setattr("sys.argv", arguments)
-    contact_sheet.main()
+    call(contact_sheet.main, *["--arch", "robust_resnet64", "--images", "4", "--epochs", "3"], "--data", betons, "--out", out)
     assert Image.open(out).size[0] > 200
     data = read_beton(betons / "train.beton")
     images, index = torch.from_numpy(data.images[:4]), torch.arange(4)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
     plain = contact_sheet.Augmentation(crop_padding=0, flip="off")
     assert np.array_equal(contact_sheet.seen(plain, images, index, mean, std, 0, 0, 1), images.numpy())  # nothing changed
+
+
+@pytest.mark.parametrize(
+    ("command", "fragments"),
+    [
+        (("evaluate", "--checkpoint", "nowhere/best.pt"), ("nowhere/best.pt is missing",)),
+        (("predict", "--checkpoint", "nowhere/best.pt", "--input", "nowhere.pkl"), ("nowhere.pkl is missing",)),
+        (("plots", "nowhere"), ("config.json is missing", "run folder")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(command, fragments):
+    assert_user_error(run_cli("-m", f"fastcifar.{command[0]}", *command[1:]), *fragments)

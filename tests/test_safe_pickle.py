@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run_cli
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastcifar.errors import InputError
@@ -25,6 +25,9 @@ from fastcifar.safe_pickle import load_pickle
 
 ROWS = np.arange(3 * 3072, dtype=np.uint32).astype(np.uint8).reshape(3, 3072)
 LABELS = [7, 0, 255]
+FILE_NAMES = [b"cat_s_000000.png", b"cat_s_000001.png", b"cat_s_000002.png"]
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+Load = Callable[[bytes], dict[str, Any]]
 U1 = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
 OBJECT = b"cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK?tb"
 
@@ -53,7 +56,7 @@ def python_2_batch() -> bytes:
         b"cnumpy\ndtype\nq\nU\x02u1K\x00K\x01\x87Rq\x0b(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"T" + struct.pack("<I", ROWS.size) + ROWS.tobytes() + b"tb"
     )
-    file_names = b"]q\x0c(" + b"".join(short(b"cat_s_%06d.png" % number) for number in range(3)) + b"e"
+    file_names = b"]q\x0c(" + b"".join(map(short, FILE_NAMES)) + b"e"
     return (
         b"\x80\x02}q\x01("
         + short(b"batch_label") + b"q\x02" + short(b"training batch 1 of 5") + b"q\x03"
@@ -64,17 +67,17 @@ def python_2_batch() -> bytes:
 
 
 def python_3_batch(protocol: int, as_text: bool = False) -> bytes:
-    batch = {b"batch_label": b"training batch 1 of 5", b"labels": LABELS, b"data": ROWS, b"filenames": [b"a.png", b"b.png"]}
+    batch = {b"batch_label": b"training batch 1 of 5", b"labels": LABELS, b"data": ROWS, b"filenames": FILE_NAMES}
     if as_text:
         batch = {key.decode(): value for key, value in batch.items()}
     return pickle.dumps(batch, protocol=protocol)
 
 
-SOUND = {"python 2": python_2_batch()} | {f"python 3, protocol {number}": python_3_batch(number) for number in range(2, 6)}
+VALID = {"python 2": python_2_batch()} | {f"python 3, protocol {number}": python_3_batch(number) for number in range(2, 6)}
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[[bytes], dict[str, Any]]:
+def load(tmp_path: Path) -> Load:
     def load(content: bytes) -> dict[str, Any]:
         path = tmp_path / "file.pickle"
         path.write_bytes(content)
@@ -83,16 +86,15 @@ def load(tmp_path: Path) -> Callable[[bytes], dict[str, Any]]:
     return load
 
 
-def outcome(path: Path, content: bytes) -> dict[str, Any] | InputError:
-    """What becomes of `content`: anything but a dict or an InputError naming the file goes on as an exception."""
+def refused(path: Path, content: bytes) -> bool:
+    """Whether `content` is refused in a message with its name; anything but that or a dict goes on as an exception."""
     path.write_bytes(content)
-    result: dict[str, Any] | InputError
     try:
-        result = load_pickle(path)
+        assert isinstance(load_pickle(path), dict)
     except InputError as error:
-        result = error
-    assert isinstance(result, dict) or str(path) in str(result)
-    return result
+        assert str(path) in str(error)  # noqa: PT017  # a dict is as good
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -107,50 +109,43 @@ def little_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-# Sound pickles
+# Valid pickles
 
 
-def test_a_batch_of_the_official_archive_is_read(load: Callable) -> None:
-    batch = load(python_2_batch())
+def assert_is_the_batch(batch: dict[str, Any]) -> None:
     assert list(batch) == ["batch_label", "labels", "data", "filenames"]
     assert batch["batch_label"] == b"training batch 1 of 5"
     assert batch["labels"] == LABELS
     assert batch["data"].dtype == np.uint8
     np.testing.assert_array_equal(batch["data"], ROWS)
-    assert batch["filenames"] == [b"cat_s_000000.png", b"cat_s_000001.png", b"cat_s_000002.png"]
+    assert batch["filenames"] == FILE_NAMES
 
 
-def test_class_names_of_the_official_archive_are_read(load: Callable) -> None:
+def test_a_batch_of_the_official_archive_is_read(load: Load) -> None:
+    assert_is_the_batch(load(python_2_batch()))
+
+
+def test_class_names_of_the_official_archive_are_read(load: Load) -> None:
     names = b"]q\x04(" + short(b"airplane") + b"q\x05" + short(b"automobile") + b"q\x06e"
-    content = (
-        b"\x80\x02}q\x01(" + short(b"num_cases_per_batch") + b"q\x02M\x10'" + short(b"label_names") + b"q\x03" + names + b"u."
-    )
-    assert load(content) == {"num_cases_per_batch": 10_000, "label_names": [b"airplane", b"automobile"]}
+    content = b"}q\x01(" + short(b"num_cases_per_batch") + b"q\x02M\x10'" + short(b"label_names") + b"q\x03" + names + b"u."
+    assert load(b"\x80\x02" + content) == {"num_cases_per_batch": 10_000, "label_names": [b"airplane", b"automobile"]}
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["bytes keys", "str keys"])
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_what_python_3_writes_is_read(load: Callable, protocol: int, as_text: bool) -> None:
-    batch = load(python_3_batch(protocol, as_text))
-    assert list(batch) == ["batch_label", "labels", "data", "filenames"]
-    assert batch["batch_label"] == b"training batch 1 of 5"
-    assert batch["labels"] == LABELS
-    assert batch["data"].dtype == np.uint8
-    np.testing.assert_array_equal(batch["data"], ROWS)
-    assert batch["filenames"] == [b"a.png", b"b.png"]
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_python_3_writes_is_read(load: Load, protocol: int, as_text: bool) -> None:
+    assert_is_the_batch(load(python_3_batch(protocol, as_text)))
+    labels = [np.int64(3), np.uint8(200), np.int32(-1)]
+    assert load(pickle.dumps({"labels": labels, "data": b""}, protocol=protocol)) == {"labels": [3, 200, -1], "data": b""}
+    for dtype in ("u1", "<i8", ">i4", "<f4"):
+        for layout in (np.ascontiguousarray, np.asfortranarray, lambda a: a[:, ::2], np.transpose):
+            values = layout(np.arange(12).reshape(3, 4).astype(dtype))
+            read = load(pickle.dumps({"data": values}, protocol=protocol))["data"]
+            assert read.dtype.newbyteorder("=") == values.dtype.newbyteorder("=")  # NumPy may turn bytes round
+            np.testing.assert_array_equal(read, values)
 
 
-@pytest.mark.parametrize("protocol", range(2, 6))
-@pytest.mark.parametrize("dtype", ["u1", "<i8", ">i4", "<f4"])
-@pytest.mark.parametrize("layout", [np.ascontiguousarray, np.asfortranarray, lambda a: a[:, ::2], np.transpose])
-def test_arrays_of_numbers_are_read(load: Callable, protocol: int, dtype: str, layout: Callable) -> None:
-    values = layout(np.arange(12).reshape(3, 4).astype(dtype))
-    read = load(pickle.dumps({"data": values}, protocol=protocol))["data"]
-    assert read.dtype.newbyteorder("=") == values.dtype.newbyteorder("=")  # NumPy may turn bytes into this machine's order
-    np.testing.assert_array_equal(read, values)
-
-
-def test_arrays_of_numpy_1_are_read(load: Callable) -> None:
+def test_arrays_of_numpy_1_are_read(load: Load) -> None:
     """NumPy 1 calls its inner package `core`, NumPy 2 `_core`; protocol 5 has a function of its own for arrays."""
     content = b"\x96" + struct.pack("<Q", 6) + b"abcdef"
     stream = b"\x80\x05}\x8c\x04datacnumpy.core.numeric\n_frombuffer\n(" + content + U1 + b"K\x02K\x03\x86\x8c\x01CtRs."
@@ -158,18 +153,6 @@ def test_arrays_of_numpy_1_are_read(load: Callable) -> None:
     assert read.dtype == np.uint8
     assert read.tolist() == [[97, 98, 99], [100, 101, 102]]
     np.testing.assert_array_equal(load(entry(array(b"K\x02K\x03\x86", U1, short(b"abcdef"))))["data"], read)
-
-
-@pytest.mark.parametrize("protocol", range(2, 6))
-def test_labels_that_are_numpy_numbers_are_read(load: Callable, protocol: int) -> None:
-    labels = [np.int64(3), np.uint8(200), np.int32(-1)]
-    assert load(pickle.dumps({"labels": labels}, protocol=protocol)) == {"labels": [3, 200, -1]}
-
-
-def test_empty_bytes_are_read(load: Callable) -> None:
-    """Python 3 writes b"" for protocol 2 as a call of `__builtin__.bytes`."""
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        assert load(pickle.dumps({"data": b""}, protocol=protocol)) == {"data": b""}, protocol
 
 
 # Pickles that would run code
@@ -202,35 +185,24 @@ PLACES = {
     "list": lambda payload: {"data": ROWS, "labels": [1, 2, payload]},
     "top": lambda payload: payload,
     "object array": lambda payload: {"data": np.array([payload, None], dtype=object)},
-    "array of its own": lambda payload: {"data": np.zeros(3), "extra": (payload, {"deep": payload})},
+    "tuple": lambda payload: {"data": np.zeros(3), "extra": (payload, {"deep": payload})},
 }
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_code_is_not_run(load: Callable, tmp_path: Path, payload: str, protocol: int) -> None:
+@pytest.mark.parametrize(("payload", "place"), [(p, "value") for p in PAYLOADS] + [("os.system", place) for place in PLACES])
+def test_code_is_not_run(tmp_path: Path, payload: str, place: str, protocol: int) -> None:
     mark = tmp_path / "mark"
-    content = pickle.dumps({"data": PAYLOADS[payload](mark)}, protocol=protocol)
+    content = pickle.dumps(PLACES[place](PAYLOADS[payload](mark)), protocol=protocol)
     with contextlib.suppress(TypeError):
         pickle.loads(content)  # noqa: S301  # proves that this stream does run code
-    assert mark.exists()
     mark.unlink()
-    with pytest.raises(InputError, match=r"file\.pickle"):
-        load(content)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-@pytest.mark.parametrize("place", PLACES)
-def test_code_is_not_run_wherever_it_stands(load: Callable, tmp_path: Path, place: str, protocol: int) -> None:
-    mark = tmp_path / "mark"
-    with pytest.raises(InputError, match=r"file\.pickle"):
-        load(pickle.dumps(PLACES[place](PAYLOADS["os.system"](mark)), protocol=protocol))
+    assert refused(tmp_path / "file.pickle", content)
     assert not mark.exists()
 
 
 TOUCH = short(b"touch mark")
-REFUSED_STREAMS = {
+REFUSED = {
     "INST": b"(S'touch mark'\nios\nsystem\n.",
     "OBJ": b"(cos\nsystem\n" + TOUCH + b"o.",
     "posix": b"cposix\nsystem\n" + TOUCH + b"\x85R.",
@@ -258,15 +230,17 @@ REFUSED_STREAMS = {
 }
 
 
-@pytest.mark.parametrize("stream", REFUSED_STREAMS)
-def test_a_stream_made_by_hand_is_refused(load: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+NO_DICTS = {type(value).__name__: pickle.dumps(value) for value in ([1], b"bytes", "text", 3, None, ROWS, ({"data": 1},))}
+
+
+@pytest.mark.parametrize("stream", REFUSED | NO_DICTS)
+def test_a_stream_made_by_hand_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"file\.pickle"):
-        load(REFUSED_STREAMS[stream])
+    assert refused(tmp_path / "file.pickle", (REFUSED | NO_DICTS)[stream])
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.pickle"]
 
 
-def test_codecs_encode_is_what_python_3_writes_for_bytes_and_only_with_latin1(load: Callable) -> None:
+def test_codecs_encode_is_what_python_3_writes_for_bytes_and_only_with_latin1(load: Load) -> None:
     content = pickle.dumps({b"k\xe9y": codecs.latin_1_encode("\xff\x00")[0]}, protocol=2)
     assert b"_codecs\nencode" in content
     assert load(content) == {"k\xe9y": b"\xff\x00"}
@@ -278,10 +252,26 @@ def test_codecs_encode_is_what_python_3_writes_for_bytes_and_only_with_latin1(lo
 # of the stream's choosing. Each of these runs in a process of its own, since the failure is the end of the process.
 OBJECT_FIELD = b"(U\x01at}U\x01a(cnumpy\ndtype\nU\x02O8K\x00K\x01\x87RK\x00ts"  # names, {name: (dtype, offset)}
 POINTER_DTYPE = b"cnumpy\ndtype\nU\x02V8K\x00K\x01\x87R(K\x03U\x01|N" + OBJECT_FIELD + b"K\x08K\x01K\x00tb"  # no flags
+ENCODE = b"\x80\x02c_codecs\nencode\nq\x01X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20) + b"q\x02("
 HOSTILE = {
     "object array with too short a list": entry(array(b"J\xa0\x86\x01\x00\x85", OBJECT, b"](K\x01e")),
     "object pointer as a scalar": entry(b"cnumpy.core.multiarray\nscalar\n" + POINTER_DTYPE + short(b"A" * 8) + b"\x86R"),
-    "tuples so deep that their hash overflows the stack": b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s.",
+    "tuples so deep that their hash overflows the stack": b"\x80\x02}T"
+    + struct.pack("<I", 8 << 20)
+    + bytes(8 << 20)
+    + b"0)"
+    + b"\x85" * 200_000
+    + b"K\x01s.",  # the bytes pay for the opcodes
+    "bytes that the file does not have": b"\x80\x05}X\x04\x00\x00\x00data\x96" + struct.pack("<Q", 1 << 30) + b"xs.",
+    "one text encoded many times": ENCODE + b"h\x01h\x02\x85R" * 800 + b"l.",
+    "one text encoded many times, by another opcode": ENCODE + b"(h\x01h\x02o" * 800 + b"l.",
+    "sets": b"\x80\x04(" + b"\x8f" * 3_000_000 + b"l.",
+    "lists": b"\x80\x02(" + b"]" * 6_000_000 + b"l.",
+    "a name of 20 MB": b"\x80\x02c" + b"os." * 7_000_000 + b"\nsystem\n.",
+    # C's memo is a table as long as the largest number put into it: one flipped byte in `q` makes that a huge one.
+    "memo number": b"\x80\x02}r" + struct.pack("<I", 1 << 26) + b"0K\x01.",
+    # BUILD sets attributes of what is on the stack: here the defaults of the function behind an allowed name.
+    "changes the reader": b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN" + b"}X\x0c\x00\x00\x00__defaults__Ns\x86b0}.",
 }
 PROBE = """
 import sys
@@ -290,7 +280,7 @@ from fastcifar.errors import InputError
 from fastcifar.safe_pickle import load_pickle
 for path in sys.argv[1:]:
     try:
-        print(sorted(load_pickle(Path(path))))
+        print("read", *sorted(load_pickle(Path(path))))
     except InputError as error:
         print("refused", error)
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -299,92 +289,81 @@ print(int(peak.split()[1]) >> 10)  # not getrusage's, which remembers the parent
 
 
 @pytest.mark.parametrize("stream", HOSTILE)
-def test_a_stream_that_would_crash_the_process_is_refused(tmp_path: Path, stream: str) -> None:
-    path = tmp_path / "file.pickle"
-    path.write_bytes(HOSTILE[stream])
-    process = run_cli("-c", PROBE, path)
+def test_a_hostile_stream_neither_crashes_nor_fills_the_memory_nor_changes_what_is_read_next(
+    tmp_path: Path, stream: str
+) -> None:
+    hostile, valid = tmp_path / "hostile", tmp_path / "valid"
+    hostile.write_bytes(HOSTILE[stream])
+    valid.write_bytes(python_3_batch(5))
+    process = run_cli("-c", PROBE, hostile, valid)
     assert process.returncode == 0, f"exit code {process.returncode}: {process.stderr}"
-    assert process.stdout.startswith("refused")
-
-
-def test_a_few_bytes_cannot_claim_a_gigabyte(tmp_path: Path) -> None:
-    """The memo is a table as long as the largest number put into it: one flipped byte in `q` makes that a huge one."""
-    path = tmp_path / "file.pickle"
-    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 1 << 26) + b".")
-    process = run_cli("-c", PROBE, path)
-    assert process.returncode == 0, process.stderr
-    assert int(process.stdout.split()[-1]) < 500  # MB; Python and NumPy take about 40
-
-
-def test_a_stream_cannot_change_how_the_next_file_is_read(tmp_path: Path) -> None:
-    """BUILD sets attributes of what is on the stack: here the default arguments of the function behind an allowed name."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    defaults = b"}X\x0c\x00\x00\x00__defaults__Ns"
-    first.write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN" + defaults + b"\x86b0}.")
-    second.write_bytes(python_3_batch(5))
-    process = run_cli("-c", PROBE, first, second)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[1] == "['batch_label', 'data', 'filenames', 'labels']"
+    first, second, peak = process.stdout.splitlines()
+    assert first.startswith("refused")
+    assert len(first) < 500
+    assert second == "read batch_label data filenames labels"
+    assert int(peak) < 200  # MB; Python and NumPy take about 40
 
 
 # Damaged pickles
 
 
-@pytest.mark.parametrize("stream", SOUND)
+@pytest.mark.parametrize("stream", VALID)
 def test_a_truncated_pickle_is_refused(tmp_path: Path, stream: str) -> None:
-    content, path = SOUND[stream], tmp_path / "file.pickle"
+    content, path = VALID[stream], tmp_path / "file.pickle"
     for length in {*range(400), *range(0, len(content), 97), *range(len(content) - 150, len(content))}:
-        assert isinstance(outcome(path, content[:length]), InputError), length
+        assert refused(path, content[:length]), length
 
 
 @given(content=st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     with little_memory():
-        result = outcome(tmp_path_factory.getbasetemp() / "random.pickle", b"\x00" + content)  # no stream begins so
-    assert isinstance(result, InputError)
+        assert refused(tmp_path_factory.getbasetemp() / "random.pickle", b"\x00" + content)  # no stream begins so
 
 
-@given(start=st.sampled_from([b"\x80\x02}", b"\x80\x04}", b"\x80\x02}U\x04data", b""]), content=st.binary(max_size=60))
-def test_random_opcodes_give_a_dict_or_an_input_error(
-    tmp_path_factory: pytest.TempPathFactory, start: bytes, content: bytes
-) -> None:
-    with little_memory():
-        outcome(tmp_path_factory.getbasetemp() / "random.pickle", start + content + b".")
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A valid stream with other bytes in one to three places around its pixels, where a changed byte is no news."""
+    content = bytearray(draw(st.sampled_from(list(VALID.values()))))
+    for _ in range(draw(st.integers(1, 3))):
+        pixels = content.find(ROWS[0, :100].tobytes())
+        structure = len(content) - (ROWS.size if pixels > 0 else 0)
+        place = draw(st.integers(0, structure - 1))
+        place += ROWS.size if 0 < pixels <= place else 0
+        content[place : place + draw(st.integers(0, 4))] = draw(st.binary(max_size=4))
+    return bytes(content)
 
 
-@pytest.mark.parametrize("stream", ["python 2", "python 3, protocol 4"])
-@given(data=st.data())
-def test_a_changed_byte_gives_a_dict_or_an_input_error(
-    tmp_path_factory: pytest.TempPathFactory, stream: str, data: st.DataObject
-) -> None:
-    content = bytearray(SOUND[stream])
-    pixels = content.find(ROWS[:, :100].tobytes()[:100])  # a changed pixel is no news: aim at what stands around them
-    structure = [*range(pixels), *range(pixels + ROWS.size, len(content))]
-    content[data.draw(st.sampled_from(structure))] = data.draw(st.integers(0, 255))
-    with little_memory():
-        outcome(tmp_path_factory.getbasetemp() / "changed.pickle", bytes(content))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x80\x02}\x8b" + struct.pack("<i", 3000) + b"\x7f" * 3000 + b"K\x01s.",
-        b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s.",
-    ],
-    ids=["number of 7000 digits", "tuple of depth 20000"],
+short_streams = st.builds(
+    lambda start, rest: start + rest + b".", st.sampled_from([b"\x80\x02}", b"\x80\x04}", b""]), st.binary(max_size=60)
 )
-def test_a_strange_key_gives_a_dict_or_an_input_error(tmp_path: Path, content: bytes) -> None:
-    outcome(tmp_path / "file.pickle", content)
 
 
-@pytest.mark.parametrize("value", [[1, 2], b"bytes", "text", 3, None, ROWS, ({"data": 1},)], ids=lambda v: type(v).__name__)
-def test_what_is_no_dict_is_refused(load: Callable, value: object) -> None:
-    with pytest.raises(InputError, match=r"file\.pickle"):
-        load(pickle.dumps(value))
+@settings(max_examples=300)
+@given(content=mutated() | short_streams)
+@example(content=b"\x80\x02}\x8b" + struct.pack("<i", 3000) + b"\x7f" * 3000 + b"K\x01s.")  # a key of 7000 digits
+@example(content=b"\x80\x02})" + b"\x85" * 20_000 + b"K\x01s.")  # a key of depth 20,000
+def test_a_mutated_stream_gives_a_dict_or_an_input_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    with little_memory():
+        refused(tmp_path_factory.getbasetemp() / "mutated.pickle", content)
+
+
+def test_a_file_too_large_or_without_end_is_refused_unread(tmp_path: Path) -> None:
+    large = tmp_path / "large.pickle"
+    large.touch()
+    os.truncate(large, (1 << 30) + 1)  # takes no room on the disk
+    with pytest.raises(InputError, match=r"large\.pickle has 1,073,741,825 bytes"):
+        load_pickle(large)
+    with pytest.raises(InputError, match="/dev/zero is not a file"):
+        load_pickle(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("opcode", [pickle.EMPTY_SET, pickle.FROZENSET, pickle.EXT1, b"\xff"])
+def test_opcodes_that_data_does_not_need_are_refused(load: Load, opcode: bytes) -> None:
+    with pytest.raises(InputError, match=f"opcode {opcode[0]:#04x}"):
+        load(b"\x80\x04(" + opcode + b".")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="missing") as caught:
         load_pickle(tmp_path / "absent.pickle")
     assert str(tmp_path / "absent.pickle") in str(caught.value)
-    assert "missing" in str(caught.value)
