@@ -24,7 +24,7 @@ from bench.results import Ablation, Arm
 from bench.run import Bench, Common, Job, current_names, finish, open_bench, training_flags
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
-from fastcifar.progress import clock
+from fastcifar.reporting import clock
 
 PROGRAM = "python bench/ablate.py"
 

@@ -50,11 +50,11 @@ from fastcifar.command import Command, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
+from fastcifar.evaluate import warn_synthetic
 from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
-from fastcifar.progress import clock
 from fastcifar.recipes import reported
-from fastcifar.summary import warn_synthetic
+from fastcifar.reporting import clock
 from fastcifar.train import steps_per_epoch
 
 PROGRAM = "python bench/run.py"

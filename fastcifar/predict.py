@@ -16,11 +16,11 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 
 from fastcifar.beton import SIDE, read_beton
-from fastcifar.checkpoint import load_model
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
+from fastcifar.evaluate import TTA, class_probabilities
 from fastcifar.files import write_bytes
-from fastcifar.inference import TTA, class_probabilities
+from fastcifar.run_folder import load_model
 from fastcifar.safe_pickle import load_pickle
 
 MAX_ID = 255  # characters of an ID, as of a file's name
@@ -71,13 +71,10 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
     unlabelled = read_unlabelled(options.input)
-    model, checkpoint = load_model(options.checkpoint, device)
-    mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
+    model, _ = load_model(options.checkpoint, device)
     batches = class_probabilities(
         model,
         torch.from_numpy(unlabelled.images).to(device),
-        mean,
-        std,
         batch_size=options.batch_size,
         tta=options.tta,
         autocast_dtype=choose_precision(options.precision, device),

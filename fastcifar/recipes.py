@@ -13,11 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from tyro.conf import OmitArgPrefixes
 
-from fastcifar import optimizers
 from fastcifar.augmentation import Augmentation
 from fastcifar.errors import InputError, require, unknown
 from fastcifar.models.layers import StochasticDepthMode
-from fastcifar.schedules import Schedule
+from fastcifar.optimization import OptimizerKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Recipe:
 
     epochs: int = 200  # passes over the training set
     batch_size: int = 128  # images per optimizer step
-    optimizer: optimizers.Kind = "sgd"  # sgd and nesterov with momentum; adam; adamw, whose decay is decoupled
+    optimizer: OptimizerKind = "sgd"  # sgd and nesterov with momentum; adam; adamw, whose decay is decoupled
     momentum: float = 0.9  # SGD's momentum, Adam's first beta, 0 to below 1
     weight_decay: float = 5e-4  # added to the gradient times the weight; adamw: subtracted, times the learning rate
     decay_norm_and_bias: bool = True  # also decay batch norm and biases, as the reports do
@@ -55,9 +54,9 @@ class Recipe:
         )
         require(
             self,
-            self.optimizer in get_args(optimizers.Kind),
+            self.optimizer in get_args(OptimizerKind),
             "optimizer",
-            f"one of {', '.join(get_args(optimizers.Kind))}",
+            f"one of {', '.join(get_args(OptimizerKind))}",
         )
         for name in (
             "momentum",

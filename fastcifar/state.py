@@ -4,17 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
 from fastcifar.errors import InputError
-from fastcifar.inference import TTA, evaluate
-from fastcifar.metrics import Evaluation
+from fastcifar.evaluate import TTA, Evaluation, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
-from fastcifar.models.resnet import ResNet
-from fastcifar.optimizers import build_optimizer
+from fastcifar.models.resnet import PixelClassifier, ResNet
+from fastcifar.optimization import build_optimizer
 from fastcifar.recipes import Recipe, RunOptions
-from fastcifar.run_folder import Metrics, RunFolder
+from fastcifar.run_folder import Checkpoint, Metrics, RunFolder, load_checkpoint, require_fits
 from fastcifar.step import AveragedModel, StepSettings, TrainStep
 
 
@@ -40,7 +38,7 @@ class TrainingState:
     ) -> Evaluation:
         """Evaluate the weights that count on a split; waits for the device once."""
         return evaluate(
-            self.evaluated, split, data.classes, data.mean, data.std, batch_size=batch_size, tta=tta, autocast_dtype=dtype
+            PixelClassifier(self.evaluated, data.mean, data.std), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype
         )
 
 

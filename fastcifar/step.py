@@ -13,8 +13,7 @@ from fastcifar.augmentation import Augmentation, augment, draw, numba_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.dataset import ResidentSet, StreamedSet
-from fastcifar.losses import mixed_cross_entropy
-from fastcifar.optimizers import set_step
+from fastcifar.optimization import mixed_cross_entropy, set_step
 from kernels.augment import augment as augment_keyed
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won

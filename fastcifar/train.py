@@ -15,18 +15,16 @@ import torch
 from rich.console import Console
 
 from fastcifar.command import Command, parse_command
-from fastcifar.curves import Curves
 from fastcifar.dataset import Splits, epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
 from fastcifar.errors import InputError, run_command
 from fastcifar.measuring import Meter, compile_seconds
-from fastcifar.progress import TrainingProgress
+from fastcifar.optimization import epoch_momenta, epoch_rates
 from fastcifar.recipes import Recipe, RunOptions, reported
+from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
-from fastcifar.schedules import epoch_momenta, epoch_rates
 from fastcifar.state import TrainingState, build_state, build_step, restore, snapshot
 from fastcifar.step import EpochTally, TrainStep
-from fastcifar.summary import announce, report_end, summarise
 from kernels.philox import Purpose, philox
 
 RATES_PER_EPOCH = 20  # points of the learning rate kept in an epoch's metrics

@@ -9,17 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.beton import Manifest
-from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.errors import InputError
-from fastcifar.inference import class_probabilities, evaluate, views
-from fastcifar.losses import mixed_cross_entropy
-from fastcifar.metrics import EvaluationTally
+from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
 from fastcifar.models import ARCHITECTURES, REVISED, build_model
-from fastcifar.optimizers import build_optimizer, set_step
-from fastcifar.progress import clock, epoch_line
+from fastcifar.models.resnet import PixelClassifier
+from fastcifar.optimization import build_optimizer, mixed_cross_entropy, set_step
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
-from fastcifar.run_folder import RunFolder
+from fastcifar.reporting import clock, epoch_line
+from fastcifar.run_folder import Checkpoint, RunFolder, load_checkpoint, load_model, save_checkpoint
 from fastcifar.step import AveragedModel
 
 CPU = torch.device("cpu")
@@ -150,39 +148,40 @@ def test_evaluation_counts_by_hand():
 
 
 def test_views_of_test_time_augmentation():
-    x = torch.arange(1024.0).reshape(1, 1, 32, 32)
+    x = torch.arange(1024).reshape(1, 32, 32, 1)
     assert len(views(x, "none")) == 1
-    mirrored = views(x, "flip")
-    assert torch.equal(mirrored[1], x.flip(3))
+    assert torch.equal(views(x, "flip")[1], x.flip(2))
     six = views(x, "flip_translate")
     assert len(six) == 6
-    assert torch.equal(six[1][..., 1:, 1:], x[..., :-1, :-1])  # looks up-left: content moves down-right
-    assert torch.equal(six[2][..., :-1, :-1], x[..., 1:, 1:])
-    for view, mirror in zip(six[:3], six[3:], strict=True):
-        assert torch.equal(mirror, view.flip(3))
+    assert torch.equal(six[1][:, 1:, 1:], x[:, :-1, :-1])  # looks up-left: content moves down-right
+    assert torch.equal(six[2][:, :-1, :-1], x[:, 1:, 1:])
+    padded = F.pad(x.permute(0, 3, 1, 2).float(), (1,) * 4, "reflect").permute(0, 2, 3, 1)
+    assert torch.equal(six[1].float(), padded[:, :32, :32])
+    assert torch.equal(six[2].float(), padded[:, 2:, 2:])
+    for view, flipped in zip(six[:3], six[3:], strict=True):
+        assert torch.equal(flipped, view.flip(2))
 
 
 def test_probabilities_are_the_mean_of_the_views_whatever_the_batch_size():
     torch.manual_seed(0)
-    model = build_model("se_resnet18").train()
+    network = build_model("se_resnet18").train()
     images = torch.randint(0, 256, (10, 32, 32, 3), dtype=torch.uint8)
-    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
+    model = PixelClassifier(network, torch.tensor([0.5] * 3), torch.tensor([0.25] * 3))
 
     def probabilities(batch_size, tta):
-        return torch.cat(
-            list(class_probabilities(model, images, mean, std, batch_size=batch_size, tta=tta, autocast_dtype=None))
-        )
+        return torch.cat(list(class_probabilities(model, images, batch_size=batch_size, tta=tta, autocast_dtype=None)))
 
     whole = probabilities(10, "flip")
-    assert model.training  # left as it was found
+    assert network.training  # left as it was found
     torch.testing.assert_close(whole, probabilities(3, "flip"))
     torch.testing.assert_close(whole.sum(1), torch.ones(10))
     x = ((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
     with torch.no_grad():
-        expected = (model.eval()(x).softmax(1) + model(x.flip(3)).softmax(1)) / 2
+        expected = (network.eval()(x).softmax(1) + network(x.flip(3)).softmax(1)) / 2
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
     data = ResidentSet(images, whole.argmax(1), torch.arange(10))
-    assert evaluate(model, data, 10, mean, std, batch_size=4, tta="flip").top1 == 1.0
+    assert evaluate(model, data, batch_size=4, tta="flip").top1 == 1.0
+    assert {name.removeprefix("network.") for name in model.state_dict()} == set(network.state_dict())
 
 
 def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):

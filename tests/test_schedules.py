@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastcifar.errors import InputError
+from fastcifar.optimization import Schedule, epoch_momenta, epoch_rates, learning_rate
 from fastcifar.recipes import RECIPES
-from fastcifar.schedules import Schedule, epoch_momenta, epoch_rates, learning_rate
 
 
 def rates(schedule, steps):

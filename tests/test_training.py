@@ -9,12 +9,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError
 from fastcifar.models import build_model
 from fastcifar.recipes import RECIPES
-from fastcifar.run_folder import RunFolder
+from fastcifar.run_folder import RunFolder, load_checkpoint
 from fastcifar.train import train
 from tests.conftest import assert_user_error, run_cli
 

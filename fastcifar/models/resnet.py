@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
 from fastcifar.models.layers import Kernels, StochasticDepthMode, conv, dropout, norm_act
+from kernels.augment.reference import normalise
 
 # pytorch: every layer's default. kaiming: convolutions normal by fan-out (He et al., ICCV 2015). kaiming_small_head: these, and
 # linear layers, those of squeeze-excitation too, normal with deviation 0.01 and zero bias (report C).
@@ -96,3 +97,23 @@ class ResNet(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+class PixelClassifier(nn.Module):
+    """A network with its normalisation in front: uint8 images [N, 32, 32, 3] to logits [N, classes].
+
+    mean, std: [3] float32 in 0..1, R G B. They are no part of its state_dict, which is the network's own under `network.`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: ResNet, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network, self.classes = network, network.classifier.out_features
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.training = network.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(normalise(images, self.mean, self.std))

@@ -1,7 +1,8 @@
-"""Learning rate and momentum as pure functions of the step, with nothing to save or restore.
+"""Schedules, optimizers and the loss, as the recipes name them.
 
-Epochs in a schedule are those of the report it comes from (`schedule_epochs` in all). A run of another length stretches
-them: three epochs of a 250-epoch recipe with 15 epochs of warm-up spend the same 6 % of their steps warming up.
+Learning rate and momentum are pure functions of the step, with nothing to save or restore. Epochs in a schedule are those of
+the report it comes from (`schedule_epochs` in all). A run of another length stretches them: three epochs of a 250-epoch recipe
+with 15 epochs of warm-up spend the same 6 % of their steps warming up.
 """
 
 import math
@@ -9,16 +10,20 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fastcifar.errors import require
 
-Kind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
+ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How the learning rate runs from the first step to the last."""
 
-    schedule: Kind = "warmup_cosine"  # shape of the learning rate over training
+    schedule: ScheduleKind = "warmup_cosine"  # shape of the learning rate over training
     schedule_step: Literal["batch", "epoch"] = "batch"  # when the rate moves: with every batch, or once an epoch
     schedule_epochs: float = 200  # length in epochs in which the next fields are given; --epochs stretches them
     peak_lr: float = 0.1  # highest learning rate
@@ -32,7 +37,7 @@ class Schedule:
     restart_growth: float = 2.0  # cosine_restarts: each cycle is this many times as long as the one before, 1 or more
 
     def __post_init__(self) -> None:
-        require(self, self.schedule in get_args(Kind), "schedule", f"one of {', '.join(get_args(Kind))}")
+        require(self, self.schedule in get_args(ScheduleKind), "schedule", f"one of {', '.join(get_args(ScheduleKind))}")
         require(self, self.schedule_step in ("batch", "epoch"), "schedule_step", "batch or epoch")
         require(self, 0 < self.schedule_epochs < math.inf, "schedule_epochs", "above 0")
         require(self, 0 < self.peak_lr < math.inf, "peak_lr", "above 0")
@@ -118,3 +123,54 @@ def _share_of_cycle(epoch: float, length: float, growth: float) -> float:
     while epoch >= length:
         epoch, length = epoch - length, length * growth
     return epoch / length
+
+
+OptimizerKind = Literal["sgd", "nesterov", "adam", "adamw"]
+
+
+def build_optimizer(
+    model: nn.Module, kind: OptimizerKind, *, momentum: float, weight_decay: float, decay_norm_and_bias: bool
+) -> torch.optim.Optimizer:
+    """Build SGD, SGD with Nesterov momentum, Adam or AdamW (betas `momentum` and 0.999), one fused kernel a step.
+
+    Decay is added to the gradient (`sgd`, `nesterov`, `adam`) or decoupled from it (`adamw`). decay_norm_and_bias: True decays
+    every parameter, as the reports do; False only those with two or more dimensions. Learning rate and momentum are set at
+    every step by `set_step`.
+    """
+    decayed = [p for p in model.parameters() if decay_norm_and_bias or p.ndim >= 2]
+    spared = [p for p in model.parameters() if not (decay_norm_and_bias or p.ndim >= 2)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    if kind in ("adam", "adamw"):
+        adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        return adam(groups, lr=1.0, betas=(momentum, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+
+
+def set_step(optimizer: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
+    """Set the learning rate and the momentum (Adam's first beta; None: as it is) of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if momentum is None:
+            continue
+        if "momentum" in group:
+            group["momentum"] = momentum
+        else:
+            group["betas"] = (momentum, group["betas"][1])
+
+
+def mixed_cross_entropy(
+    logits: Tensor, labels: Tensor, partner_labels: Tensor, share: Tensor, label_smoothing: float
+) -> Tensor:
+    """Cross-entropy against `share` of the label and the rest of the partner's, smoothed once.
+
+        loss = share * CE(logits, labels) + (1 - share) * CE(logits, partner_labels)
+
+    Both terms carry the same smoothed floor, so the target share * y + (1 - share) * y' sums to 1, smoothed once.
+    logits: [B, C] any float, computed in float32. labels, partner_labels: [B] int64. share: scalar tensor in 0..1.
+    """
+    logits = logits.float()
+    own = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    partner = F.cross_entropy(logits, partner_labels, label_smoothing=label_smoothing)
+    return share * own + (1 - share) * partner
