@@ -56,7 +56,7 @@ bench-quick: data  ## the same in small: a complete report within ten minutes on
 	@$(BIN)/python bench/run.py --quick $(BENCH)
 
 bench-pipeline: data  ## input pipelines, training step and time to the first step, measured on this machine
-	@$(BIN)/python bench/pipeline.py
+	@$(BIN)/python bench/input_pipelines.py
 
 lint: setup  ## ruff, mypy and the import contracts only
 	@$(BIN)/ruff check .

@@ -261,18 +261,16 @@ def time_steps(task: Task, *, rounds: int, left_out: Collection[str] = (), say: 
 
 def stepped_loop(task: Task, steps: Collection[str]) -> Call:
     """fastcifar's training with just these steps of the ladder."""
-    run = _run_options(
-        task.folder,
+    if "tuned" in steps and "compile" not in steps:
+        raise InputError("needs torch.compile, which this ladder does without")
+    run = RunOptions(
+        data=task.folder,
+        max_parameters=0,
         precision="bf16" if "bf16" in steps else "fp32",
         compile="compile" in steps,
         kernels="auto" if "kernels" in steps else "torch",
     )
-    return fastcifar_loop(task, run, channels_last="channels_last" in steps, tuned="tuned" in steps and run.compile)
-
-
-def _run_options(folder: Path, **others: Any) -> RunOptions:
-    """A training run's own defaults, for models of any size."""
-    return RunOptions(data=folder, max_parameters=0, **others)
+    return fastcifar_loop(task, run, channels_last="channels_last" in steps, tuned="tuned" in steps)
 
 
 # ---- Baselines and architectures.
@@ -316,7 +314,7 @@ def time_baselines(
     command's own.
     """
     task = replace(task, recipe=replace(task.recipe, augmentation=augmentation))
-    run = options or _run_options(task.folder)
+    run = replace(options or RunOptions(), data=task.folder, max_parameters=0)
     rows = [(name, *LOOPS[name]) for name in names]
     loops = [Loop(name, title, note, task.images, lambda _, build=build: build(task, run)) for name, title, note, build in rows]  # type: ignore[misc]
     return time_loops(loops, rounds=rounds, kind="baseline", say=say)
@@ -338,7 +336,7 @@ def time_architectures(
     folder: of the betons. images: about how many a call trains on; whole batches, at least one. batch_size: 0 = each recipe's
     own. options: of the runs (seed, precision, compile, kernels, what to verify); default: the training command's own.
     """
-    run = replace(options or _run_options(folder), data=folder, max_parameters=0)
+    run = replace(options or RunOptions(), data=folder, max_parameters=0)
     data = load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=run.seed, verify=run.verify)
 
     def loop(arch: str) -> Loop:
@@ -387,7 +385,8 @@ def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True, t
         epoch = next(epochs)
         order = epoch_order(data.train.index, run.seed, epoch)
         plan = step.plan(epoch, task.steps, progress=0.0)
-        tally = EpochTally(*(torch.zeros(shape, dtype=torch.float64, device=task.device) for shape in (task.steps, ())))
+        zeros = partial(torch.zeros, device=task.device)
+        tally = EpochTally(zeros(task.steps), zeros((), dtype=torch.float64))
         for number, positions in enumerate(order.split(recipe.batch_size)):
             step(positions, number, RATE, plan, tally)
         synchronise(task.device)
@@ -445,7 +444,7 @@ def _train(task: Task, step: Callable[[Tensor, Tensor], None], batches: Callable
 def _plain_step(task: Task, *, built_in: bool) -> Callable[[Tensor, Tensor], None]:
     """Forward, loss, backward, update, as an ordinary script has them; with `built_in`, what PyTorch offers on this device."""
     recipe = task.recipe
-    state = build_state(task.arch, recipe, _run_options(task.folder, kernels="torch"), task.data, task.device)
+    state = build_state(task.arch, recipe, RunOptions(kernels="torch", max_parameters=0), task.data, task.device)
     model, optimizer = state.model, state.optimizer
     if not built_in:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -121,6 +121,11 @@ def test_the_ladder_times_every_step_in_turns_and_names_those_it_lacks(task, mon
     assert built[-1] == ("fp32", "auto", True)  # the step that failed is not in those after it
 
 
+def test_tuned_compiling_needs_compiling(task):
+    with pytest.raises(InputError, match=r"needs torch\.compile"):
+        baselines.stepped_loop(task, ["resident", "tuned"])
+
+
 def test_without_channels_last_the_loop_trains_nchw(task, monkeypatch):
     formats = []
 
