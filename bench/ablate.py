@@ -2,7 +2,7 @@
 """Ablations: the same training with one thing changed at a time, over the same seeds, compared seed by seed.
 
 python bench/ablate.py --study report_d --seeds 0 1 2 --epochs 30
-python bench/ablate.py --arch se_resnet18 --arms 'full:' 'no_se: --no-squeeze-excitation' 'plain: --cutout 0 --mixup-alpha 0'
+python bench/ablate.py --arch se_resnet18 --arms 'full:' 'no_se: --no-squeeze-excitation' 'plain: --cutout 0'
 
 An arm is a name and flags of `python -m fastcifar.train`. The first is what all others are compared with: for the same seed
 they share the draws of weights, order and augmentation. The same command again does what is left.
@@ -55,7 +55,11 @@ STUDIES: dict[str, Study] = {
         "Report D: five models",
         (
             Configuration("1 everything", "--grayscale 0.1", "best of those with grayscale"),
-            Configuration("2 without mixup and cutout", "--grayscale 0.1 --mixup-alpha 0 --cutout 0", "loses most"),
+            Configuration(
+                "2 without mixup and cutout",
+                "--grayscale 0.1 --mixup-alpha 0 --mixup-alpha-end None --mixup-alpha-floor 0 --cutout 0",
+                "loses most",
+            ),
             Configuration(
                 "3 without colour jitter",
                 "--grayscale 0.1 --brightness 0 --contrast 0 --saturation 0 --hue 0",
