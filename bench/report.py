@@ -593,14 +593,14 @@ def ablation(given: Ablation, results: Results) -> Section | None:
     trained = [run for arm in given.arms for name in arm.runs if (run := runs.get(name))]
     notes = [
         "Mean ± standard deviation over seeds, in brackets 95 % t intervals. All other arms are compared with the first, "
-        "seed by seed (paired t test); p values are corrected for the number of comparisons by Holm's method, and a difference "
-        f"is called shown below {LEVEL}. Its interval is the uncorrected one."
+        "seed by seed (paired t test); p values are corrected for the number of comparisons by Holm's method, and one is "
+        f"called shown below {LEVEL}. Its interval is the uncorrected one."
         if any(p is not None for p in corrected)
         else "Too few seeds for intervals and tests: differences are those of single runs."
     ]
     text = (
         f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in trained])} images, "
-        f"{count(len(given.seeds), 'seed')}; final test accuracy on {span([run.test_images for run in trained])} images."
+        f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in trained])} test images."
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(shown), draw)] if shown else []
     columns = ["Arm", "Top-1, %", f"Against {given.arms[0].name}, points", "Report's"]
@@ -684,7 +684,11 @@ def spread(values: Sequence[float], form: Callable[[float], str]) -> Cell:
         return Cell(NONE)
     low, high = form(min(values)), form(max(values))
     unit = f" {high.rpartition(' ')[2]}"
-    return Cell(form(median(values)), "" if low == high else f"{low.removesuffix(unit)} to {high}", float(median(values)))
+    return Cell(
+        form(median(values)),
+        "" if low == high else f"{low.removesuffix(unit)} to {high}".replace(" ", "\N{NO-BREAK SPACE}"),
+        float(median(values)),
+    )
 
 
 def short(text: str, most: int = 30) -> str:

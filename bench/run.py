@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -148,7 +148,7 @@ class Job:
             with contextlib.redirect_stderr(said):
                 return parse_command(list(self.flags))
         except SystemExit:
-            lines = [words for line in said.getvalue().splitlines() if (words := line.strip(" -│╭╮╰╯─"))]
+            lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines() if line.strip(" │╭╮╰╯─-")]
             hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
             raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
 
@@ -189,11 +189,15 @@ class Job:
             ) as child,
         ):  # fmt: skip
             assert child.stdout is not None
-            for line in child.stdout:
-                log.write(line)
-                lines += [line.strip()] if line.strip() else []
-                watch(lines[-1])
-            code = child.wait()
+            try:
+                for line in child.stdout:
+                    log.write(line)
+                    lines += [line.strip()] if line.strip() else []
+                    watch(lines[-1])
+                code = child.wait()
+            except BaseException:
+                child.kill()  # what it has finished is saved
+                raise
             error = ""
             if code < 0:
                 name = signal.Signals(-code).name
@@ -240,7 +244,7 @@ class Bench:
         train, test = len(self.data.train), len(self.data.test)
         epochs = job.command.settings.epochs
         images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
-        return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(self.rates))
+        return START_SECONDS + images / (SHARE[self.device.type] * cost(job.command.arch).images_per_second(self.rates))
 
     def train(self, jobs: Sequence[Job]) -> list[str]:
         """Train what is not finished, one after the other; return the names of those that failed."""
@@ -321,10 +325,13 @@ def _joined(before: str | None, now: str | None) -> str | None:
     return " && ".join([*parts, *([] if now is None or now in parts else [now])]) or None
 
 
+cost = cache(cost_of_arch)
+
+
 def variant(arch: str, rates: Rates) -> Variant:
     """What an architecture costs, and its ceiling at the device's rates."""
     row = ARCHITECTURES[arch]
-    ceiling = cost_of_arch(arch).images_per_second(rates)
+    ceiling = cost(arch).images_per_second(rates)
     return Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceiling)
 
 

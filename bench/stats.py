@@ -55,18 +55,20 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     Raises ValueError when there is no round, or their numbers differ.
     """
     logs = [math.log(x / y) for x, y in zip(a, b, strict=True)]
-    return _exponential(mean(_block_means(logs)), len(logs))
+    return _exponential(mean(_block_means(logs)), fmean(logs), len(logs))
 
 
 def ratio_apart(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """a over b, measured at different times: Welch's interval of the difference of logarithms over blocks."""
-    logs = [_block_means([math.log(value) for value in side]) for side in (a, b)]
-    return _exponential(difference(*logs), min(len(a), len(b)))
+    logs, others = ([math.log(value) for value in side] for side in (a, b))
+    blocks = difference(_block_means(logs), _block_means(others))
+    return _exponential(blocks, fmean(logs) - fmean(others), min(len(logs), len(others)))
 
 
 def rate(values: Sequence[float]) -> Estimate:
     """The geometric mean of rates measured in a row, with its interval over blocks."""
-    return _exponential(mean(_block_means([math.log(value) for value in values])), len(values))
+    logs = [math.log(value) for value in values]
+    return _exponential(mean(_block_means(logs)), fmean(logs), len(logs))
 
 
 def mean(values: Sequence[float]) -> Estimate:
@@ -144,9 +146,10 @@ def _block_means(values: Sequence[float]) -> list[float]:
     return [float(block.mean()) for block in np.array_split(np.array(values), min(BLOCKS, len(values)))] if values else []
 
 
-def _exponential(logs: Estimate, n: int) -> Ratio:
-    low, high = (None if bound is None else math.exp(bound) for bound in (logs.low, logs.high))
-    return Ratio(math.exp(logs.estimate), low, high, n, logs.p)
+def _exponential(blocks: Estimate, centre: float, n: int) -> Ratio:
+    """The ratio by all n repetitions, `centre`, with the interval by their blocks, which need not be of equal sizes."""
+    low, high = (None if bound is None else math.exp(bound - blocks.estimate + centre) for bound in (blocks.low, blocks.high))
+    return Ratio(math.exp(centre), low, high, n, blocks.p)
 
 
 def _tested(test: object, centre: float, n: int) -> Estimate:

@@ -2,10 +2,12 @@
 
 import math
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant
+from fastcifar.errors import run_command
 
 # arch: report, parameters, flops (forward and backward), images per second, accuracy it ends at, claim
 ARCHS: dict[str, tuple[str, int, int, float, float, str]] = {
@@ -104,3 +106,14 @@ def make_ablation(rng: random.Random) -> tuple[Ablation, list[Run]]:
             run = replace(make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path), top1=top1)
             runs.append(Run(path, error="killed") if (number, seed) == (3, 4) else run)
     return Ablation("report_d", "Report D: five models", "se_resnet18", 6, [0, 1, 2, 3, 4], made), runs
+
+
+def run_main(main: Any, monkeypatch: Any, capsys: Any, *arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process, which saves it the imports; return exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    code = 0
+    try:
+        run_command(main)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    return code, *capsys.readouterr()

@@ -1,241 +1,422 @@
-"""bench/run.py and bench/ablate.py in small: plan, resumption, Ctrl-C, ladder and peers with one that crashes, studies."""
+"""bench/run.py and ablate.py: run folders as they are, resumption, failures as lines, what is timed again and what is not."""
 
-import importlib
 import json
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
-import torch
 from rich.console import Console
 
-from bench import ablate, cells, collect, ladder, peers, run
-from bench.ablate import STUDIES, Configuration, Study, make_job, parse_arm
-from bench.figures import all_figures, target_top1
-from bench.roofline import Rates, cost_of_arch
-from bench.run import QUICK, Options, measure, prepare
-from bench.schema import read_results
+import bench
+from bench import ablate, run
+from bench.ablate import STUDIES, Configuration, Study, chosen_study, parse_arm
+from bench.results import Timing, environment, read_results, read_run
+from bench.roofline import Rates
+from bench.run import QUICK, Common, Job, Options, current_names, measure, open_bench
+from fastcifar.command import parse_command
+from fastcifar.device import choose_device
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
-from tests.conftest import assert_user_error, run_cli
-from tests.test_bench_cells import fake_cell
+from fastcifar.models.summary import training_flops
+from fastcifar.run_folder import RunFolder
+from fastcifar.train import train
+from tests.bench_results import run_main
+from tests.conftest import REPOSITORY, run_cli
 
-CPU = torch.device("cpu")
+CPU = choose_device("cpu")
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def known_rates(monkeypatch):
-    """Measuring this machine's takes a second; test_roofline.py does."""
-    monkeypatch.setattr(collect, "measure_rates", lambda device: Rates(1e12, 5e10))
+TINY = ("--limit-train", "64", "--limit-test", "20", "--batch-size", "32", "--device", "cpu", "--held-out", "0", "--no-plots",
+        "--kernels", "torch", "--epochs", "2")  # fmt: skip
 
 
 @pytest.fixture
-def small(betons, tmp_path):
-    """Options of a run over two architectures without ladder and peers."""
+def small(betons, tmp_path, monkeypatch):
+    """Options of a run over two architectures; nothing is timed and the device's rates are given."""
+    monkeypatch.setattr(run, "measure_rates", lambda device: Rates(1e12, 5e10))
     return replace(
         QUICK, archs=("se_resnet18", "resnet42"), data=betons, out=tmp_path / "bench", limit_train=64, limit_test=20,
-        batch_size=16, epochs=2, rounds=2, steps=1, ladder=False, peers=False, device="cpu",
+        batch_size=16, epochs=2, rounds=2, steps=1, speeds=False, optimizations=False, baselines=False, device="cpu",
     )  # fmt: skip
 
 
-def count_cells(monkeypatch, stop_after=None):
-    """Replace training by a fake; return the list of keys it was asked for. stop_after: then Ctrl-C."""
-    ran = []
+@pytest.fixture
+def trained(monkeypatch):
+    """Training replaced by a run folder with made-up figures; the list of names it was asked for, with how it ends."""
 
-    def fake(job, advance):
-        if len(ran) == stop_after:
+    def fake(job, out, *, go_on, watch=None):
+        trained.names.append(job.name)
+        if trained.interrupt_at == len(trained.names):
             raise KeyboardInterrupt
-        ran.append(job.key)
-        return fake_cell(job)
+        folder = RunFolder(out / "runs" / job.name)
+        error = trained.errors.get(job.name, "")
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        (folder.path.parent / f"{folder.path.name}.log").write_text(f"x\nfailed: {error}\n" if error else "x\n")
+        if error:
+            return error
+        write_run(folder, job.command)
+        return ""
 
-    monkeypatch.setattr(cells, "run_job", fake)
-    return ran
+    trained = SimpleNamespace(names=[], errors={}, interrupt_at=None)
+    monkeypatch.setattr(Job, "train", fake)
+    monkeypatch.setattr("bench.report.draw_svg", lambda name, height, draw: "<svg></svg>")
+    return trained
 
 
-def test_the_small_version_covers_everything_and_its_plan_is_within_ten_minutes(betons):
+def write_run(folder, command, sha256=None):
+    """A finished run folder as training leaves it."""
+    recipe, options = command.settings, command.run
+    manifests = [json.loads((options.data / f"{split}.json").read_text()) for split in ("train", "test")]
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_config(command.arch, command.recipe_name, recipe, options, environment(CPU))
+    row = dict.fromkeys(("data_name", "train_loss", "train_accuracy", "eval_loss", "learning_rates", "best_accuracy"))
+    row |= {"eval_accuracy": 0.25, "eval_seconds": 0.1, "eval_split": "test", "first_step_seconds": 3.0}
+    rows = [row | {"epoch": n + 1, "train_seconds": 1.0, "images_per_second": 64.0} for n in range(recipe.epochs)]
+    folder.write_metrics(rows)
+    final = {"images": 20, "top1": 0.25}
+    folder.write_summary({
+        "final": final, "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0, "compile_seconds": 1.5,
+        "peak_memory_bytes": 10**9, "energy_joules": None, "data_sha256": [manifest["sha256"] for manifest in manifests],
+    })  # fmt: skip
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """bench.baselines replaced; what was timed, and whose rates fail."""
+
+    def timed(name, names, **keywords):
+        loops.calls.append((name, list(names)))
+        return [
+            Timing(each, each, error="crashed") if each in loops.broken else Timing(each, each, "", [100.0, 110.0])
+            for each in names
+        ]
+
+    def script(name, path, task, **keywords):
+        (timing,) = timed("script", [name])
+        return replace(timing, in_turns=False)
+
+    loops = SimpleNamespace(calls=[], broken=set())
+    fake = SimpleNamespace(
+        Task=lambda arch, recipe, data, folder, steps: SimpleNamespace(arch=arch, steps=steps),
+        outside_scripts=lambda named: {argument.split("=")[0]: argument for argument in named},
+        time_architectures=lambda archs, folder, **keywords: timed("speeds", archs),
+        time_steps=lambda task, **keywords: timed("optimizations", ["loader", "resident"]),
+        time_baselines=lambda task, **keywords: timed("baselines", ["fastcifar", "ordinary"]),
+        run_script=script,
+    )
+    monkeypatch.setattr(bench, "baselines", fake, raising=False)
+    return loops
+
+
+@pytest.fixture(scope="module")
+def undisturbed(betons, tmp_path_factory):
+    """A run folder trained in this process, without interruption."""
+    return train(parse_command(["--data", str(betons), "--out", str(tmp_path_factory.mktemp("runs") / "a"), *TINY]), QUIET)
+
+
+def test_a_run_folder_is_read_as_training_recorded_it(undisturbed, tmp_path):
+    rows, summary = undisturbed.read_metrics(), undisturbed.read_summary()
+    read = read_run(undisturbed.path.parent, "a")
+    assert (read.arch, read.seed, read.batch_size, read.images_per_epoch, read.test_images) == ("se_resnet18", 0, 32, 64, 20)
+    assert read.epoch_top1 == [row["eval_accuracy"] for row in rows]
+    assert read.train_seconds == [row["train_seconds"] for row in rows]
+    assert (read.top1, read.flip_top1) == (summary["final"]["top1"], summary["final_flip_tta_top1"])
+    assert 0 <= read.compile_seconds < read.first_step_seconds
+    assert read.peak_memory_bytes == summary["peak_memory_bytes"] > 50 * 2**20
+    assert read.energy_joules is None  # a CPU has no counter
+    broken = shutil.copytree(undisturbed.path, tmp_path / "a")
+    (broken / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a is not a finished run \(KeyError\('final'\)\): delete it"):
+        read_run(tmp_path, "a")
+
+
+def test_an_interrupted_training_goes_on_and_ends_as_an_undisturbed_one(betons, tmp_path, undisturbed):
+    job = Job("a", ("--data", str(betons), *TINY))
+
+    def interrupt(line):
+        if line.startswith("epoch 1/2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.train(tmp_path, go_on=False, watch=interrupt)
+    assert len(RunFolder(tmp_path / "runs/a").read_metrics()) == 1
+    assert read_run(tmp_path / "runs", "a") is None
+    facts = environment(CPU)["hardware"], [json.loads((betons / f"{s}.json").read_text())["sha256"] for s in ("train", "test")]
+    assert job.state(tmp_path, *facts) == "begun"
+    assert job.train(tmp_path, go_on=True) == ""
+    assert job.state(tmp_path, *facts) == "finished"
+    rows = RunFolder(tmp_path / "runs/a").read_metrics()
+    assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in undisturbed.read_metrics()]
+
+
+def test_a_training_that_fails_or_is_killed_leaves_one_line(betons, tmp_path, monkeypatch):
+    real = subprocess.Popen
+    for shell, line in (
+        ("echo first; echo 'error: lower --peak-lr'; exit 2", "lower --peak-lr"),
+        ("kill -9 $$", "SIGKILL (out of"),
+    ):
+        monkeypatch.setattr(subprocess, "Popen", lambda command, shell=shell, **kw: real(["/bin/sh", "-c", shell], **kw))
+        error = Job("a", ("--data", str(betons))).train(tmp_path, go_on=False)
+        assert line in error
+        assert read_run(tmp_path / "runs", "a").error == error
+
+
+def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained, loops, capsys):
+    trained.errors["resnet42-seed0"] = "ended by SIGKILL (out of memory?)"
+    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert measure(small, small.out, console) == ["resnet42-seed0"]
+    said = console.export_text()
+    assert said.index("in all about") < said.index("[1/2] se_resnet18-seed0: top-1 25.00%")
+    results = read_results(small.out)[1]
+    assert {run.name: run.error for run in results.runs if run.error} == trained.errors
+    trained.errors.clear()
+    assert measure(small, small.out, QUIET) == []
+    assert measure(replace(small, seeds=(0, 1), target=42.5), small.out, QUIET) == []
+    assert trained.names == ["se_resnet18-seed0", "resnet42-seed0", "resnet42-seed0", "se_resnet18-seed1", "resnet42-seed1"]
+    results = read_results(small.out)[1]
+    assert [run.name for run in results.runs] == [
+        f"{arch}-seed{seed}" for arch in ("resnet42", "se_resnet18") for seed in (0, 1)
+    ]
+    assert [variant.arch for variant in results.variants] == ["resnet42", "se_resnet18"]
+    assert results.settings["target_top1"] == 0.425
+    assert results.data["sha256"].keys() == {"train", "test"}
+    assert (small.out / "report.html").exists()
+    assert (small.out / "runs.csv").exists()
+    with pytest.raises(InputError, match=r"begun with other settings \(epochs: 2 there, 3 given\)"):
+        measure(replace(small, epochs=3), small.out, QUIET)
+    with pytest.raises(InputError, match=r"\(limit_test: 20 there, 10 given\)"):
+        measure(replace(small, limit_test=10), small.out, QUIET)
+    with pytest.raises(InputError, match=r"\(label_smoothing: 0.08 there, 0.2 given\)"):
+        measure(replace(small, flags="--label-smoothing 0.2"), small.out, QUIET)
+
+
+def test_a_run_folder_begun_elsewhere_is_refused(small, trained, loops):
+    measure(small, small.out, QUIET)
+    config = small.out / "runs/se_resnet18-seed0/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hardware": "another"}))
+    with pytest.raises(InputError, match="hardware: another there"):
+        measure(small, small.out, QUIET)
+    results = small.out / "results.json"
+    values = json.loads(results.read_text())
+    values["environment"]["versions"]["torch"] = "1.0"
+    results.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="other torch"):
+        measure(small, small.out, QUIET)
+
+
+def test_what_takes_turns_is_timed_once_and_again_for_what_failed(small, trained, loops):
+    wanted = replace(small, speeds=True, optimizations=True, baselines=True)
+    archs = ["resnet42", "se_resnet18"]
+    first = [("speeds", archs), ("optimizations", ["loader", "resident"]), ("baselines", ["fastcifar", "ordinary"])]
+    loops.broken = {"resident"}
+    assert measure(wanted, small.out, QUIET) == ["optimizations: resident"]
+    assert loops.calls == first
+    loops.broken, loops.calls[:] = set(), []
+    assert measure(wanted, small.out, QUIET) == []
+    assert loops.calls == first[1:2]
+    results = read_results(small.out)[1]
+    assert [timing.images_per_second for timing in results.speeds.timings] == [[100.0, 110.0]] * 2
+    assert results.environment["load"].keys() == {"at the start", *(f"before the {name}" for name, _ in first)}
+    loops.calls[:] = []
+    assert measure(replace(wanted, archs=("se_resnet18",)), small.out, QUIET) == []
+    assert loops.calls == []  # fewer architectures lose no speed of others
+    assert measure(replace(wanted, archs=("light_resnet18",), rounds=3), small.out, QUIET) == []
+    assert loops.calls[0] == ("speeds", ["resnet42", "light_resnet18", "se_resnet18"])
+    assert trained.names == ["se_resnet18-seed0", "resnet42-seed0", "light_resnet18-seed0"]
+
+
+def test_a_failed_or_dropped_outside_script_repeats_nothing_else(small, trained, loops):
+    loops.broken = {"mine"}
+    wanted = replace(small, baselines=True, baseline=("mine=a.py", "other=b.py"))
+    assert measure(wanted, small.out, QUIET) == ["baselines: mine"]
+    loops.broken, loops.calls[:], trained.names[:] = set(), [], []
+    assert measure(wanted, small.out, QUIET) == []
+    assert loops.calls == [("script", ["mine"])]
+    assert measure(replace(wanted, baseline=()), small.out, QUIET) == []
+    assert (len(loops.calls), trained.names) == (1, [])
+    timings = read_results(small.out)[1].baselines.timings
+    assert [(timing.name, timing.in_turns) for timing in timings] == [
+        ("fastcifar", True), ("ordinary", True), ("mine", False), ("other", False),
+    ]  # fmt: skip
+
+
+def test_ctrl_c_leaves_what_is_finished(small, trained, loops, monkeypatch, capsys):
+    trained.interrupt_at = 2
+    arguments = ["--quick", "--archs", *small.archs, "--data", small.data, "--out", small.out, "--limit-train", 64,
+                 "--limit-test", 20, "--batch-size", 16, "--epochs", 2, "--no-ladder", "--no-peers", "--no-speeds",
+                 "--device", "cpu"]  # fmt: skip
+    code, _, said = run_main(run.main, monkeypatch, capsys, *arguments)
+    assert code == 130
+    assert "--no-ladder is now --no-optimizations" in said
+    assert "the same command goes on" in said
+    assert [each.name for each in read_results(small.out)[1].runs] == ["se_resnet18-seed0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "current"),
+    [
+        (["--peer", "a=b", "--peer=c=d", "--peer-arch", "x"], ["--baseline", "a=b", "--baseline=c=d", "--baseline-arch", "x"]),
+        (["--peer-images", "5", "--no-peers"], ["--no-baselines"]),
+        (["--levers", "bf16", "kernels", "--quick"], ["--quick", "--flags=--precision bf16 --no-compile --kernels auto"]),
+        (["--levers=compile"], ["--flags=--precision fp32 --compile --kernels torch"]),
+        (["--epochs", "3"], ["--epochs", "3"]),
+    ],
+)  # fmt: skip
+def test_the_last_releases_names_keep_working_with_a_line(given, current, capsys):
+    assert current_names(given) == current
+    assert len(capsys.readouterr().err.splitlines()) == sum(
+        argument.startswith(("--peer", "--lever", "--no-p")) for argument in given
+    )
+
+
+def test_an_unknown_lever_is_named():
+    with pytest.raises(InputError, match="unknown lever 'turbo'"):
+        current_names(["--levers", "turbo"])
+
+
+def test_the_small_version_covers_everything():
     assert set(QUICK.archs) == set(ARCHITECTURES)
-    assert QUICK.ladder
-    assert QUICK.peers
-    assert QUICK.rounds >= 6  # below, a median has no interval
+    assert QUICK.speeds
+    assert QUICK.optimizations
+    assert QUICK.baselines
     assert Options().limit_train == 0
-    gflop_of_all = sum(cost_of_arch(arch).flops for arch in ARCHITECTURES) / 1e9
+    gflop_of_all = sum(training_flops(arch) for arch in ARCHITECTURES) / 1e9
     images = QUICK.epochs * QUICK.limit_train + (QUICK.epochs + 2) * QUICK.limit_test / 3
     assert gflop_of_all * images / 300 < 260  # seconds at 300 GFLOP/s, what two cores train at
-
-
-def test_a_plan_comes_first_and_a_finished_cell_is_not_run_again(small, monkeypatch):
-    console = Console(record=True, width=120, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    bench = prepare(small, console)
-    run.show_plan(bench)
-    ran = count_cells(monkeypatch)
-    assert measure(bench) == []
-    assert len(ran) == 2
-    said = console.export_text()
-    assert said.index("in all about") < said.index("[1/2] se_resnet18")
-    assert measure(prepare(small, QUIET)) == []
-    assert len(ran) == 2
-    assert measure(prepare(replace(small, seeds=(0, 1), target=42.5), QUIET)) == []
-    assert len(ran) == 4  # another seed is more of the same
-    results = read_results(small.out / "results.json")
-    assert [(cell.arch, cell.seed) for cell in results.cells] == [(a, s) for a in ("resnet42", "se_resnet18") for s in (0, 1)]
-    assert results.environment["rates"]["flops_per_second"] > 0
-    assert results.settings["batch_size"] == 16
-    assert target_top1(results, all_figures(results)) == 0.425
-    assert prepare(small, QUIET).out == small.out  # without --target it is derived again
-    assert target_top1(collect.collect(small.out, QUIET), all_figures(results)) != 0.425
-    assert results.variants[0].roofline_images_per_second is not None
-    assert (small.out / "report.html").exists()
-    with pytest.raises(InputError, match=r"begun with other settings \(epochs: 2 there, 3 given\)"):
-        prepare(replace(small, epochs=3), QUIET)
-    with pytest.raises(InputError, match="limit_test"):
-        prepare(replace(small, limit_test=10), QUIET)
-
-
-def test_ctrl_c_leaves_what_is_finished(small, monkeypatch):
-    ran = count_cells(monkeypatch, stop_after=1)
-    arguments = ["--archs", *small.archs, "--data", small.data, "--out", small.out, "--limit-train", "64", "--limit-test", "20"]
-    more = ["--quick", "--batch-size", "16", "--epochs", "2", "--no-ladder", "--no-peers", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["bench/run.py", *map(str, arguments), *more])
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-        run.main()
-    assert [cell.key for cell in read_results(small.out / "results.json").cells] == ran
-    assert len(ran) == 1
-
-
-def test_mistakes_are_one_line(betons, tmp_path):
-    assert_user_error(run_cli("bench/run.py", "--archs", "se_resnet81"), "se_resnet81", "did you mean se_resnet18")
-    process = run_cli("bench/ablate.py", "--arms", "full=", "x=cutuot=0", "--data", betons, "--out", tmp_path / "x")
-    assert_user_error(process, "cutuot", "did you mean cutout")
-    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"levers": ("turbo",)}, "unknown lever 'turbo'"),
-        ({"levers": ("captured",)}, "CUDA graphs need a GPU"),
-        ({"batch_size": 512}, "batch_size 512 is larger"),
-        ({"peer": ("airbench",)}, "NAME=PATH"),
-        ({"peer": ("airbench=/nowhere/a.py",)}, "not a file"),
-        ({"peer": (f"FFCV={__file__}",)}, "taken"),
-        ({"limit_train": 10**6}, "lower the limit"),
-        ({"limit_train": 128, "batch_size": 0, "peer_arch": "mish_se_resnet18", "ladder": True}, "batch_size 512 is larger"),
+        ({"archs": ()}, "archs must be at least one"), ({"seeds": (-1,)}, "seeds must be"), ({"epochs": 0}, "epochs must be"),
+        ({"rounds": 1}, "rounds must be at least 2"), ({"target": 100.0}, "target must be"), ({"batch_size": 1}, "batch_size"),
+        ({"archs": ("se_resnet81",)}, "did you mean se_resnet18"), ({"batch_size": 512}, "batch_size 512 is larger"),
+        ({"flags": "--epochs 5"}, "--epochs is the benchmark's to set"),
+        ({"flags": "--cutuot 5"}, "Unrecognized options: --cutuot, 5; did you mean --cutout?"),
     ],
-)
-def test_what_cannot_run_is_refused_before_anything_is_written(small, changes, message):
-    with pytest.raises(InputError, match=message):
-        prepare(replace(small, **changes), QUIET)
-    assert not small.out.exists()
+)  # fmt: skip
+def test_mistakes_are_one_line_before_anything_is_trained(changes, message, small, trained, loops):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")) as error:
+        measure(replace(small, **changes), small.out, QUIET)
+    assert "\n" not in str(error.value)
+    assert trained.names == []
 
 
-def test_what_failed_is_counted_and_tried_again_and_nothing_else_is(small, tmp_path, monkeypatch):
-    count_cells(monkeypatch)
-    broken, levers = True, []
-
-    def loop(task, built_in=False):
-        if broken:
-            raise RuntimeError("no")
-        return lambda: None
-
-    monkeypatch.setattr(ladder, "ours", lambda task, levers: lambda: None)
-    monkeypatch.setattr(peers, "ours", lambda task, named: levers.append(named) or (lambda: None))
-    monkeypatch.setattr(ladder, "ordinary", loop)
-    monkeypatch.setattr(peers, "ordinary", lambda task, built_in=False: lambda: None)
-    monkeypatch.setattr(peers, "ffcv", lambda task: importlib.import_module("ffcv") if broken else lambda: None)
-    monkeypatch.setitem(sys.modules, "ffcv", None)  # not installed, which is no failure
-    scripts = [tmp_path / "good.py", tmp_path / "bad.py"]
-    for script in scripts:
-        script.write_text(f"open({str(tmp_path / script.stem)!r}, 'a').write('ran ')\n")
-    with scripts[1].open("a") as file:
-        file.write(f"import os; os.path.exists({str(tmp_path / 'mended')!r}) or exit('not yet')\n")
-    options = replace(small, ladder=True, peers=True, levers=(), peer=tuple(f"{s.stem}={s}" for s in scripts))
-    assert measure(prepare(options, QUIET)) == ["ladder: eager fp32 NCHW, DataLoader", "peer: bad"]
-    results = read_results(small.out / "results.json")
-    assert results.peers.entries[3].error == "not applicable: no FFCV here"
-    broken = False
-    (tmp_path / "mended").touch()
-    console = Console(record=True, width=400, file=open("/dev/null", "w"))  # noqa: SIM115
-    bench = prepare(options, console)
-    run.show_plan(bench)
-    assert "; again for peer: bad" in console.export_text()
-    assert measure(bench) == []
-    assert [(tmp_path / script.stem).read_text() for script in scripts] == ["ran ", "ran ran "]
-    assert levers == [["resident", "channels_last"]]  # those of --levers; the loops were not timed again
-    with pytest.raises(InputError, match="peers levers"):
-        prepare(replace(options, levers=("bf16",)), QUIET)
+def test_the_flops_of_a_training_step_are_those_of_the_roofline():
+    assert training_flops("se_resnet18") == 834_149_376
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_study_is_made_of_recipes_that_can_be_trained(name):
-    study, options = STUDIES[name], ablate.Options(study=name)
-    jobs = [make_job(options, study, row, 0, CPU) for row in study.rows]
-    assert len({job.key for job in jobs}) == len(jobs)
-    recipes = [job.recipe for job in jobs]
-    assert len({(job.arch, repr(recipe)) for job, recipe in zip(jobs, recipes, strict=True)}) == len(jobs)
-    assert all(row.claim for row in study.rows)
-    assert all(recipe.epochs == options.epochs for recipe in recipes)
+@pytest.mark.parametrize(
+    ("text", "name", "flags"),
+    [
+        ("full:", "full", ""),
+        ("no_se: --no-squeeze-excitation", "no_se", "--no-squeeze-excitation"),
+        ("a:--flag x:y=1", "a", "--flag x:y=1"),
+        ("full=", "full", ""),
+        ("x=squeeze_excitation=false,cutout=0,milestones=[3,5],mixup_alpha_end=null", "x",
+         "--no-squeeze-excitation --cutout 0 --milestones 3 5 --mixup-alpha-end None"),
+    ],
+)  # fmt: skip
+def test_an_arm_is_a_name_and_flags(text, name, flags):
+    assert parse_arm(text) == Configuration(name, flags)
 
 
-def test_arms_are_lists_of_overrides():
-    assert parse_arm("full=") == Configuration("full", {})
-    assert parse_arm("a=cutout=0,squeeze_excitation=false,optimizer=adamw,peak_lr=1e-3").overrides == {
-        "cutout": 0, "squeeze_excitation": False, "optimizer": "adamw", "peak_lr": 1e-3,
-    }  # fmt: skip
-    lists = parse_arm("a=milestones=[3,5],mixup_alpha_end=null,cutout=0").overrides
-    assert lists == {"milestones": [3, 5], "mixup_alpha_end": None, "cutout": 0}
-    with pytest.raises(InputError, match="give --epochs"):
-        make_job(
-            ablate.Options(arms=("a=",)), Study("se_resnet18", "x", (parse_arm("a=epochs=1"),)), parse_arm("a=epochs=1"), 0, CPU
-        )
-    for text in ("full", "=cutout=0", "a=cutout", "a==3"):
-        with pytest.raises(InputError, match="--arms takes"):
-            parse_arm(text)
+@pytest.mark.parametrize("text", ["full", "=cutout=0", ": --cutout 0", "x=cutout"])
+def test_anything_else_is_no_arm(text):
+    with pytest.raises(InputError, match="--arms takes 'NAME: FLAGS'"):
+        parse_arm(text)
+
+
+def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
+    for name, study in STUDIES.items():
+        options = ablate.Options(study=name, data=betons, device="cpu")
+        bench_ = SimpleNamespace(device=CPU)
+        commands = [ablate.make_job(options, name, study, row, 0, bench_).command for row in study.rows]
+        assert len({(command.arch, str(command.settings)) for command in commands}) == len(commands)
+        assert all(command.settings.epochs == options.epochs for command in commands)
+    row = Configuration("other recipe", "--recipe light_resnet18 --arch se_resnet18")
+    job = ablate.make_job(options, "x", study, row, 0, SimpleNamespace(device=CPU))
+    assert (job.command.arch, job.command.recipe_name) == ("se_resnet18", "light_resnet18")
+
+
+def test_one_of_study_and_arms_is_needed():
+    for options in (ablate.Options(), ablate.Options(study="report_d", arms=("a:",))):
+        with pytest.raises(InputError, match="give either --study"):
+            chosen_study(options)
     with pytest.raises(InputError, match="two of the same name"):
-        ablate.chosen_study(ablate.Options(arms=("a=", "a=cutout=0")))
-    with pytest.raises(InputError, match="not both"):
-        ablate.chosen_study(ablate.Options(study="report_d", arms=("a=",)))
+        chosen_study(ablate.Options(arms=("a b:", "a_b:")))
 
 
-def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, monkeypatch):
-    ran = count_cells(monkeypatch, stop_after=3)
-    measure(prepare(small, QUIET))  # two cells of run.py
+def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained, loops):
+    measure(small, small.out, QUIET)
     study = Study(
-        "se_resnet18", "two arms", (Configuration("full"), Configuration("no se", {"squeeze_excitation": False}, "worse"))
+        "se_resnet18", "two arms", (Configuration("full"), Configuration("no se", "--no-squeeze-excitation", "worse"))
     )
     options = ablate.Options(
-        arms=("x=",), data=small.data, epochs=2, seeds=(0, 1), limit_train=64, limit_test=20, batch_size=16, device="cpu"
+        arms=("x:",), data=small.data, epochs=2, seeds=(0, 1), limit_train=64, limit_test=20, batch_size=16, device="cpu"
     )
+    trained.names.clear()
+    trained.interrupt_at = 3
     with pytest.raises(KeyboardInterrupt):
         ablate.ablate(options, "two", study, small.out, QUIET)
-    half = read_results(small.out / "results.json").ablations[0]
-    assert [arm.top1 for arm in half.arms] == [[0.25, None], [None, None]]
-
-    ran = count_cells(monkeypatch)
-    assert ablate.ablate(options, "two", study, small.out, QUIET) == 0
-    assert len(ran) == 3
-    results = read_results(small.out / "results.json")
-    assert len(results.cells) == 2  # run.py's stay
-    ablation = results.ablations[0]
-    assert (ablation.name, ablation.arch, ablation.seeds, ablation.images_per_epoch) == ("two arms", "se_resnet18", [0, 1], 64)
-    assert [arm.top1 for arm in ablation.arms] == [[0.25, 0.25], [0.25, 0.25]]
-    assert ablation.arms[1].claim == "worse"
-    changed = replace(study, rows=(study.rows[0], Configuration("no se", {"cutout": 0})))
-    with pytest.raises(InputError, match="arms no se"):
+    trained.interrupt_at = None
+    assert ablate.ablate(options, "two", study, small.out, QUIET) == []
+    names = [f"two/{arm}-seed{seed}" for arm in ("full", "no_se") for seed in (0, 1)]
+    assert trained.names == [*names[:3], *names[2:]]
+    results = read_results(small.out)[1]
+    assert [run.name for run in results.runs] == [
+        "resnet42-seed0",
+        "se_resnet18-seed0",
+        *sorted(names, key=lambda n: (n[-1], n)),
+    ]
+    (ablation,) = results.ablations
+    assert (ablation.title, ablation.seeds, ablation.arms[1].runs, ablation.arms[1].claim) == (
+        "two arms",
+        [0, 1],
+        names[2:],
+        "worse",
+    )
+    assert "two arms" in (small.out / "report.md").read_text()
+    changed = replace(study, rows=(study.rows[0], Configuration("no se", "--cutout 0")))
+    with pytest.raises(InputError, match="squeeze_excitation: False there, True given"):
         ablate.ablate(options, "two", changed, small.out, QUIET)
 
 
-def test_a_broken_part_is_left_out_with_a_line(small, monkeypatch):
-    count_cells(monkeypatch)
-    measure(prepare(small, QUIET))
-    (small.out / "ladder.json").write_text('{"arch": "se_resnet18"')
-    path = next((small.out / "cells").glob("resnet42*"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"speed": 1}))
+def test_a_broken_run_folder_is_left_out_with_a_line(small, trained, loops):
+    measure(small, small.out, QUIET)
+    (small.out / "runs/resnet42-seed0/metrics.jsonl").write_text("{")
     console = Console(record=True, width=400, file=open("/dev/null", "w"))  # noqa: SIM115
-    results = collect.collect(small.out, console)
-    assert [cell.arch for cell in results.cells] == ["se_resnet18"]
-    assert results.ladder is None
-    said = console.export_text().splitlines()
-    assert len(said) == 2
-    assert "unknown field 'speed'" in said[0]
-    assert "ladder.json is not valid JSON" in said[1]
+    bench_ = open_bench(Common(data=small.data, limit_train=64, limit_test=20, device="cpu"), small.out, [], {}, console)
+    bench_.save()
+    assert [run.name for run in bench_.results.runs] == ["se_resnet18-seed0"]
+    (said,) = console.export_text().splitlines()
+    assert "left out" in said
+    assert "line 1 is not an epoch's metrics" in said
+
+
+@pytest.mark.slow  # four processes one after the other
+def test_killed_in_the_middle_nothing_is_left_running_and_the_same_command_goes_on(betons, tmp_path):
+    out = tmp_path / "bench"
+    arguments = [
+        "bench/run.py", "--quick", "--data", betons, "--out", out, "--archs", "se_resnet18", "--epochs", "2",
+        "--limit-train", "64",
+        "--limit-test", "20", "--batch-size", "32", "--no-speeds", "--no-optimizations", "--no-baselines", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    waited = time.time() + 100
+    while not (out / "runs/se_resnet18-seed0/last.pt").exists() and process.poll() is None and time.time() < waited:
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert children
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    again = run_cli(*arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "[1/1] se_resnet18-seed0" in again.stdout
+    assert len(read_results(out)[1].runs[0].train_seconds) == 2

@@ -1,6 +1,7 @@
 """A model's layers with their output shapes, parameters and FLOPs, from one traced forward pass; FLOPs of a training step."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ def flops_per_image(model: nn.Module) -> int:
     return sum(row.flops for row in trace_layers(model))
 
 
+@cache
 def training_flops(arch: str) -> int:
     """Forward and backward FLOPs of convolutions and linear layers for one image, 2 per multiply-add; nothing is computed."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
