@@ -9,7 +9,7 @@ import torch
 
 from fastcifar import files
 from fastcifar.errors import InputError
-from fastcifar.models import REVISED, build_model, count_parameters, place
+from fastcifar.models import ARCHITECTURES, REVISED, build_model, count_parameters, place
 from fastcifar.models.resnet import ResNet
 
 FORMAT = 1
@@ -85,8 +85,9 @@ def require_fits(path: Path, checkpoint: Checkpoint, model: ResNet) -> None:
     """Raise InputError for a checkpoint of a row that was another network when it was written."""
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     held = sum(tensor.numel() for name, tensor in checkpoint.model.items() if not name.endswith(buffers))
-    if checkpoint.arch in REVISED and held != count_parameters(model):
+    arch, wanted = checkpoint.arch, count_parameters(model)
+    if arch in REVISED and wanted - held == ARCHITECTURES[arch].parameters - REVISED[arch]:
         raise InputError(
-            f"{path} holds {checkpoint.arch} as version 0.1 had it ({held:,} parameters), which is not the report's network "
-            f"({count_parameters(model):,}): train again, or use version 0.1"
+            f"{path} holds {arch} as version 0.1 had it ({held:,} parameters), which is not the report's network ({wanted:,}): "
+            "train again, or use version 0.1"
         )

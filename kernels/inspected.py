@@ -36,8 +36,10 @@ class Row:
     fuses: bool = True  # whether multiply and add may become one rounding, as in the launch
 
 
-def _squeeze_excite(channels: int, side: int, reduced: int, contiguous: bool, ceilings: tuple[int, int, int, int]) -> list[Row]:
-    """Forward and backward at one shape; ceilings: registers and instructions of the one, then of the other."""
+def _squeeze_excite(
+    channels: int, side: int, reduced: int, activation: str, ceilings: tuple[int, int, int, int], contiguous: bool = False
+) -> list[Row]:
+    """Forward, with biases, and backward at one shape; ceilings: registers and instructions of the one, then of the other."""
     sizes: dict[str, Any] = squeeze_excite_triton.blocks(channels, side * side, reduced, 2, contiguous)
     warps = sizes.pop("num_warps")
     shape = f"{channels}x{side}x{side} {'NCHW' if contiguous else 'NHWC'}"
@@ -46,11 +48,11 @@ def _squeeze_excite(channels: int, side: int, reduced: int, contiguous: bool, ce
     backward = {"gradient": "*T", "x": "*T", "x_gradient": "*T"} | small
     backward |= dict.fromkeys(("logit_gradient", "hidden_gradient", "unit_activated"), "*fp32")
     elements = sizes["block_rows"] * sizes["block_lanes"]
-    constants = sizes | {"activation": "mish"}
+    constants = sizes | {"activation": activation}
     return [
         Row(
-            f"squeeze_excite forward {shape}", squeeze_excite_triton.forward_kernel, forward,
-            constants | {"b_reduce": None, "b_expand": None}, warps, elements, *ceilings[:2], dtypes=("bf16",),
+            f"squeeze_excite forward {shape}", squeeze_excite_triton.forward_kernel,
+            forward | {"b_reduce": "*fp32", "b_expand": "*fp32"}, constants, warps, elements, *ceilings[:2], dtypes=("bf16",),
         ),
         Row(
             f"squeeze_excite backward {shape}", squeeze_excite_triton.backward_kernel, backward,
@@ -65,7 +67,13 @@ FLOATS = ("eps", "momentum", "per_position", "per_row")
 
 
 def _residual_tail(
-    channels: int, side: int, units: int, activation: str, shortcut: bool, ceilings: Mapping[str, tuple[int, float]]
+    channels: int,
+    side: int,
+    units: int,
+    activation: str,
+    shortcut: bool,
+    biases: bool,
+    ceilings: Mapping[str, tuple[int, float]],
 ) -> list[Row]:
     """The kernels of a training step's tail at batch 512, with squeeze-excitation if it has units; ceilings by kernel."""
     tiles, backward = residual_tail_tiles, residual_tail_backward_triton
@@ -77,6 +85,7 @@ def _residual_tail(
     own: dict[str, Any] = {"channels": channels, "activation": activation, "group": group, "chunks": chunks, "units": units}
     own |= {"training": True} | ({} if shortcut else {"shortcut": None, "dz_out": None})
     own |= {} if units else {"scale": None, "d_squeezed": None}
+    own |= {} if biases else dict.fromkeys(("b_reduce", "b_expand", "d_b_reduce", "d_b_expand"))
     kernels: dict[str, tuple[Any, residual_tail_tiles.Tile, dict[str, Any]]] = {
         "statistics": (residual_tail_triton.statistics_kernel, rows, {"block_rows": rows.rows}),
         "batch": (residual_tail_triton.batch_kernel, groups, {"block_groups": groups.rows}),
@@ -119,39 +128,47 @@ ROWS: tuple[Row, ...] = (
         {"gradient_pointer": "*T", "x_pointer": "*T", "result_pointer": "*T", "size": "i64"},
         {"block": mish_triton.BLOCK}, mish_triton.WARPS, mish_triton.BLOCK, 40, 38,
     ),
-    *_residual_tail(
-        256, 8, 16, "mish", True,
+    *_residual_tail(  # mish_se_resnet18
+        256, 8, 16, "mish", True, True,
         {
             "statistics": (125, 29), "batch": (99, 45), "tail": (71, 33), "sums": (141, 66), "map_gradient": (102, 15),
-            "excite": (62, 23), "excite_gradient": (62, 15), "parameter_gradient": (117, 161),
+            "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181),
         },
     ),
-    *_residual_tail(
-        45, 32, 0, "relu", False,
+    *_residual_tail(  # se_resnet18
+        256, 4, 16, "relu", True, False,
+        {
+            "statistics": (106, 25), "batch": (99, 45), "tail": (70, 15), "sums": (71, 34), "map_gradient": (97, 15),
+            "excite": (62, 19), "excite_gradient": (62, 11), "parameter_gradient": (122, 143),
+        },
+    ),
+    *_residual_tail(  # the light_resnet18 family's widest maps and widest layers
+        45, 32, 0, "relu", False, False,
         {
             "statistics": (172, 43), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
             "channel_gradient": (88, 30),
         },
     ),
     *_residual_tail(
-        340, 4, 21, "relu", True,
+        340, 4, 0, "relu", False, False,
         {
-            "statistics": (106, 24), "batch": (99, 46), "tail": (62, 15), "sums": (62, 30), "map_gradient": (80, 15),
-            "excite": (131, 39), "excite_gradient": (125, 14), "parameter_gradient": (117, 151),
+            "statistics": (116, 26), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
+            "channel_gradient": (71, 23),
         },
     ),
-    *_residual_tail(
-        512, 4, 0, "relu", True,
+    *_residual_tail(  # resnet18
+        512, 4, 0, "relu", True, False,
         {
             "statistics": (125, 28), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
             "channel_gradient": (71, 23),
         },
     ),
-    *_squeeze_excite(45, 32, 2, False, (44, 39, 60, 46)),
-    *_squeeze_excite(48, 32, 3, False, (44, 34, 58, 41)),
-    *_squeeze_excite(48, 32, 3, True, (44, 25, 52, 30)),
-    *_squeeze_excite(256, 8, 16, False, (50, 59, 64, 67)),
-    *_squeeze_excite(340, 4, 21, False, (64, 61, 72, 62)),
+    *_squeeze_excite(45, 32, 2, "relu", (44, 38, 60, 42)),  # light_resnet18_v2_45, its activated inputs
+    *_squeeze_excite(90, 16, 5, "relu", (85, 69, 60, 47)),
+    *_squeeze_excite(170, 8, 10, "relu", (51, 67, 70, 76)),
+    *_squeeze_excite(340, 4, 21, "relu", (70, 60, 71, 59)),
+    *_squeeze_excite(256, 8, 16, "mish", (55, 59, 64, 67)),  # mish_se_resnet18, where dropout keeps the tail apart
+    *_squeeze_excite(48, 32, 3, "mish", (44, 26, 52, 30), contiguous=True),
     Row(
         "augment crop flip cutout", augment_triton.augment_kernel,
         dict.fromkeys(("labels", "index", "permutation", "cursor", "epoch", "seed", "out_labels"), "*i64")

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["relu", "mish"]
+# w_reduce [R, C], w_expand [C, R] and, where there are any, b_reduce [R] and b_expand [C]
+SqueezeExcitation = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def mish(x: Tensor) -> Tensor:
@@ -46,17 +48,18 @@ def residual_tail(
     training: bool,
     momentum: float,
     eps: float,
-    se: tuple[Tensor, Tensor] | None = None,
+    se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: Literal["relu", "mish", "none"] = "relu",
 ) -> Tensor:
     """act(shortcut + SE(BN(conv_out))), the end of a residual block (He et al., CVPR 2016); running statistics move in place.
 
-    conv_out, shortcut [N, C, H, W]; the statistics and bn_* [C]; se: (w_reduce [R, C], w_expand [C, R]).
+    conv_out, shortcut [N, C, H, W]; the statistics and bn_* [C]; se: (w_reduce [R, C], w_expand [C, R]),
+    or these and (b_reduce [R] or None, b_expand [C] or None).
     """
     y = F.batch_norm(conv_out, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     if se is not None:
-        y = squeeze_excite(y, *se, activation=se_activation)
+        y = squeeze_excite(y, se[0], se[1], se_activation, *se[2:])
     if shortcut is not None:
         y = shortcut + y
     y = mish(y) if activation == "mish" else F.relu(y) if activation == "relu" else y

@@ -1,6 +1,7 @@
 """A convolution's output and a shortcut enter; act(shortcut + SE(BN(conv_out))) leaves, channels_last, with its gradients.
 
-    out = act(z),  z = s (gamma (c - mu) rstd + beta) + r,  s = sigmoid(W_expand act(W_reduce mean_hw(BN(c)))) or 1
+    out = act(z)        z = s (gamma (c - mu) rstd + beta) + r
+    s = sigmoid(W_expand act(W_reduce mean_hw(BN(c)) + b_reduce) + b_expand), or 1
 
 Three forms of one function: PyTorch's own operations (`reference.residual_tail`), our algebra as operations the compiler may
 fuse (`residual_tail_fusable`; its formulas are in `residual_tail_function.py`), and the same algebra as Triton kernels.
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kernels import reference, residual_tail_function
 from kernels.backends import Backend, describe, resolve
-from kernels.reference import Activation
+from kernels.reference import Activation, SqueezeExcitation
 from kernels.residual_tail_function import Settings, TailActivation, Tensors
 
 
@@ -29,7 +30,7 @@ def residual_tail(
     training: bool,
     momentum: float,
     eps: float,
-    se: tuple[Tensor, Tensor] | None = None,
+    se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: TailActivation = "relu",
     backend: Backend = "auto",
@@ -37,8 +38,9 @@ def residual_tail(
     """BN, squeeze-excitation where `se` is given, sum with `shortcut` where there is one, activation.
 
     conv_out, shortcut: [N, C, H, W], of one dtype, which the result has. bn_weight, bn_bias, running_mean, running_var:
-    [C]. se: (w_reduce [R, C], w_expand [C, R]). training: normalise by the batch and move the running statistics as
-    nn.BatchNorm2d does. Everything between is computed in float32 (float64 for float64), under autocast too.
+    [C]. se: (w_reduce [R, C], w_expand [C, R], b_reduce [R] or None, b_expand [C] or None), or the first two of these.
+    training: normalise by the batch and move the running statistics as nn.BatchNorm2d does. Everything between is computed in
+    float32 (float64 for float64), under autocast too.
 
     Raises ValueError, naming shape and expectation, for tensors that do not fit, one value per channel in training, and a
     backend that cannot serve conv_out.
@@ -67,7 +69,7 @@ def residual_tail_fusable(
     training: bool,
     momentum: float,
     eps: float,
-    se: tuple[Tensor, Tensor] | None = None,
+    se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: TailActivation = "relu",
 ) -> Tensor:
@@ -98,7 +100,7 @@ class _Operations(Protocol):
 
     def excite(
         self, image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
-        w_reduce: Tensor, w_expand: Tensor, eps: float, activation: str,
+        w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, eps: float, activation: str,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def tail(self, tensors: Tensors, settings: Settings) -> Tensor: ...
@@ -109,7 +111,7 @@ def _compose(
     conv_out: Tensor,
     shortcut: Tensor | None,
     channels: tuple[Tensor, Tensor, Tensor, Tensor],
-    se: tuple[Tensor, Tensor] | None,
+    se: SqueezeExcitation | None,
     momentum: float,
     settings: Settings,
 ) -> Tensor:
@@ -122,15 +124,21 @@ def _compose(
         image_mean, mean, variance = operations.batch_statistics(x, running_mean, running_var, momentum, se is not None)
     elif se is not None:
         image_mean = operations.squeeze(conv_out.detach())
-    w_reduce, w_expand = se if se is not None else (None, None)
+    w_reduce, w_expand, b_reduce, b_expand = (*se, None, None)[:4] if se is not None else (None,) * 4
     if image_mean is not None and w_reduce is not None and w_expand is not None:
         small = (weight.detach(), bias.detach(), w_reduce.detach(), w_expand.detach())
-        scale, hidden = operations.excite(image_mean, mean, variance, *small, settings.eps, settings.se_activation)
+        biases = (_detached(b_reduce), _detached(b_expand))
+        scale, hidden = operations.excite(image_mean, mean, variance, *small, *biases, settings.eps, settings.se_activation)
     else:
         image_mean = None
+    linear = (w_reduce, w_expand, b_reduce, b_expand)
     return operations.tail(
-        Tensors(conv_out, shortcut, weight, bias, w_reduce, w_expand, image_mean, mean, variance, scale, hidden), settings
+        Tensors(conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden), settings
     )
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def check(
@@ -138,7 +146,7 @@ def check(
     shortcut: Tensor | None,
     channels: tuple[Tensor, Tensor, Tensor, Tensor],
     training: bool,
-    se: tuple[Tensor, Tensor] | None,
+    se: SqueezeExcitation | None,
     se_activation: str,
     activation: str,
 ) -> None:
@@ -155,6 +163,8 @@ def check(
     if se is not None:
         hidden = se[0].shape[0]
         expected += [("w_reduce", se[0], (hidden, c)), ("w_expand", se[1], (c, hidden))]
+        biases = zip(("b_reduce", "b_expand"), se[2:], ((hidden,), (c,)), strict=False)
+        expected += [(name, b, shape) for name, b, shape in biases if b is not None]
     for name, x, shape in expected:
         if tuple(x.shape) != shape or not x.is_floating_point() or (x.dim() == 1 and not x.is_contiguous()):
             raise ValueError(f"residual_tail: {name} must be floating-point, dense, {list(shape)}, got {describe(x)}")

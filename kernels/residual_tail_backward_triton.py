@@ -116,11 +116,11 @@ def channel_gradient_kernel(
 @triton.jit
 def parameter_gradient_kernel(
     s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, d_logits, d_hidden, d_squeezed,
-    d_weight, d_bias, d_reduce, d_expand, images, eps,
+    d_weight, d_bias, d_reduce, d_expand, d_b_reduce, d_b_expand, images, eps,
     channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
     block_images: tl.constexpr, block_channels: tl.constexpr, block_units: tl.constexpr,
 ):  # fmt: skip
-    """Sums over images: dgamma and dbeta, dW_reduce [units, C] = sum dq m^T, dW_expand [C, units] = sum dt act(q)^T."""
+    """Sums over images: dgamma, dbeta; dW_reduce [units, C] = sum dq m^T, dW_expand [C, units] = sum dt act(q)^T; of biases."""
     c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     u = tl.program_id(1) * block_units + tl.arange(0, block_units)
     mu, beta = channel(mean, c, channels), channel(bias, c, channels)
@@ -130,6 +130,8 @@ def parameter_gradient_kernel(
     sum_bias = tl.zeros([block_images, block_channels], tl.float32)
     reduce = tl.zeros([block_channels, block_units], tl.float32)
     expand = tl.zeros([block_channels, block_units], tl.float32)
+    sum_dq = tl.zeros([block_images, block_units], tl.float32)
+    sum_dt = tl.zeros([block_images, block_channels], tl.float32)
     first = 0
     while first < images:
         n = (first + tl.arange(0, block_images)).to(tl.int64)[:, None]
@@ -147,11 +149,20 @@ def parameter_gradient_kernel(
         h = activated(tl.load(hidden + of_units, mask=in_units, other=0.0), activation)
         reduce += tl.dot(tl.trans(centred * a[None, :] + beta[None, :]), dq, input_precision="ieee")
         expand += tl.dot(tl.trans(dt), h, input_precision="ieee")
+        if d_b_reduce is not None:
+            sum_dq += dq
+        if d_b_expand is not None:
+            sum_dt += dt
         first += block_images
     both = (c[:, None] < channels) & (u[None, :] < units)
     tl.store(d_reduce + u[None, :] * channels + c[:, None], reduce.to(d_reduce.dtype.element_ty), mask=both)
     tl.store(d_expand + c[:, None] * units + u[None, :], expand.to(d_expand.dtype.element_ty), mask=both)
+    if d_b_reduce is not None:
+        own_units = (u < units) & (tl.program_id(0) == 0)
+        tl.store(d_b_reduce + u, tl.sum(sum_dq, 0).to(d_b_reduce.dtype.element_ty), mask=own_units)
     own = (c < channels) & (tl.program_id(1) == 0)
+    if d_b_expand is not None:
+        tl.store(d_b_expand + c, tl.sum(sum_dt, 0).to(d_b_expand.dtype.element_ty), mask=own)
     tl.store(d_bias + c, tl.sum(sum_bias, 0), mask=own)
     tl.store(d_weight + c, tl.sum(sum_weight, 0) * rstd, mask=own)
 
@@ -232,15 +243,17 @@ def channel_gradient(s1: Tensor, s2: Tensor, variance: Tensor, d_weight: Tensor,
 def parameter_gradient(
     s1: Tensor, s2: Tensor, scale: Tensor, hidden: Tensor, image_mean: Tensor, mean: Tensor, variance: Tensor,
     weight: Tensor, bias: Tensor, d_logits: Tensor, d_hidden: Tensor, d_squeezed: Tensor,
-    d_weight: Tensor, d_bias: Tensor, d_reduce: Tensor, d_expand: Tensor, eps: float, activation: str,
+    d_weight: Tensor, d_bias: Tensor, d_reduce: Tensor, d_expand: Tensor, d_b_reduce: Tensor | None,
+    d_b_expand: Tensor | None, eps: float, activation: str,
 ) -> None:  # fmt: skip
-    """Fill d_weight and d_bias [C] float32, d_reduce [units, C], d_expand [C, units]."""
+    """Fill d_weight and d_bias [C] float32, d_reduce [units, C], d_expand [C, units], d_b_reduce [units], d_b_expand [C]."""
     images, channels, units, tile = len(image_mean), image_mean.shape[1], hidden.shape[1], IMAGES_TILE
     side = min(max(power_of_two(units), 16), 32)  # tl.dot wants 16 at least
     with torch.cuda.device_of(s1):
         parameter_gradient_kernel[(triton.cdiv(channels, tile.channels), triton.cdiv(units, side))](
             s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, d_logits, d_hidden, d_squeezed,
-            d_weight, d_bias, d_reduce, d_expand, images, eps, channels=channels, units=units, activation=activation,
+            d_weight, d_bias, d_reduce, d_expand, d_b_reduce, d_b_expand, images, eps,
+            channels=channels, units=units, activation=activation,
             block_images=tile.rows, block_channels=tile.channels, block_units=side, num_warps=tile.warps,
         )  # fmt: skip
 

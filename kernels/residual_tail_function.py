@@ -7,12 +7,12 @@ convolution's output [N, C, H, W] of P = HW positions, M = NP, r the shortcut, g
     mean_nc, var_nc of each image's map; mu and var by merging over n (Chan, Golub & LeVeque 1979); rstd = 1 / sqrt(var + eps)
     a = gamma rstd              y = a (c - mu) + beta: never stored
     squeeze m = a (mean_nc - mu) + beta: the mean of y without a pass over it
-    q = W_reduce m              s = sigmoid(W_expand act(q))         (s = 1 without squeeze-excitation)
+    q = W_reduce m + b_reduce   s = sigmoid(W_expand act(q) + b_expand)      (s = 1 without squeeze-excitation)
     out = act(z)                z = (c - mu) s a + s beta + r
 
     dz = g act'(z), which is the shortcut's gradient;   S1 = sum_hw dz,   S2 = sum_hw dz (c - mu)
     ds = a S2 + beta S1         dt = ds s (1 - s)         dq = act'(q) W_expand^T dt         dm = W_reduce^T dq
-    dW_expand = sum_n dt act(q)^T                         dW_reduce = sum_n dq m^T
+    dW_expand = sum_n dt act(q)^T      db_expand = sum_n dt      dW_reduce = sum_n dq m^T      db_reduce = sum_n dq
     dbeta = sum_n (s S1 + dm)   dgamma = rstd sum_n (s S2 + dm (mean_nc - mu))
     dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M    (the last two in training only)
 
@@ -101,17 +101,27 @@ def squeeze(x: Tensor) -> Tensor:
 
 def excite(
     image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, w_reduce: Tensor, w_expand: Tensor,
-    eps: float, activation: str,
+    b_reduce: Tensor | None, b_expand: Tensor | None, eps: float, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (s [N, C], q [N, R])."""
     with torch.autocast(image_mean.device.type, enabled=False):
-        hidden = squeezed(image_mean, mean, variance, weight, bias, eps) @ wide(w_reduce).T
-        return torch.sigmoid(activate(hidden, activation) @ wide(w_expand).T), hidden
+        hidden = linear(squeezed(image_mean, mean, variance, weight, bias, eps), w_reduce, b_reduce)
+        return torch.sigmoid(linear(activate(hidden, activation), w_expand, b_expand)), hidden
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in the dtype everything is computed in."""
+    y = x @ wide(weight).T
+    return y if bias is None else y + wide(bias)
 
 
 def squeezed(image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """m [N, C]."""
     return (image_mean - wide(mean)) * (wide(weight) * torch.rsqrt(wide(variance) + eps)) + wide(bias)
+
+
+# Of conv_out, shortcut, weight, bias, w_reduce, w_expand, b_reduce, b_expand.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Tensors(NamedTuple):
@@ -123,6 +133,8 @@ class Tensors(NamedTuple):
     bias: Tensor
     w_reduce: Tensor | None  # [R, C]; None, like w_expand [C, R], scale and hidden, without squeeze-excitation
     w_expand: Tensor | None
+    b_reduce: Tensor | None  # [R]; None, like b_expand [C], where the linear layer has none
+    b_expand: Tensor | None
     image_mean: Tensor | None  # mean_nc [N, C]
     mean: Tensor  # mu
     variance: Tensor  # biased
@@ -136,16 +148,16 @@ def apply(tensors: Tensors, settings: Settings) -> Tensor:
     return cast(activate(z, settings.activation), tensors.conv_out.dtype)
 
 
-def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of conv_out, shortcut, weight, bias, w_reduce and w_expand; the last two empty where absent."""
-    conv_out, _, weight, bias, w_reduce, w_expand, image_mean, mean, variance, scale, hidden = tensors
+def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
+    """Return the gradients of the first eight of `tensors`; those of absent linear layers and biases are empty."""
+    conv_out, _, weight, bias, w_reduce, w_expand, b_reduce, b_expand, image_mean, mean, variance, scale, hidden = tensors
     centred, slopes, z = _linear(tensors, settings)
     dz = wide(gradient) * slope(z, settings.activation)
     s1, s2 = dz.sum((2, 3)), (dz * centred).sum((2, 3))  # [N, C]
     rstd = torch.rsqrt(wide(variance) + settings.eps)
     a = wide(weight) * rstd
     positions = conv_out.shape[2] * conv_out.shape[3]
-    d_reduce, d_expand = weight.new_empty(0), weight.new_empty(0)
+    d_linear = [weight.new_empty(0) for _ in range(4)]
     if scale is None:
         d_bias, d_weight = s1.sum(0), s2.sum(0) * rstd
     else:
@@ -157,9 +169,13 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> tuple[T
             dt = (a * s2 + wide(bias) * s1) * scale * (1 - scale)
             dq = dt @ wide(w_expand) * slope(hidden, settings.se_activation)
             dm = dq @ wide(w_reduce)
-            d_expand = cast(dt.T @ activate(hidden, settings.se_activation), w_expand.dtype)
             m = squeezed(image_mean, mean, variance, weight, bias, settings.eps)
-            d_reduce = cast(dq.T @ m, w_reduce.dtype)
+            d_linear[0] = cast(dq.T @ m, w_reduce.dtype)
+            d_linear[1] = cast(dt.T @ activate(hidden, settings.se_activation), w_expand.dtype)
+            if b_reduce is not None:
+                d_linear[2] = cast(dq.sum(0), b_reduce.dtype)
+            if b_expand is not None:
+                d_linear[3] = cast(dt.sum(0), b_expand.dtype)
         d_bias = (scale * s1 + dm).sum(0)
         d_weight = (scale * s2 + dm * (image_mean - wide(mean))).sum(0) * rstd
     d_conv = dz * spread(slopes)
@@ -169,7 +185,8 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> tuple[T
         count = conv_out.shape[0] * positions
         d_conv = d_conv - spread(a * d_bias / count) - centred * spread(a * rstd * d_weight / count)
     maps = (cast(d_conv, conv_out.dtype), cast(dz, conv_out.dtype))
-    return *maps, cast(d_weight, weight.dtype), cast(d_bias, bias.dtype), d_reduce, d_expand
+    d_reduce, d_expand, d_b_reduce, d_b_expand = d_linear
+    return *maps, cast(d_weight, weight.dtype), cast(d_bias, bias.dtype), d_reduce, d_expand, d_b_reduce, d_b_expand
 
 
 def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,10 +213,9 @@ class ResidualTail(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = Tensors(*ctx.saved_tensors)
-        d_conv, d_shortcut, d_weight, d_bias, d_reduce, d_expand = gradients(gradient, tensors, ctx.settings)
-        shortcut = d_shortcut if tensors.shortcut is not None else None
-        reduce, expand = (d_reduce, d_expand) if tensors.scale is not None else (None, None)
-        return None, d_conv, shortcut, d_weight, d_bias, reduce, expand, None, None, None, None, None
+        found = gradients(gradient, tensors, ctx.settings)
+        own = (None if x is None else g for x, g in zip(tensors, found, strict=False))
+        return None, *own, *(None,) * (len(tensors) - len(found))
 
 
 def tail(tensors: Tensors, settings: Settings) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import residual_tail_function as algebra
 from kernels.backends import runs_triton
-from kernels.residual_tail_function import Settings, Tensors
+from kernels.residual_tail_function import Gradients, Settings, Tensors
 from kernels.residual_tail_tiles import group_rows
 
 
@@ -74,21 +74,22 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op("fastcifar::residual_tail_excite", mutates_args=())
 def excite(
     image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, w_reduce: Tensor, w_expand: Tensor,
-    eps: float, activation: str,
+    b_reduce: Tensor | None, b_expand: Tensor | None, eps: float, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    linear = (w_reduce, w_expand, b_reduce, b_expand)
     if not runs_triton(image_mean):
-        return algebra.excite(image_mean, mean, variance, weight, bias, w_reduce, w_expand, eps, activation)
+        return algebra.excite(image_mean, mean, variance, weight, bias, *linear, eps, activation)
     from kernels import residual_tail_triton as kernels
 
     scale, hidden = torch.empty_like(image_mean), floats(image_mean, len(image_mean), len(w_reduce))
-    kernels.excite(image_mean, mean, variance, weight, bias, w_reduce, w_expand, scale, hidden, eps, activation)
+    kernels.excite(image_mean, mean, variance, weight, bias, *linear, scale, hidden, eps, activation)
     return scale, hidden
 
 
 @excite.register_fake
 def _(
     image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, w_reduce: Tensor, w_expand: Tensor,
-    eps: float, activation: str,
+    b_reduce: Tensor | None, b_expand: Tensor | None, eps: float, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(image_mean), floats(image_mean, len(image_mean), len(w_reduce))
 
@@ -96,11 +97,13 @@ def _(
 @torch.library.custom_op("fastcifar::residual_tail", mutates_args=())
 def _tail(
     conv_out: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, w_reduce: Tensor | None,
-    w_expand: Tensor | None, image_mean: Tensor | None, mean: Tensor, variance: Tensor, scale: Tensor | None,
-    hidden: Tensor | None, training: bool, eps: float, se_activation: str, activation: str,
+    w_expand: Tensor | None, b_reduce: Tensor | None, b_expand: Tensor | None, image_mean: Tensor | None, mean: Tensor,
+    variance: Tensor, scale: Tensor | None, hidden: Tensor | None, training: bool, eps: float, se_activation: str,
+    activation: str,
 ) -> Tensor:  # fmt: skip
     if not runs_triton(conv_out):
-        tensors = (conv_out, shortcut, weight, bias, w_reduce, w_expand, image_mean, mean, variance, scale, hidden)
+        linear = (w_reduce, w_expand, b_reduce, b_expand)
+        tensors = (conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden)
         return channels_last(algebra.apply(Tensors(*tensors), Settings(training, eps, se_activation, activation)))
     from kernels import residual_tail_triton as kernels
 
@@ -115,35 +118,34 @@ def _(conv_out: Tensor, *_: Any) -> Tensor:
     return like_map(conv_out)
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 @torch.library.custom_op("fastcifar::residual_tail_backward", mutates_args=())
 def _tail_backward(
     gradient: Tensor, conv_out: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, w_reduce: Tensor | None,
-    w_expand: Tensor | None, image_mean: Tensor | None, mean: Tensor, variance: Tensor, scale: Tensor | None,
-    hidden: Tensor | None, training: bool, eps: float, se_activation: str, activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of conv_out, shortcut, weight, bias, w_reduce, w_expand; empty where absent, or where it is `gradient`."""
-    tensors = Tensors(conv_out, shortcut, weight, bias, w_reduce, w_expand, image_mean, mean, variance, scale, hidden)
+    w_expand: Tensor | None, b_reduce: Tensor | None, b_expand: Tensor | None, image_mean: Tensor | None, mean: Tensor,
+    variance: Tensor, scale: Tensor | None, hidden: Tensor | None, training: bool, eps: float, se_activation: str,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`algebra.gradients`; empty where absent, and for a shortcut whose gradient is `gradient`."""
+    linear = (w_reduce, w_expand, b_reduce, b_expand)
+    tensors = Tensors(conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden)
     settings = Settings(training, eps, se_activation, activation)
     if runs_triton(conv_out):
         return _triton_gradients(gradient, tensors, settings)
-    d_conv, dz, d_weight, d_bias, d_reduce, d_expand = algebra.gradients(gradient, tensors, settings)
-    dz = channels_last(dz) if _stores_dz(tensors, settings) else dz.new_empty(0)
-    return channels_last(d_conv), dz, d_weight, d_bias, d_reduce, d_expand
+    found = algebra.gradients(gradient, tensors, settings)
+    dz = channels_last(found[1]) if _stores_dz(tensors, settings) else found[1].new_empty(0)
+    return channels_last(found[0]), dz, *found[2:]
 
 
 def _triton_gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     from kernels import residual_tail_backward_triton as kernels
 
-    conv_out, shortcut, weight, bias, w_reduce, w_expand, image_mean, mean, variance, scale, hidden = tensors
+    conv_out, shortcut, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
     x, gradient = channels_last(conv_out), channels_last(gradient)
     n, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     group = positions if scale is not None else group_rows(channels, n * positions)
     s1, s2 = (floats(x, -(-n * positions // group), channels) for _ in range(2))
     d_weight, d_bias = floats(x, channels), floats(x, channels)
-    d_reduce, d_expand, dm = floats(x, 0), floats(x, 0), None
+    d_linear, dm = absent_or_like(x, *tensors[4:8]), None
     dz = like_map(x) if _stores_dz(tensors, settings) else None
     of_map = (weight, bias, mean, variance, scale)
     r = channels_last(shortcut) if shortcut is not None else None
@@ -156,19 +158,28 @@ def _triton_gradients(gradient: Tensor, tensors: Tensors, settings: Settings) ->
         assert image_mean is not None
         assert hidden is not None
         dt, dq, dm = torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(scale)
-        d_reduce, d_expand = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_reduce, w_expand))
         linear = (w_reduce.contiguous(), w_expand.contiguous())
         se = (settings.eps, settings.se_activation)
         kernels.excite_gradient(s1, s2, scale, hidden, weight, bias, variance, *linear, dt, dq, dm, *se)
         kernels.parameter_gradient(
             s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, dt, dq, dm,
-            d_weight, d_bias, d_reduce, d_expand, *se,
+            d_weight, d_bias, *d_linear[:2], filled(d_linear[2]), filled(d_linear[3]), *se,
         )  # fmt: skip
     d_conv = like_map(x)
     source, activation = (dz, "none") if dz is not None else (gradient, settings.activation)
     kernels.map_gradient(source, x, *of_map, dm, d_weight, d_bias, d_conv, settings.eps, activation, settings.training)
     d_shortcut = dz if dz is not None else x.new_empty(0)
-    return d_conv, d_shortcut, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_reduce, d_expand
+    return d_conv, d_shortcut, d_weight.to(weight.dtype), d_bias.to(bias.dtype), *d_linear
+
+
+def filled(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def absent_or_like(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each parameter an unfilled gradient, contiguous; an empty one where it is None."""
+    a, b, c, d = (floats(x, 0) if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters)
+    return a, b, c, d
 
 
 def _stores_dz(tensors: Tensors, settings: Settings) -> bool:
@@ -179,11 +190,11 @@ def _stores_dz(tensors: Tensors, settings: Settings) -> bool:
 @_tail_backward.register_fake
 def _(
     gradient: Tensor, conv_out: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, w_reduce: Tensor | None,
-    w_expand: Tensor | None, *rest: Any,
+    w_expand: Tensor | None, b_reduce: Tensor | None, b_expand: Tensor | None, *rest: Any,
 ) -> Gradients:  # fmt: skip
     dz = like_map(conv_out) if shortcut is not None and rest[-1] != "none" else conv_out.new_empty(0)
-    d_reduce, d_expand = (floats(conv_out, 0) if w is None else w.new_empty(w.shape) for w in (w_reduce, w_expand))
-    return like_map(conv_out), dz, torch.empty_like(weight), torch.empty_like(bias), d_reduce, d_expand
+    d_linear = absent_or_like(conv_out, w_reduce, w_expand, b_reduce, b_expand)
+    return like_map(conv_out), dz, torch.empty_like(weight), torch.empty_like(bias), *d_linear
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -193,10 +204,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     tensors = Tensors(*ctx.saved_tensors)
-    d_conv, d_shortcut, d_weight, d_bias, d_reduce, d_expand = _tail_backward(gradient, *tensors, *ctx.settings)
-    shortcut = None if tensors.shortcut is None else d_shortcut if _stores_dz(tensors, ctx.settings) else gradient
-    linear = (d_reduce, d_expand) if tensors.scale is not None else (None, None)
-    return d_conv, shortcut, d_weight, d_bias, *linear, *(None,) * (5 + len(ctx.settings))
+    d_conv, d_shortcut, *parameters = _tail_backward(gradient, *tensors, *ctx.settings)
+    d_shortcut = d_shortcut if _stores_dz(tensors, ctx.settings) else gradient
+    found = (d_conv, d_shortcut, *parameters)
+    own = (None if x is None else g for x, g in zip(tensors, found, strict=False))
+    return *own, *(None,) * (len(tensors) - len(found) + len(ctx.settings))
 
 
 _tail.register_autograd(_gradient, setup_context=_keep)

@@ -104,7 +104,7 @@ def batch_kernel(
 
 @triton.jit
 def excite_kernel(
-    image_mean, mean, variance, weight, bias, w_reduce, w_expand, scale_out, hidden_out, eps,
+    image_mean, mean, variance, weight, bias, w_reduce, w_expand, b_reduce, b_expand, scale_out, hidden_out, eps,
     channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
     block_channels: tl.constexpr, block_units: tl.constexpr,
 ):  # fmt: skip
@@ -116,11 +116,15 @@ def excite_kernel(
     centred = tl.load(image_mean + image * channels + c, mask=inside, other=0.0) - channel(mean, c, channels)
     squeezed = tl.where(inside, centred * a + channel(bias, c, channels), 0.0)
     logits = tl.zeros([block_channels], tl.float32)
+    if b_expand is not None:
+        logits += channel(b_expand, c, channels)
     for start in range(0, units, block_units):
         u = start + tl.arange(0, block_units)
         both = (u[:, None] < units) & inside[None, :]
         reduce = tl.load(w_reduce + u[:, None] * channels + c[None, :], mask=both, other=0.0).to(tl.float32)
         hidden = tl.sum(reduce * squeezed[None, :], 1)
+        if b_reduce is not None:
+            hidden += channel(b_reduce, u, units)
         tl.store(hidden_out + image * units + u, hidden, mask=u < units)
         expand = tl.load(w_expand + c[None, :] * units + u[:, None], mask=both, other=0.0).to(tl.float32)
         logits += tl.sum(expand * activated(hidden, activation)[:, None], 0)
@@ -199,14 +203,15 @@ def batch(
 
 def excite(
     image_mean: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, w_reduce: Tensor, w_expand: Tensor,
-    scale: Tensor, hidden: Tensor, eps: float, activation: str,
+    b_reduce: Tensor | None, b_expand: Tensor | None, scale: Tensor, hidden: Tensor, eps: float, activation: str,
 ) -> None:  # fmt: skip
     """Fill scale [N, C] and hidden [N, units]."""
     channels, units = image_mean.shape[1], w_reduce.shape[0]
     tile = image_tile(channels, units)
     with torch.cuda.device_of(scale):
         excite_kernel[(len(image_mean),)](
-            image_mean, mean, variance, weight, bias, w_reduce.contiguous(), w_expand.contiguous(), scale, hidden, eps,
+            image_mean, mean, variance, weight, bias, w_reduce.contiguous(), w_expand.contiguous(), b_reduce, b_expand,
+            scale, hidden, eps,
             channels=channels, units=units, activation=activation,
             block_channels=tile.channels, block_units=tile.rows, num_warps=tile.warps,
         )  # fmt: skip

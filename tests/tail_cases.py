@@ -20,7 +20,7 @@ FLOAT32 = 1.3e-6  # torch.testing's relative tolerance
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of tail on one shape. units: of the squeeze's bottleneck, 0 = no squeeze-excitation."""
+    """One kind of tail on one shape. units: of the squeeze's bottleneck, 0 = no squeeze-excitation; biases: of its linears."""
 
     shape: tuple[int, int, int, int]
     activation: str = "relu"
@@ -28,10 +28,11 @@ class Case:
     shortcut: bool = True
     training: bool = True
     se_activation: str = "relu"
+    biases: bool = False
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        se = f"se{self.units}{self.se_activation}" if self.units else "plain"
+        se = f"se{self.units}{self.se_activation}{'+biases' * self.biases}" if self.units else "plain"
         return "-".join(
             [shape, self.activation, se, "shortcut" if self.shortcut else "alone", "train" if self.training else "eval"]
         )
@@ -59,6 +60,7 @@ class Case:
             "bn_weight": torch.randn(c), "bn_bias": torch.randn(c),
             "running_mean": mean + 0.1 * var.sqrt() * torch.randn(c), "running_var": var * (0.5 + torch.rand(c)),
             "w_reduce": torch.randn(units, c) / c**0.5, "w_expand": torch.randn(c, units),
+            "b_reduce": torch.randn(units) / 2, "b_expand": torch.randn(c),
         }  # fmt: skip
         return {name: x.to(device) for name, x in (maps | parameters).items()}
 
@@ -66,11 +68,12 @@ class Case:
         """The result, the moved statistics and the gradients; with everything in `dtype` first, where one is given."""
         leaves = {name: (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_() for name, x in inputs.items()}
         mean, var = (leaves[name].detach().clone() for name in ("running_mean", "running_var"))
+        biases = (leaves["b_reduce"], leaves["b_expand"]) if self.biases else ()
         out = form(
             leaves["conv_out"], leaves["shortcut"] if self.shortcut else None, leaves["bn_weight"], leaves["bn_bias"],
             mean, var,
             training=self.training, momentum=0.1, eps=1e-5, activation=self.activation, se_activation=self.se_activation,
-            se=(leaves["w_reduce"], leaves["w_expand"]) if self.units else None,
+            se=(leaves["w_reduce"], leaves["w_expand"], *biases) if self.units else None,
         )  # fmt: skip
         out.backward(leaves["gradient"].detach())
         gradients = {f"gradient of {name}": x.grad for name, x in leaves.items() if x.grad is not None}

@@ -9,18 +9,23 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as V
 
+from fastcifar import augmentation
 from fastcifar.augmentation import Augmentation, augment, colour, draw, geometry, numba_serves, policies
-from fastcifar.augmentation.draws import ORDERS, draw_erasing
+from fastcifar.augmentation.draws import ORDERS, draw_erasing, draw_noise_seed
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order
 from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
-from kernels.augment_reference import clear_box, crop_and_flip, normalise
+from kernels.augment_reference import clear_box, crop_and_flip, noise, noise_quantiles, normalise
 
 N = 48
 MEAN, STD = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
 EVERYTHING = Augmentation(
     crop_mode="reflect", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, policy="rand_augment",
     rotation=15.0, rotation_interpolation="bilinear", random_erasing=0.5, cutout=12,
+)  # fmt: skip
+# The recipes whose augmentation differs.
+OWN_AUGMENTATION = (
+    "dropout_resnet24", "resnet42", "se_resnet18", "robust_resnet64", "light_resnet18_v2_45", "mish_se_resnet18"
 )  # fmt: skip
 NEAREST = replace(EVERYTHING, rotation_interpolation="nearest")
 SAMPLES = torch.arange(20_000)
@@ -187,13 +192,13 @@ def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeyp
 @pytest.mark.parametrize(
     "settings",
     [
-        *(RECIPES[name].recipe.augmentation for name in ("dropout_resnet24", "se_resnet18", "robust_resnet64")),
+        *(RECIPES[name].recipe.augmentation for name in OWN_AUGMENTATION),
         NEAREST,
-        *(Augmentation(policy=policy, grayscale=0.3) for policy in ("rand_augment", "auto_augment", "trivial_augment")),
+        *(Augmentation(policy=policy, grayscale=0.3) for policy in ("auto_augment", "trivial_augment")),
         Augmentation(policy="rand_augment", policy_operations=5, policy_magnitude=30, rotation=180.0),
         Augmentation(crop_padding=31, flip="alternating", brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5, cutout=32),
     ],
-    ids=["A", "D", "C", "everything", "rand_augment", "auto_augment", "trivial_augment", "strong", "extreme"],
+    ids=[*OWN_AUGMENTATION, "everything", "auto_augment", "trivial_augment", "strong", "extreme"],
 )
 def test_numba_shows_pytorchs_pixels_to_the_bit(images, settings):
     nobody = torch.arange(0)
@@ -319,22 +324,25 @@ def test_policies_draw_what_torchvision_documents():
         torch.testing.assert_close(sizes, expected)
 
 
-def test_auto_augment_has_torchvisions_cifar10_policy_and_probabilities():
-    peer = T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)
-    theirs = [tuple((name, chance, size or 0) for name, chance, size in pair) for pair in peer._policies]
-    assert theirs == list(policies.AUTO_AUGMENT_CIFAR10)
+@pytest.mark.parametrize(("name", "torchvisions"), [("auto_augment", "CIFAR10"), ("auto_augment_imagenet", "IMAGENET")])
+def test_auto_augment_has_torchvisions_policies_and_probabilities(name, torchvisions):
+    peer = T.AutoAugment(T.AutoAugmentPolicy[torchvisions])
+    theirs = [tuple((operation, chance, size or 0) for operation, chance, size in pair) for pair in peer._policies]
+    assert theirs == list(policies.AUTO_AUGMENT[name])
     table = policies.magnitude_table(policies.USUAL, 10)
-    for name, (magnitudes, signed) in peer._AUGMENTATION_SPACE.items():
+    for operation, (magnitudes, signed) in peer._AUGMENTATION_SPACE.items():
         expected = magnitudes(10, 32, 32)
-        torch.testing.assert_close(table[policies.NUMBER[name]], torch.zeros(10) if expected is None else expected.float())
-        assert signed == (policies.NUMBER[name] in policies.SIGNED)
-    drawn = draw(Augmentation(policy="auto_augment"), SAMPLES, 0, 0)
-    share = sum(chance for pair in theirs for name, chance, _ in pair if name == "Equalize") / 25 / 2
+        expected = torch.zeros(10) if expected is None else expected.float()
+        torch.testing.assert_close(table[policies.NUMBER[operation]], expected)
+        assert signed == (policies.NUMBER[operation] in policies.SIGNED)
+    drawn = draw(Augmentation(policy=name), SAMPLES, 0, 0)
+    share = sum(chance for pair in theirs for operation, chance, _ in pair if operation == "Equalize") / 25 / 2
     assert abs((drawn.operations == policies.NUMBER["Equalize"]).float().mean() - share) < 0.01
 
 
-def test_random_erasing_follows_torchvision():
-    box = draw_erasing(SAMPLES, 0, 0, 0.5)
+@pytest.mark.parametrize("areas", [(0.02, 0.33), (0.02, 0.1)])
+def test_random_erasing_follows_torchvision(areas):
+    box = draw_erasing(SAMPLES, 0, 0, 0.5, areas)
     erased = box[:, 1] > box[:, 0]
     assert abs(erased.float().mean() - 0.5) < 0.02
     top, bottom, left, right = box[erased].unbind(1)
@@ -342,13 +350,69 @@ def test_random_erasing_follows_torchvision():
     assert (left >= 0).all()
     assert (bottom <= 32).all()
     assert (right <= 32).all()
-    peer = T.RandomErasing(p=1.0, value=0)
+    peer = T.RandomErasing(p=1.0, value=0, scale=areas)
     torch.manual_seed(0)
     theirs = [peer.make_params([torch.zeros(3, 32, 32)]) for _ in range(4000)]
     for ours, key in ((bottom - top, "h"), (right - left, "w"), (top, "i"), (left, "j")):
         a, b = np.sort(ours.numpy()), np.sort([p[key] for p in theirs])
         gap = np.abs(np.searchsorted(a, range(33), "right") / len(a) - np.searchsorted(b, range(33), "right") / len(b)).max()
         assert gap < 2.2 * math.sqrt(1 / len(a) + 1 / len(b))
+
+
+def test_erasing_puts_in_the_mean_colour_black_or_torchvisions_noise(images):
+    """torchvision draws N(0, 1) a value after normalisation; ours is compared with its values' distribution."""
+    index, everyone = torch.arange(N), torch.arange(N)
+    found = {}
+    for value in ("mean", "black", "noise"):
+        settings = Augmentation(crop_padding=0, flip="off", random_erasing=1.0, erasing_value=value)
+        drawn = draw(settings, index, 0, 0)
+        x = augment(settings, images, everyone, drawn, MEAN, STD)
+        inside = (clear_box(torch.ones(N, 32, 32, 3), drawn.erased) == 0).permute(0, 3, 1, 2)
+        assert torch.equal(x[~inside], normalise(images, MEAN, STD)[~inside])
+        found[value] = x, inside
+    x, inside = found["mean"]
+    assert not x[inside].any()
+    x, inside = found["black"]
+    assert torch.equal(x[inside], normalise(torch.zeros_like(images), MEAN, STD)[inside])
+    x, inside = found["noise"]
+    torch.manual_seed(0)
+    peer = T.RandomErasing(p=1.0, value="random")
+    erased = torch.cat([peer(torch.full((3, 32, 32), math.nan)) for _ in range(60)])
+    theirs = erased[erased.isfinite()]
+    a, b = x[inside].sort().values, theirs.sort().values
+    assert min(len(a), len(b)) > 20_000
+    points = torch.linspace(-4, 4, 401)
+    gap = (torch.searchsorted(a, points) / len(a) - torch.searchsorted(b, points) / len(b)).abs().max()
+    assert gap < 2.2 * math.sqrt(1 / len(a) + 1 / len(b))  # Kolmogorov-Smirnov, one in ten thousand
+
+
+def test_noise_is_independent_from_value_to_value_and_keyed_by_its_seed():
+    seeds = draw_noise_seed(SAMPLES[:64], 0, 0)
+    assert len(seeds.unique()) == 64
+    values = noise(seeds, noise_quantiles())
+    assert torch.equal(noise(seeds[5:6], noise_quantiles())[0], values[5])
+    flat = values.reshape(64, -1).double()
+    assert abs(flat.mean()) < 5 / math.sqrt(flat.numel())
+    assert abs(flat.var() - 1) < 0.02
+    for lag in range(1, 9):  # eight values share a block of Philox
+        assert abs((flat[:, lag:] * flat[:, :-lag]).mean()) < 5 / math.sqrt(flat.numel())
+    assert noise_quantiles().abs().max() < 4.5
+
+
+def test_jitter_before_the_crop_leaves_the_padding_black(images):
+    """As report D's transforms: ColorJitter of the whole image, then RandomCrop."""
+    settings = Augmentation(contrast=1.0, brightness=0.5, hue=0.2, jitter_before_crop=True, flip="off")
+    drawn = draw(settings, torch.arange(N), 0, 0)
+    everyone = torch.arange(N)
+    whole = Augmentation(crop_padding=0, contrast=1.0, brightness=0.5, hue=0.2, flip="off")
+    mean, std = torch.zeros(3), torch.full((3,), 1 / 255)
+    still = replace(drawn, down=torch.zeros_like(drawn.down), right=torch.zeros_like(drawn.right))
+    jittered = augment(whole, images, everyone, still, mean, std).permute(0, 2, 3, 1).round().to(torch.uint8)
+    cropped = augment(Augmentation(flip="off"), jittered, everyone, drawn, mean, std)
+    assert torch.equal(augment(settings, images, everyone, drawn, mean, std), cropped)
+    outside = augment(Augmentation(flip="off"), torch.ones_like(images), everyone, drawn, mean, std) == 0
+    assert outside.any()
+    assert not cropped[outside].any()
 
 
 def test_rotation_cutout_and_grey_follow_their_fields():
@@ -383,7 +447,8 @@ def test_order_of_a_subset_is_the_order_of_the_whole_with_the_rest_left_out():
     ("field", "value"),
     [
         ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("flip", "up"), ("cutout", -1), ("cutout", 33),
-        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
+        ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mixup_alpha_floor", 0.5), ("erasing_area_min", 0.0),
+        ("erasing_area_max", 0.01), ("erasing_value", "grey"), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
         ("rotation", 181), ("policy", "best"), ("policy_operations", 0), ("policy_magnitude", 31), ("random_erasing", 1.5),
         ("brightness", -0.2),
     ],
@@ -393,12 +458,29 @@ def test_bad_values_are_refused_by_name(field, value):
         Augmentation(**{field: value})
 
 
-def test_recipes_have_what_their_reports_name():
-    c, d = RECIPES["robust_resnet64"].recipe.augmentation, RECIPES["se_resnet18"].recipe.augmentation
-    assert (c.policy, c.mix_probability, c.mixup_alpha, c.cutmix_alpha) == ("rand_augment", 0.5, 1.0, 1.0)
-    assert min(c.brightness, c.rotation, c.random_erasing) > 0
-    assert (d.brightness, d.contrast, d.saturation, d.hue, d.cutout) == (0.2, 0.2, 0.2, 0.05, 16)
-    assert (d.mixup_alpha, d.mixup_alpha_end, d.grayscale) == (0.4, 0.1, 0.0)
-    for name in ("dropout_resnet24", "resnet42", "mish_se_resnet18"):
-        plain = RECIPES[name].recipe.augmentation
-        assert (plain.crop_padding, plain.flip, plain.recolours, plain.mixes) == (4, "random", False, False)
+def test_recipes_augment_as_their_notebooks_do():
+    """Fields that differ from crop 4 with black padding and flip."""
+    mixed = {"mixup_alpha": 1.0, "cutmix_alpha": 1.0}
+    jitter = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.05, "jitter_before_crop": True}
+    expected = {
+        "dropout_resnet24": {},
+        "resnet42": {"crop_mode": "reflect"},
+        "light_resnet18": mixed | {"policy": "rand_augment"},
+        "light_resnet18_v2_45": mixed
+        | {"policy": "auto_augment", "random_erasing": 0.5, "erasing_area_max": 0.1, "erasing_value": "noise"},
+        "robust_resnet64": mixed | {"policy": "rand_augment"},
+        "se_resnet18": jitter | {"cutout": 16, "mixup_alpha": 0.4, "mixup_alpha_end": 0.0, "mixup_alpha_floor": 0.1},
+        "mish_se_resnet18": {"policy": "auto_augment_imagenet", "random_erasing": 0.5, "erasing_value": "black"},
+        "mish_se_resnet18_text": {},
+    }
+    for name, fields in expected.items():
+        assert RECIPES[name].recipe.augmentation == Augmentation(**fields), name
+
+
+def test_report_ds_alpha_falls_to_its_floor(monkeypatch):
+    alphas = []
+    monkeypatch.setattr(augmentation, "mix_plan", lambda alpha, *_, **__: alphas.append(alpha))
+    settings = RECIPES["se_resnet18"].recipe.augmentation
+    for epoch in range(250):
+        settings.plan_mixing(seed=0, epoch=epoch, steps=1, progress=epoch / 250, device=torch.device("cpu"))
+    assert alphas == pytest.approx([max(0.1, 0.4 * (1 - epoch / 250)) for epoch in range(250)])

@@ -18,12 +18,13 @@ BLOCKS = [BasicBlock, PreActivationBlock]
 
 
 def small(block, kernels="torch", activation=nn.Mish, **probabilities):
-    """Two stages of one block each, of 4 and 6 channels, squeeze-excitation in the second."""
+    """Two stages of one block each, of 4 and 6 channels, squeeze-excitation with biases in the second."""
     torch.manual_seed(0)
     zero = {"block_dropout": 0.0, "head_dropout": 0.0, "stochastic_depth": 0.0}
     return ResNet(
         widths=(4, 6), blocks=(1, 1), block=block, shortcut="conv1x1_bn" if block is BasicBlock else "conv1x1",
-        activation=activation, se_stages=(2,), se_reduction=3, num_classes=3, kernels=kernels, **(zero | probabilities),
+        activation=activation, se_stages=(2,), se_bias=True, stem_bias=True,
+        initialisation="kaiming", num_classes=3, kernels=kernels, **(zero | probabilities),
     )  # fmt: skip
 
 
@@ -101,9 +102,9 @@ def test_the_torch_path_is_the_modules_one_after_the_other(block):
         return self.act2(self.shortcut(x) + self.drop_path(branch))
 
     def pre_activation(self, x):
-        activated = self.act1(self.bn1(x))
+        activated = self.se(self.act1(self.bn1(x)))
         branch = self.conv2(self.dropout(self.act2(self.bn2(self.conv1(activated)))))
-        return self.shortcut(activated if self.projects else x) + self.drop_path(self.se(branch))
+        return self.shortcut(activated if self.projects else x) + self.drop_path(branch)
 
     def network(images):
         x = peer.stem(images)
@@ -143,7 +144,7 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch):
 
 
 def test_an_activation_no_kernel_knows_is_left_to_the_modules():
-    spec = BlockSpec(4, 4, 1, "conv1x1", nn.GELU, 0, 0.0, 0.0, kernels="triton")
+    spec = BlockSpec(4, 4, 1, "conv1x1", nn.GELU, False, False, 0.0, 0.0, kernels="triton")
     x = torch.randn(2, 4, 3, 3)
     torch.manual_seed(0)
     ours = BasicBlock(spec)

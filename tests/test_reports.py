@@ -1,0 +1,255 @@
+"""bench/reports.py launches what is left, reads run folders and puts them beside the authors' figures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench import reports
+from fastcifar.errors import InputError
+from fastcifar.models import ARCHITECTURES
+from fastcifar.recipes import RunOptions, reported
+from fastcifar.run_folder import METRIC_KEYS, RunFolder
+from tests.conftest import assert_user_error, run_cli
+
+FACTS = {"hardware": "a CPU", "versions": {"torch": "2.11.0"}, "commit": "abc", "command": "python -m fastcifar.train"}
+
+
+def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, summary=True):
+    """A made-up run folder of `losses`, one an epoch."""
+    folder = RunFolder(path)
+    if not (path / "config.json").exists():
+        folder.create()
+        folder.write_config(arch, arch, recipe or reported(arch).recipe, RunOptions(), FACTS)
+    known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_split": "test"}
+    blank = dict.fromkeys(METRIC_KEYS)
+    folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
+    if summary:
+        folder.write_summary({"train_images": 50_000})
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The commands launched instead of training; each writes the epochs it was asked for, with a loss of 1.5."""
+    commands = []
+
+    def launch(command):
+        commands.append(command)
+        path = Path(command[command.index("--resume" if "--resume" in command else "--out") + 1])
+        write_run(path, path.name.removesuffix("-seed0"), [1.5] * int(command[command.index("--stop-after") + 1]))
+        return 0
+
+    monkeypatch.setattr(reports, "launch", launch)
+    monkeypatch.setattr(reports, "draw", lambda comparisons, path: None)
+    return commands
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench/reports.py", *map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        reports.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+# The authors' figures
+
+
+def test_every_report_architecture_has_its_curve_and_a_default():
+    curves = reports.read_curves(reports.CURVES)
+    assert set(curves) == set(reports.EPOCHS) == {arch for arch, row in ARCHITECTURES.items() if row.report != "-"}
+    assert {arch for arch, curve in curves.items() if curve.accuracy_on == "held-out"} == {"resnet42", "light_resnet18"}
+    for arch, curve in curves.items():
+        assert reports.EPOCHS[arch] <= len(curve.train_loss) == len(curve.accuracy) <= 20
+    # As the notebooks printed them.
+    assert curves["dropout_resnet24"].accuracy[:5] == (37.22, 45.17, 55.32, 65.98, 74.05)
+    assert curves["resnet42"].accuracy[:5] == (43.18, 55.68, 63.74, 67.86, 72.98)
+    assert curves["se_resnet18"].train_loss[:3] == (2.0100, 1.8037, 1.6786)
+
+
+def test_held_out_images_that_a_notebook_calls_test_are_told_by_the_source(tmp_path):
+    path = tmp_path / "curves.json"
+    curve = {"train_loss": [2.0], "test_accuracy": [40.0]}
+    sources = {"a": "a.ipynb", "b": "b.ipynb (validation = held out of the training images)"}
+    path.write_text(json.dumps({"runs": {name: curve | {"source": source} for name, source in sources.items()}}))
+    assert {name: read.accuracy_on for name, read in reports.read_curves(path).items()} == {"a": "test", "b": "held-out"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"runs": []}',
+        '{"runs": {"resnet42": 1}}',
+        '{"runs": {"resnet42": {"source": "x", "train_loss": [1.0]}}}',
+        '{"runs": {"resnet42": {"source": "x", "train_loss": [], "test_accuracy": []}}}',
+        '{"runs": {"resnet42": {"source": "x", "train_loss": [NaN], "test_accuracy": [1.0]}}}',
+        '{"runs": {"resnet42": {"source": "x", "train_loss": ["one"], "test_accuracy": [1.0]}}}',
+        '{"runs": {"resnet42": {"source": null, "train_loss": [1.0], "test_accuracy": [1.0]}}}',
+    ],
+)
+def test_a_file_without_curves_is_refused(tmp_path, content):
+    path = tmp_path / "curves.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"curves\.json .*--curves"):
+        reports.read_curves(path)
+
+
+# Training
+
+
+def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, launched, tmp_path):
+    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
+    write_run(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
+    archs = ("se_resnet18", "resnet42", "robust_resnet64")
+    run(monkeypatch, "--out", tmp_path, "--data", "there", "--archs", *archs, "--", "--limit-train", 500)  # theirs: not known
+    begin = ["--arch", "robust_resnet64", "--out", str(tmp_path / "robust_resnet64-seed0"), "--seed", "0"]
+    shared = ["--limit-train", "500"]
+    assert [command[3:] for command in launched] == [
+        ["--resume", str(tmp_path / "resnet42-seed0"), "--data", "there", "--stop-after", "2", *shared],
+        [*begin, "--data", "there", "--stop-after", "1", *shared],
+    ]
+    assert all(command[:3] == [sys.executable, "-m", "fastcifar.train"] for command in launched)
+    launched.clear()
+    run(monkeypatch, "--out", tmp_path, "--archs", *archs)
+    assert launched == []
+    run(monkeypatch, "--out", tmp_path, "--archs", *archs, "--epochs", 3)
+    assert [command[command.index("--stop-after") + 1] for command in launched] == ["3", "3"]
+
+
+def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, launched, tmp_path):
+    arguments = ("--out", tmp_path, "--archs", "resnet42")
+    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    command = f"python -m fastcifar.train {' '.join(launched[0][3:])}"  # as training writes it into its config
+    config = tmp_path / "resnet42-seed0" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"command": command}))
+    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    for epochs in (2, 3):  # done, and to be resumed
+        with pytest.raises(InputError, match="began with `-- --limit-train 500`: give the same"):
+            run(monkeypatch, *arguments, "--epochs", epochs)
+    assert len(launched) == 1
+
+
+def test_a_run_killed_in_its_first_epoch_is_resumed(monkeypatch, launched, tmp_path):
+    write_run(tmp_path / "resnet42-seed0", "resnet42", [], summary=False)
+    (tmp_path / "resnet42-seed0" / "metrics.jsonl").unlink()
+    run(monkeypatch, "--out", tmp_path, "--archs", "resnet42")
+    assert "--resume" in launched[0]
+
+
+def test_a_failed_training_ends_the_command_and_keeps_what_is_done(monkeypatch, tmp_path):
+    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])
+    arguments = ("--out", tmp_path, "--archs", "se_resnet18", "resnet42")
+    monkeypatch.setattr(reports, "launch", lambda command: 2)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    assert (tmp_path / "reports.md").exists()
+    monkeypatch.setattr(reports, "launch", lambda command: -9)
+    with pytest.raises(InputError, match="resnet42 was ended by signal 9"):
+        run(monkeypatch, *arguments)
+
+
+def test_a_training_ends_when_the_command_is_terminated(tmp_path):
+    """A training that outlived it would write into the folder that the next command resumes."""
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import sys; from bench import reports; from fastcifar.errors import run_command\n"
+        f"launch = reports.launch; reports.launch = lambda command: launch([sys.executable, '-c', {child!r}])\n"
+        f"sys.argv = ['reports', '--out', {str(tmp_path)!r}, '--archs', 'resnet42']; run_command(reports.main)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("resnet42: python -m fastcifar.train")
+    training = int(process.stdout.readline())
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(training, 0)
+
+
+# Comparing
+
+
+def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch, tmp_path, capsys):
+    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9], accuracy=0.405)
+    few_epochs = replace(reported("light_resnet18_v2_45").recipe, batch_size=64)
+    write_run(tmp_path / "light_resnet18_v2_45-seed0", "light_resnet18_v2_45", [2.2, 2.1, 2.0], recipe=few_epochs)
+    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8], accuracy=None, summary=False)
+    run(monkeypatch, "--out", tmp_path, "--only-draw")
+
+    text = (tmp_path / "reports.md").read_text()
+    assert "| 1 | 2.0100 | 2.0000 | -0.0100 | 44.49 | 40.50 | -3.99 |" in text
+    assert "| 2 | 1.8037 | 1.9000 | +0.0963 | 51.65 | 40.50 | -11.15 |" in text
+    assert "| 3 | - | 2.0000 | - | - | 50.00 | - |" in text  # the authors printed two epochs of this one
+    assert "| 1 | 1.7466 | 1.8000 | +0.0534 | 43.18 | - | - |" in text
+    assert "accuracy, theirs (held-out) | ours (test)" in text
+    assert text.count("Not the recipe of this row") == 1
+    assert "my JPEGs, 50,000 training images, seed 0; a CPU; torch 2.11.0; commit abc; `python -m fastcifar.train`" in text
+    assert "391 against 390" in text
+    assert "se_resnet18: training loss differs by +0.0963 at most, in epoch 2" in capsys.readouterr().out
+
+    written = json.loads((tmp_path / "reports.json").read_text())
+    assert {"hardware", "versions", "commit", "command"} <= written.keys()
+    found = {entry["arch"]: entry for entry in written["comparisons"]}
+    assert list(found) == ["se_resnet18", "resnet42", "light_resnet18_v2_45"]
+    assert found["se_resnet18"]["train_loss"][0] == {"theirs": 2.01, "ours": 2.0, "difference": pytest.approx(-0.01)}
+    assert [entry["is_row_recipe"] for entry in found.values()] == [True, True, False]
+    assert Image.open(tmp_path / "reports.png").size[1] > 3 * 400  # three rows of panels
+
+
+def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tmp_path):
+    from matplotlib import pyplot
+
+    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    run(monkeypatch, "--out", tmp_path, "--only-draw", "--archs", "resnet42")
+    monkeypatch.undo()
+    (figure,) = figures
+    assert "my JPEGs" in figure.get_suptitle()
+    loss, accuracy = figure.axes
+    assert [line.get_label() for line in loss.lines + accuracy.lines] == [
+        *("authors", "ours"), *("authors, held-out", "ours, test"),
+    ]  # fmt: skip
+    assert list(loss.lines[0].get_ydata()) == [1.7466, 1.3439, 1.1065, 0.9361, 0.8184]  # three epochs beyond ours
+    assert list(loss.lines[1].get_ydata()) == [1.8, 1.4]
+    assert list(accuracy.lines[1].get_ydata()) == [40.0, 40.0]
+    assert loss.lines[1].get_linewidth() > loss.lines[0].get_linewidth()
+    pyplot.close(figure)
+
+
+def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):
+    write_run(tmp_path / "resnet42-seed0", "se_resnet18", [1.8])
+    with pytest.raises(InputError, match=r"resnet42-seed0 is a run of se_resnet18"):
+        run(monkeypatch, "--out", tmp_path, "--only-draw")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--archs", "se_resnet"), "unknown arch 'se_resnet': did you mean se_resnet18"),
+        (("--archs", "resnet18"), "has no curve of resnet18"),
+        (("--epochs", "-1"), "epochs must be 0 or more"),
+        (("--only-draw",), "no finished epoch"),
+        (("--", "--stop_after=3"), "--stop-after cannot follow"),
+    ],
+)
+def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        run(monkeypatch, "--out", tmp_path, *arguments)
+
+
+def test_the_command_answers_a_mistake_in_one_line(tmp_path):
+    assert_user_error(
+        run_cli("bench/reports.py", "--out", tmp_path, "--curves", tmp_path / "none.json"), "none.json is missing"
+    )
