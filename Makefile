@@ -26,7 +26,7 @@ setup: .venv/.ready  ## prepare the environment: Debian packages FFCV builds wit
 	@PYTHON=$(PYTHON) DEBIAN="$(DEBIAN)" bash setup.sh
 	@touch $@
 
-data: setup  ## write data/beton from CIFAR_DIR, data/, a download, or the synthetic stand-in
+data: setup  ## write data/beton from CIFAR_DIR, data/, a download, or a synthetic dataset
 	@$(BIN)/python data_prep/write_beton.py
 
 train: data  ## train (ARCH=..., RUN=..., OPTIONS='--seed 1'): a real run that ends with plots in runs/

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from fastcifar.errors import require
 
-ScheduleScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
+ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How the learning rate runs from the first step to the last."""
 
-    schedule: ScheduleScheduleKind = "warmup_cosine"  # shape of the learning rate over training
+    schedule: ScheduleKind = "warmup_cosine"  # shape of the learning rate over training
     schedule_step: Literal["batch", "epoch"] = "batch"  # when the rate moves: with every batch, or once an epoch
     schedule_epochs: float = 200  # length in epochs in which the next fields are given; --epochs stretches them
     peak_lr: float = 0.1  # highest learning rate
@@ -37,12 +37,7 @@ class Schedule:
     restart_growth: float = 2.0  # cosine_restarts: each cycle is this many times as long as the one before, 1 or more
 
     def __post_init__(self) -> None:
-        require(
-            self,
-            self.schedule in get_args(ScheduleScheduleKind),
-            "schedule",
-            f"one of {', '.join(get_args(ScheduleScheduleKind))}",
-        )
+        require(self, self.schedule in get_args(ScheduleKind), "schedule", f"one of {', '.join(get_args(ScheduleKind))}")
         require(self, self.schedule_step in ("batch", "epoch"), "schedule_step", "batch or epoch")
         require(self, 0 < self.schedule_epochs < math.inf, "schedule_epochs", "above 0")
         require(self, 0 < self.peak_lr < math.inf, "peak_lr", "above 0")
@@ -130,11 +125,11 @@ def _share_of_cycle(epoch: float, length: float, growth: float) -> float:
     return epoch / length
 
 
-OptimizerOptimizerKind = Literal["sgd", "nesterov", "adam", "adamw"]
+OptimizerKind = Literal["sgd", "nesterov", "adam", "adamw"]
 
 
 def build_optimizer(
-    model: nn.Module, kind: OptimizerOptimizerKind, *, momentum: float, weight_decay: float, decay_norm_and_bias: bool
+    model: nn.Module, kind: OptimizerKind, *, momentum: float, weight_decay: float, decay_norm_and_bias: bool
 ) -> torch.optim.Optimizer:
     """Build SGD, SGD with Nesterov momentum, Adam or AdamW (betas `momentum` and 0.999), one fused kernel a step.
 

@@ -9,26 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, write_cifar_pickles
+from conftest import CLASSES, write_cifar100, write_cifar_pickles
 
 from data_prep.cifar_pickles import LAYOUTS, find_pickles, is_official, read_split, source_md5
 from fastcifar.errors import InputError
 
 CIFAR10, CIFAR100 = LAYOUTS["cifar10"], LAYOUTS["cifar100"]
-
-
-def write_cifar100(folder: Path, images: int = 20) -> Path:
-    """A small CIFAR-100 as Python 3 would write it, with text keys; labels run down from 99."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(1)
-    for name in ("train", "test"):
-        fine = [99 - number % 100 for number in range(images)]
-        batch = {"data": rng.integers(0, 256, (images, 3072), dtype=np.uint8), "fine_labels": fine}
-        batch |= {"coarse_labels": [label // 5 for label in fine], "filenames": [f"{number}.png" for number in range(images)]}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=4))
-    meta = {"fine_label_names": [f"fine {i}" for i in range(100)], "coarse_label_names": [f"coarse {i}" for i in range(20)]}
-    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=4))
-    return folder
 
 
 @pytest.fixture

@@ -226,6 +226,9 @@ REFUSED = {
     "numpy.load": entry(b"cnumpy\nload\n" + short(b"mark") + b"\x85R"),
     "shape larger than its bytes": entry(array(b"J\xff\xff\xff\x7fK\x01\x86", U1, short(b"abc"))),
     "negative shape": entry(array(b"J\xff\xff\xff\xffK\x01\x86", U1, short(b"abc"))),
+    "a number as a key": b"\x80\x02}K\x01K\x01s.",
+    "a number as a key, of several": b"\x80\x02}(K\x01K\x01u.",
+    "a number as a key, of a whole dict": b"\x80\x02(K\x01K\x01d.",
     "scalar of no bytes": entry(b"cnumpy.core.multiarray\nscalar\n" + U1 + short(b"") + b"\x86R"),
 }
 
