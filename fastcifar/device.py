@@ -1,4 +1,4 @@
-"""The user's choice of device and precision enters; a torch.device and an autocast dtype leave."""
+"""The device a run uses, its precision, and what the hardware is called."""
 
 from pathlib import Path
 from typing import Literal

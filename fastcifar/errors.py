@@ -1,4 +1,4 @@
-"""A user's mistake enters as an exception; one line on standard error and exit code 2 leave."""
+"""Users' mistakes: one line on stderr that says what is wrong, where and what to do, and exit code 2."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 class InputError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, what to do.
+    """Something the user can fix. The message is one line: what is wrong, where, what to do.
 
     Not a ValueError: the parser of the command line would catch one raised by a field's check and frame it its own way.
     """
@@ -52,7 +52,7 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; turn what the user can mend into one line and exit code 2, Ctrl-C into exit code 130.
+    """Run a command line's `main`; turn what the user can fix into one line and exit code 2, Ctrl-C into exit code 130.
 
     FASTCIFAR_TRACEBACK=1 in the environment shows the traceback instead, for those who work on the code.
     """

@@ -67,8 +67,8 @@ class EvaluationTally:
         self.loss += F.nll_loss(log_likelihood, labels, reduction="sum")
         best = probabilities.topk(min(5, self.classes), dim=1).indices
         self.top5 += (best == labels[:, None]).sum()
-        cells = labels * self.classes + best[:, 0]
-        self.confusion.scatter_add_(0, cells, torch.ones_like(cells))  # bincount would make a GPU tell the host its range
+        entries = labels * self.classes + best[:, 0]
+        self.confusion.scatter_add_(0, entries, torch.ones_like(entries))  # bincount would make a GPU tell the host its range
 
     def read(self) -> Evaluation:
         """Wait for the device and return the figures."""
@@ -223,8 +223,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             table.add_column(name[:5], justify="right")
     for name, row in zip(names, result["confusion"], strict=True):
         accuracy = result["per_class"][name]
-        cells = [str(count) if count else "·" for count in row] if len(names) <= 20 else []
-        table.add_row(name, "-" if accuracy is None else f"{accuracy:.1%}", *cells)
+        counts = [str(count) if count else "·" for count in row] if len(names) <= 20 else []
+        table.add_row(name, "-" if accuracy is None else f"{accuracy:.1%}", *counts)
     console.print(table)
 
 

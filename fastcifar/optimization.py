@@ -160,17 +160,15 @@ def set_step(optimizer: torch.optim.Optimizer, rate: float, momentum: float | No
             group["betas"] = (momentum, group["betas"][1])
 
 
-def mixed_cross_entropy(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, share: Tensor, label_smoothing: float
-) -> Tensor:
-    """Cross-entropy against `share` of the label and the rest of the partner's, smoothed once.
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy against `lam` of the label and the rest of the partner's, smoothed once.
 
-        loss = share * CE(logits, labels) + (1 - share) * CE(logits, partner_labels)
+        loss = lam * CE(logits, labels) + (1 - lam) * CE(logits, partner_labels)
 
-    Both terms carry the same smoothed floor, so the target share * y + (1 - share) * y' sums to 1, smoothed once.
-    logits: [B, C] any float, computed in float32. labels, partner_labels: [B] int64. share: scalar tensor in 0..1.
+    Both terms carry the same smoothed floor, so the target lam * y + (1 - lam) * y' sums to 1, smoothed once.
+    logits: [B, C] any float, computed in float32. labels, partner_labels: [B] int64. lam: scalar tensor in 0..1.
     """
     logits = logits.float()
     own = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     partner = F.cross_entropy(logits, partner_labels, label_smoothing=label_smoothing)
-    return share * own + (1 - share) * partner
+    return lam * own + (1 - lam) * partner

@@ -1,4 +1,4 @@
-"""Run folders enter; PNGs a paper could print leave: loss, accuracy, best so far, learning rate, and the confusion matrix.
+"""PNGs of runs that a paper could print: loss, accuracy, best so far, learning rate, and the confusion matrix.
 
 python -m fastcifar.plots runs/a runs/b --out comparison      # several runs overlaid
 """

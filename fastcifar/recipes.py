@@ -232,7 +232,7 @@ RECIPES: dict[str, Reported] = {
     ),
     "robust_resnet64": Reported(
         f"{_SOURCE_C}, its notebook",
-        "96.93 % test best, 96.86 % at the last epoch, without test-time augmentation; 87.7 % Kaggle with the mirror image",
+        "96.93 % test best, 96.86 % at the last epoch, without test-time augmentation; 87.7 % Kaggle with horizontal flip",
         _recipe_c(block_dropout=0.1),
     ),
     "se_resnet18": Reported(

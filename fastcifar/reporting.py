@@ -42,10 +42,10 @@ def announce(
 def summarise(
     command: Command, data: Splits, state: TrainingState, rows: list[Metrics], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Measure the final weights on the test set, plainly and with the mirror image, and gather the figures of the run."""
+    """Measure the final weights on the test set, plainly and with horizontal flip, and gather the figures of the run."""
     recipe, row = command.settings, reported(command.recipe_name)
     final = state.measure(data, data.test, command.run.eval_batch_size, dtype)
-    mirrored = state.measure(data, data.test, command.run.eval_batch_size, dtype, tta="flip")
+    flipped = state.measure(data, data.test, command.run.eval_batch_size, dtype, tta="flip")
     return {
         "arch": state.arch,
         "parameters": count_parameters(state.model),
@@ -59,7 +59,7 @@ def summarise(
         "train_images": len(data.train),
         "seed": command.run.seed,
         "final": final.to_dict(data.manifest.class_names),
-        "final_flip_tta_top1": mirrored.top1,
+        "final_flip_tta_top1": flipped.top1,
         "best_accuracy": state.best_accuracy,
         "best_epoch": state.best_epoch,
         "best_chosen_on": CHOSEN_ON[data.select_name],
@@ -78,7 +78,7 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
     final = summary["final"]
     console.print(
         f"test accuracy {final['top1']:.2%} (top-5 {final['top5']:.2%}, "
-        f"with the mirror image {summary['final_flip_tta_top1']:.2%}), "
+        f"with horizontal flip {summary['final_flip_tta_top1']:.2%}), "
         f"trained in {clock(summary['train_seconds'])} at {summary['images_per_second']:,.0f} img/s"
     )
     warn_synthetic(console, summary["synthetic"], summary["data"])

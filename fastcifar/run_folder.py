@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, device: torch.device, *, arch: str | None = None
         values = torch.load(path, map_location=device, weights_only=True)
     except (OSError, torch.OutOfMemoryError):  # no fault of the file
         raise
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a sound checkpoint
+    except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a valid checkpoint
         unsafe = "weights_only" in str(error) or "Weights only" in str(error)
         problem = "holds objects that could run code" if unsafe else f"is damaged ({type(error).__name__})"
         raise InputError(f"{path} {problem}: {remedy}") from None
@@ -150,7 +150,7 @@ class RunFolder:
         files.write_json(self.path / "config.json", config)
 
     def read_config(self) -> tuple[str, str, Recipe, RunOptions]:
-        """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no sound config."""
+        """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no valid config."""
         values = files.read_json(self.path / "config.json", remedy=NOT_A_RUN)
         try:
             if values["arch"] in REVISED and "format" not in values:
@@ -179,7 +179,7 @@ class RunFolder:
         files.write_bytes(self.path / "metrics.jsonl", text.encode())
 
     def read_metrics(self) -> list[Metrics]:
-        """Return one dict an epoch. Raises InputError naming the file and line that is not sound."""
+        """Return one dict an epoch. Raises InputError naming the file and line that is not valid."""
         path = self.path / "metrics.jsonl"
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -191,10 +191,10 @@ class RunFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                sound = isinstance(row, dict) and row.keys() >= METRIC_KEYS and isinstance(row["epoch"], int)
+                valid = isinstance(row, dict) and row.keys() >= METRIC_KEYS and isinstance(row["epoch"], int)
             except ValueError:
-                sound = False
-            if sound:
+                valid = False
+            if valid:
                 rows.append(row)
             else:
                 raise InputError(f"{path}, line {number} is not an epoch's metrics: {NOT_A_RUN}")

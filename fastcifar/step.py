@@ -48,7 +48,7 @@ class EpochTally:
     """What an epoch counts without asking the device: read it once, after the last step."""
 
     losses: Tensor  # [steps] float32
-    hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its share
+    hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
 
 
 class TrainStep:
@@ -104,8 +104,8 @@ class TrainStep:
             data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, mixing.blend[step], mixing.box[step])
-        share = mixing.share[step]
-        loss, logits = self._loss(images, labels, partner_labels, share)
+        lam = mixing.lam[step]
+        loss, logits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
         if self.settings.clip_gradient_value:
             nn.utils.clip_grad_value_(self.model.parameters(), self.settings.clip_gradient_value)
@@ -119,7 +119,7 @@ class TrainStep:
         with torch.no_grad():
             tally.losses[step] = loss
             predicted = logits.argmax(1)
-            tally.hits += share * (predicted == labels).sum() + (1 - share) * (predicted == partner_labels).sum()
+            tally.hits += lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
@@ -144,11 +144,11 @@ class TrainStep:
             images = mix(images, blend, box)
         return images, labels, partner(labels)
 
-    def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss and its logits [B, C]."""
         with autocast(images.device, self.settings.autocast_dtype):
             logits = self.model(images)
-        return mixed_cross_entropy(logits, labels, partner_labels, share, self.settings.label_smoothing), logits
+        return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), logits
 
 
 def choose_augmentation(

@@ -1,4 +1,4 @@
-"""Names of packages enter, their installed versions leave, without importing them."""
+"""Installed versions of packages, without importing them."""
 
 from importlib.metadata import PackageNotFoundError, version
 

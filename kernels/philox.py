@@ -29,12 +29,12 @@ class Purpose(IntEnum):
     """What a draw is for: the third word of the counter. Values are part of every published result; only append."""
 
     ORDER = 0  # words 0, 1: the sample's sort key in the epoch's permutation
-    CROP_FLIP = 1  # word 0: row offset, word 1: column offset, word 2: mirrored or not
+    CROP_FLIP = 1  # word 0: row offset, word 1: column offset, word 2: flipped or not
     CUTOUT = 2  # word 0: centre row, word 1: centre column
     MIX = 3  # per batch (counter word 0 = batch number): whether, which, lambda and box of mixup and cutmix
     TORCH = 4  # word 0, 1: the epoch's seed of PyTorch's own generator, which serves dropout and stochastic depth
     HOLD_OUT = 5  # words 0, 1: sort key that decides which training samples are held out for validation
-    FIRST_MIRROR = 6  # word 0: whether an alternating flip mirrors the even epochs or the odd ones; the counter's epoch is 0
+    FIRST_FLIP = 6  # word 0: whether an alternating flip flips the even epochs or the odd ones; the counter's epoch is 0
     JITTER = 7  # words 0..3: brightness, contrast, saturation, hue
     JITTER_ORDER = 8  # word 0: which of the 24 orders of the four; word 1: grey or not
     ROTATION = 9  # word 0: angle

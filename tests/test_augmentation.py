@@ -74,14 +74,14 @@ def test_crop_and_flip_equal_torchvision_pixel_for_pixel(images, mode, padding):
     torch.manual_seed(padding)
     positions = torch.arange(N).flip(0)
     down, right = (torch.randint(-padding, padding + 1, (N,)) for _ in range(2))
-    mirrored = torch.rand(N) < 0.5
-    ours = crop_and_flip(images, positions, down, right, mirrored, reflect=mode == "reflect")
+    flipped = torch.rand(N) < 0.5
+    ours = crop_and_flip(images, positions, down, right, flipped, reflect=mode == "reflect")
     for i in range(N):
         padded = V.pad(
             images[positions[i]].permute(2, 0, 1), [padding] * 4, padding_mode="constant" if mode == "zero" else mode
         )
         expected = V.crop(padded, int(down[i]) + padding, int(right[i]) + padding, 32, 32)
-        expected = V.horizontal_flip(expected) if mirrored[i] else expected
+        expected = V.horizontal_flip(expected) if flipped[i] else expected
         assert torch.equal(ours[i].permute(2, 0, 1), expected)
 
 
@@ -272,24 +272,24 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone(images, settings, backend)
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
 
 
-def test_crop_offsets_are_uniform_and_half_are_mirrored():
+def test_crop_offsets_are_uniform_and_half_are_flipped():
     drawn = draw(Augmentation(), SAMPLES, 0, 0)
     for offset in (drawn.down, drawn.right):
         counts = torch.bincount(offset + 4, minlength=9).double()
         assert counts.shape == (9,)
         assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 8 + 5 * 4  # chi-square, 8 degrees of freedom
-    assert abs(drawn.mirrored.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(len(SAMPLES))
-    assert not draw(Augmentation(flip="off"), SAMPLES, 0, 0).mirrored.any()
+    assert abs(drawn.flipped.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(len(SAMPLES))
+    assert not draw(Augmentation(flip="off"), SAMPLES, 0, 0).flipped.any()
 
 
-def test_alternating_flip_mirrors_every_other_epoch_after_a_first_draw():
+def test_alternating_flip_flips_every_other_epoch_after_a_first_draw():
     settings = Augmentation(flip="alternating")
-    epochs = [draw(settings, SAMPLES, 0, epoch).mirrored for epoch in range(4)]
+    epochs = [draw(settings, SAMPLES, 0, epoch).flipped for epoch in range(4)]
     assert abs(epochs[0].float().mean() - 0.5) < 0.02
     assert torch.equal(epochs[1], ~epochs[0])
     assert torch.equal(epochs[2], epochs[0])
     assert torch.equal(epochs[3], epochs[1])
-    assert not torch.equal(draw(settings, SAMPLES, 1, 0).mirrored, epochs[0])
+    assert not torch.equal(draw(settings, SAMPLES, 1, 0).flipped, epochs[0])
 
 
 def test_jitter_follows_torchvisions_ranges_and_orders():

@@ -20,12 +20,12 @@ def test_mixup_and_cutmix_shares_pixels_and_labels_agree():
     x = torch.stack([torch.full((3, 32, 32), float(i)) for i in range(4)])
     for step in range(40):
         mixed = mix(x, plan.blend[step], plan.box[step])
-        expected = plan.share[step] * x.mean((1, 2, 3)) + (1 - plan.share[step]) * partner(x).mean((1, 2, 3))
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), expected)  # the share is the share of the pixels
+        expected = plan.lam[step] * x.mean((1, 2, 3)) + (1 - plan.lam[step]) * partner(x).mean((1, 2, 3))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), expected)  # the lam is the lam of the pixels
         if is_cutmix[step]:
             assert set(mixed[1].unique().tolist()) <= {1.0, 2.0}  # pasted, not blended
     untouched = ~is_mixup & ~is_cutmix
-    assert (plan.share[untouched] == 1).all()
+    assert (plan.lam[untouched] == 1).all()
     step = int(torch.nonzero(untouched)[0])
     assert torch.equal(mix(x, plan.blend[step], plan.box[step]), x)
 
@@ -33,7 +33,7 @@ def test_mixup_and_cutmix_shares_pixels_and_labels_agree():
 @pytest.mark.parametrize(("mixup", "cutmix", "probability"), [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0)])
 def test_without_mixing_every_label_is_its_own(mixup, cutmix, probability):
     plan = mix_plan(mixup, cutmix, probability, seed=0, epoch=0, steps=1000, device=CPU)
-    assert (plan.share == 1).all()
+    assert (plan.lam == 1).all()
     assert (plan.blend == 1).all()
     assert torch.equal(plan.box[:, 0], plan.box[:, 1])
     assert not Augmentation(mixup_alpha=mixup, cutmix_alpha=cutmix, mix_probability=probability).mixes
@@ -53,5 +53,5 @@ def test_mixup_alpha_falls_linearly_over_training():
     settings = Augmentation(mixup_alpha=1.0, mixup_alpha_end=0.1)
     for progress, alpha in ((0.0, 1.0), (0.5, 0.55), (1.0, 0.1)):
         plan = settings.plan_mixing(seed=0, epoch=0, steps=20_000, progress=progress, device=CPU)
-        assert plan.share.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)  # variance of Beta(alpha, alpha)
-    assert (Augmentation().plan_mixing(seed=0, epoch=0, steps=9, progress=0.5, device=CPU).share == 1).all()
+        assert plan.lam.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)  # variance of Beta(alpha, alpha)
+    assert (Augmentation().plan_mixing(seed=0, epoch=0, steps=9, progress=0.5, device=CPU).lam == 1).all()

@@ -39,8 +39,8 @@ class Augmentation:
     """What happens to a training image, in this order; every field in the units of its comment, 0 = off."""
 
     crop_padding: int = 4  # pixels added on every side before a random 32x32 crop, 0..31
-    crop_mode: CropMode = "zero"  # what the padding shows: black, as torchvision's RandomCrop, or the mirrored image
-    flip: Flip = "random"  # mirror left-right: random, probability 1/2; alternating, every other epoch
+    crop_mode: CropMode = "zero"  # what the padding shows: black, as torchvision's RandomCrop, or the image reflected
+    flip: Flip = "random"  # horizontal flip: random, probability 1/2; alternating, every other epoch
     brightness: float = 0.0  # colour jitter, in random order: factor drawn from 1 - x .. 1 + x, 0..1
     contrast: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
     saturation: float = 0.0  # colour jitter: factor drawn from 1 - x .. 1 + x, 0..1
@@ -116,7 +116,7 @@ class Augmentation:
 
 def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draws:
     """Draw the parameters of every sample number in `samples` [N] int64 for an epoch."""
-    down, right, mirrored = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
+    down, right, flipped = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
     area = (settings.erasing_area_min, settings.erasing_area_max)
     noisy = settings.random_erasing > 0 and settings.erasing_value == "noise"
     jitter, order = draws.draw_jitter(samples, seed, epoch, settings.jitter) if any(settings.jitter) else (None, None)
@@ -128,7 +128,7 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
     return Draws(
         down=down,
         right=right,
-        mirrored=mirrored,
+        flipped=flipped,
         jitter=jitter,
         jitter_order=order,
         grey=draws.draw_grey(samples, seed, epoch, settings.grayscale) if settings.grayscale else None,
@@ -165,7 +165,7 @@ def augment(
     if any(settings.jitter) and settings.jitter_before_crop:
         images = as_pixels(jittered(settings, as_planes(images[positions]), batch)).to(torch.uint8)
         positions = torch.arange(len(positions), device=positions.device)
-    pixels = crop_and_flip(images, positions, batch.down, batch.right, batch.mirrored, reflect=settings.crop_mode == "reflect")
+    pixels = crop_and_flip(images, positions, batch.down, batch.right, batch.flipped, reflect=settings.crop_mode == "reflect")
     if settings.recolours_the_crop:
         pixels = recolour(settings, pixels, batch)
     if batch.erased is not None and settings.erasing_value == "black":
@@ -207,14 +207,14 @@ def jittered(settings: Augmentation, planes: Tensor, batch: Draws) -> Tensor:
 
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
     """Everything that works on the crop's pixel values: uint8 [B, 32, 32, 3] to whole float32 values of the same layout."""
-    levels = as_planes(pixels)
+    planes = as_planes(pixels)
     if any(settings.jitter) and not settings.jitter_before_crop:
-        levels = jittered(settings, levels, batch)
+        planes = jittered(settings, planes, batch)
     if batch.grey is not None:
-        levels = colour.apply_where(levels, batch.grey, lambda some: colour.grey(some).expand_as(some))
+        planes = colour.apply_where(planes, batch.grey, lambda some: colour.grey(some).expand_as(some))
     if batch.operations is not None and batch.magnitudes is not None:
         for operation, magnitude in zip(batch.operations.unbind(1), batch.magnitudes.unbind(1), strict=True):
-            levels = policies.apply_operation(levels, operation, magnitude)
+            planes = policies.apply_operation(planes, operation, magnitude)
     if batch.degrees is not None:
-        levels = geometry.affine(levels, geometry.rotation_matrix(batch.degrees), settings.rotation_interpolation)
-    return as_pixels(levels)
+        planes = geometry.affine(planes, geometry.rotation_matrix(batch.degrees), settings.rotation_interpolation)
+    return as_pixels(planes)

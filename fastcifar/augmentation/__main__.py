@@ -72,8 +72,8 @@ def seen(
         progress = epoch / epochs
         plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=progress, device=images.device)
         x = mix(x, plan.blend[0], plan.box[0])
-    levels = x.permute(0, 2, 3, 1) * (255 * std) + 255 * mean
-    return levels.round().clamp(0, 255).to(torch.uint8).numpy()
+    values = x.permute(0, 2, 3, 1) * (255 * std) + 255 * mean
+    return values.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def sheet(columns: list[np.ndarray], names: list[str], title: str, out: Path) -> None:

@@ -1,6 +1,6 @@
-"""Grey levels [B, 3, 32, 32] and per-sample strengths enter, recoloured grey levels leave.
+"""Colour operations on pixel values [B, 3, 32, 32], each image with strengths of its own.
 
-Grey levels are float32 that hold whole numbers 0..255, rounded after every operation as torchvision rounds its uint8
+Pixel values are float32 that hold whole numbers 0..255, rounded after every operation as torchvision rounds its uint8
 images, so that each operation equals torchvision's on the same strength. Strengths are [B] float32.
 """
 
@@ -14,9 +14,9 @@ from kernels.augment.operations import CONTRAST, HUE, LUMA, SATURATION, TOP
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """Grey levels [B, 1, 32, 32] of a colour image.
+    """The grey image [B, 1, 32, 32] of a colour image.
 
-    Sums of whole numbers below 2^24 are exact, and half a unit keeps the product away from every whole number: the level
+    Sums of whole numbers below 2^24 are exact, and half a unit keeps the product away from every whole number: the value
     comes out the same whether a compiler fuses the operations or not.
     """
     red, green, blue = pixels.unbind(1)
@@ -38,7 +38,7 @@ def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's mean grey level."""
+    """Blend with the mean of the grey image."""
     return blend(pixels, grey(pixels).mean((1, 2, 3), keepdim=True), factor)
 
 
@@ -109,28 +109,28 @@ def _blends_and_hue(hue_at: int, turns_hue: bool, pixels: Tensor, kinds: Tensor,
         if at == hue_at and turns_hue:
             pixels = hue(pixels, turn)
         if at < 3:
-            levels = grey(pixels)
+            greys = grey(pixels)
             kind = kinds[:, at, None, None, None]
-            mean = levels.mean((1, 2, 3), keepdim=True)
+            mean = greys.mean((1, 2, 3), keepdim=True)
             # The image's grey, its mean, or black; weights of 0 and 1, since `torch.where` is slow.
-            other = levels.mul_((kind == SATURATION).to(levels.dtype)).add_(mean * (kind == CONTRAST))
+            other = greys.mul_((kind == SATURATION).to(greys.dtype)).add_(mean * (kind == CONTRAST))
             pixels = blend(pixels, other, shares[:, at])
     return pixels
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
-    """Keep the upper `bits` bits of every level, 0..8."""
+    """Keep the upper `bits` bits of every value, 0..8."""
     step = torch.exp2(8 - bits)[:, None, None, None]
     return (pixels / step).floor_() * step
 
 
 def solarize(pixels: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the levels at and above `threshold`, in 0..1 of the range."""
+    """Invert the values at and above `threshold`, in 0..1 of the range."""
     return torch.where(pixels >= TOP * threshold[:, None, None, None], TOP - pixels, pixels)
 
 
 def auto_contrast(pixels: Tensor) -> Tensor:
-    """Stretch each channel to the whole range; a channel of one level stays."""
+    """Stretch each channel to the whole range; a channel of one value stays."""
     least, most = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
     flat = least == most
     scale = torch.where(flat, 1.0, (most - least) * (1 / TOP))
@@ -140,7 +140,7 @@ def auto_contrast(pixels: Tensor) -> Tensor:
 def equalize(pixels: Tensor) -> Tensor:
     """Flatten each channel's histogram as PIL does.
 
-    With the cumulative histogram H and step = (pixels below the channel's maximum) // 255: level k becomes (H[k-1] + step
+    With the cumulative histogram H and step = (pixels below the channel's maximum) // 255: value k becomes (H[k-1] + step
     // 2) // step; a channel whose step is 0 stays.
     """
     flat = pixels.flatten(2).to(torch.int64)  # [B, 3, 1024]
@@ -148,7 +148,7 @@ def equalize(pixels: Tensor) -> Tensor:
     histogram.scatter_add_(2, flat, torch.ones_like(flat))
     brightest = flat.amax(2, keepdim=True)
     step = (flat.shape[2] - histogram.gather(2, brightest)).div_(255, rounding_mode="floor")
-    below = histogram.cumsum(2) - histogram  # pixels darker than each level
+    below = histogram.cumsum(2) - histogram  # pixels darker than each value
     table = ((below + step // 2).div_(step.clamp(min=1), rounding_mode="floor")).clamp_(0, 255)
     table = torch.where(step == 0, torch.arange(256, device=pixels.device), table)
     return table.gather(2, flat).reshape(pixels.shape).to(pixels.dtype)

@@ -38,7 +38,7 @@ def augment_compiled(
     # No tensor operation in here: PyTorch's idle threads spin for a while after each, on the cores these loops need.
     compiled.in_threads(
         compiled.recipe_batch, count, images.view(-1, SIDE, SIDE * 3).numpy(), positions.numpy(),
-        drawn.down.numpy(), drawn.right.numpy(), drawn.mirrored.numpy(), settings.crop_mode == "reflect",
+        drawn.down.numpy(), drawn.right.numpy(), drawn.flipped.numpy(), settings.crop_mode == "reflect",
         jitters and settings.jitter_before_crop, settings.recolours_the_crop, jitters and not settings.jitter_before_crop,
         settings.hue > 0, _array(drawn.jitter, "floats"), _array(drawn.jitter_order, "numbers"),
         _array(drawn.grey, "flags"), _array(drawn.operations, "operations"), _array(drawn.magnitudes, "magnitudes"),

@@ -41,7 +41,7 @@ class Draws:
 
     down: Tensor  # [N] int64: where the crop's corner lies, pixels from the image's
     right: Tensor
-    mirrored: Tensor  # [N] bool
+    flipped: Tensor  # [N] bool
     jitter: Tensor | None = None  # [N, 4] float32: factors of brightness, contrast, saturation; turns of hue
     jitter_order: Tensor | None = None  # [N, 4] int64: which of the four comes first, second, ...
     grey: Tensor | None = None  # [N] bool

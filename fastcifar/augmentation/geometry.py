@@ -1,4 +1,4 @@
-"""Grey levels and per-sample matrices enter, moved levels leave: rotation, shear, translation."""
+"""Rotation, shear and translation of batches of images, each by a matrix of its own."""
 
 import math
 from typing import Literal
@@ -13,9 +13,9 @@ Interpolation = Literal["nearest", "bilinear"]
 
 
 def affine(pixels: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor:
-    """Move grey levels [B, 3, 32, 32] by inverse matrices [B, 2, 3], which take output to input pixels from the centre.
+    """Move pixel values [B, 3, 32, 32] by inverse matrices [B, 2, 3], which take output to input pixels from the centre.
 
-    Outside is black. Levels stay whole numbers (bilinear ones are rounded). Equals torchvision's `affine` and `rotate`.
+    Outside is black. Values stay whole numbers (bilinear ones are rounded). Equals torchvision's `affine` and `rotate`.
     """
     place = (torch.arange(SIDE, device=pixels.device, dtype=torch.float32) - (SIDE - 1) / 2) / (SIDE / 2)  # -1..1
     along_x = matrix[:, :, :1] * place  # [B, 2, 32]: what a column adds to both input coordinates

@@ -1,4 +1,4 @@
-"""Alphas and a probability enter, the plan of an epoch's mixing leaves; a batch and its row enter, a mixed batch leaves."""
+"""MixUp and CutMix: how each batch of an epoch is mixed, drawn beforehand, and the mixing itself."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Batches = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 class MixPlan:
     """How each batch of an epoch is mixed, drawn beforehand on the host, so that no step waits for anything."""
 
-    share: Tensor  # [steps] float32 on the device: weight of the own label; 1 = not mixed
+    lam: Tensor  # [steps] float32 on the device: weight of the own label; 1 = not mixed
     box: Tensor  # [steps, 4] int64: top, bottom, left, right of the pasted rectangle; empty unless CutMix
     blend: Tensor  # [steps] float32: weight of the own pixels outside the box; below 1 only for mixup
 
@@ -27,7 +27,7 @@ def mix_plan(
 ) -> MixPlan:
     """Draw the mixing of `steps` batches of epoch `epoch` from Philox at (batch number, epoch, MIX).
 
-    mixup_alpha, cutmix_alpha: Beta(alpha, alpha) of the share, 0 = never; with both, each is equally likely. probability: that
+    mixup_alpha, cutmix_alpha: Beta(alpha, alpha) of the lam, 0 = never; with both, each is equally likely. probability: that
     a batch is mixed at all.
     """
     batch = np.arange(steps, dtype=np.int64)
@@ -36,17 +36,17 @@ def mix_plan(
     both = mixup_alpha > 0 and cutmix_alpha > 0
     use_cutmix = below(which, 2) == 1 if both else np.full(steps, cutmix_alpha > 0)
     alpha = np.where(use_cutmix, cutmix_alpha, mixup_alpha)
-    share = np.where(mixed, beta(seed, batch, epoch, np.maximum(alpha, 1e-3)), 1.0)
+    lam = np.where(mixed, beta(seed, batch, epoch, np.maximum(alpha, 1e-3)), 1.0)
 
-    # CutMix (Yun et al., ICCV 2019): a box of relative area 1 - share around a uniform centre, clipped at the edges.
-    half = np.where(mixed & use_cutmix, (SIDE * np.sqrt(1 - share) / 2).astype(np.int64), 0)
+    # CutMix (Yun et al., ICCV 2019): a box of relative area 1 - lam around a uniform centre, clipped at the edges.
+    half = np.where(mixed & use_cutmix, (SIDE * np.sqrt(1 - lam) / 2).astype(np.int64), 0)
     top, left = below(row, SIDE), below(column, SIDE)
     box = np.stack([top - half, top + half, left - half, left + half], axis=1).clip(0, SIDE)
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    blend = np.where(use_cutmix, 1.0, share)
-    share = np.where(use_cutmix, 1 - area / SIDE**2, share)
+    blend = np.where(use_cutmix, 1.0, lam)
+    lam = np.where(use_cutmix, 1 - area / SIDE**2, lam)
     return MixPlan(
-        share=torch.tensor(share, dtype=torch.float32, device=device),
+        lam=torch.tensor(lam, dtype=torch.float32, device=device),
         box=torch.tensor(box, dtype=torch.int64, device=device),
         blend=torch.tensor(blend, dtype=torch.float32, device=device),
     )

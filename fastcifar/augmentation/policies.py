@@ -113,7 +113,7 @@ def magnitude_table(strengths: Strengths, bins: int) -> Tensor:
 
 
 def apply_operation(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
-    """Apply to each image of levels [B, 3, 32, 32] its own operation [B] with its magnitude [B]. May overwrite `pixels`."""
+    """Apply to each image of [B, 3, 32, 32] its own operation [B] with its magnitude [B]. May overwrite `pixels`."""
 
     def chosen(*names: str) -> Tensor:
         return sum((operation == NUMBER[name] for name in names), torch.zeros_like(operation, dtype=torch.bool))

@@ -11,7 +11,7 @@ from kernels.activations import Activation
 from kernels.backends import resolve
 from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
 
-# A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a peer in measurements.
+# A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a baseline in measurements.
 Kernels = Literal["auto", "torch", "triton", "fusable"]
 StochasticDepthMode = Literal["sample", "batch"]
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Mish: "mish"}  # what the kernels know

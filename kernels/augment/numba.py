@@ -28,7 +28,7 @@ f32, u64 = np.float32, np.uint64
 ZERO, ONE, TOP = f32(0), f32(1), f32(BRIGHTEST)
 MASK, HALF_WORD = u64(keyed.MASK), u64(32)
 M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
-CROP_FLIP, CUTOUT, FIRST_MIRROR = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_MIRROR)
+CROP_FLIP, CUTOUT, FIRST_FLIP = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_FLIP)
 NOISE = u64(keyed.Purpose.NOISE)
 RED, GREEN, BLUE = (f32(weight) for weight in LUMA)
 FIRST_MOVE, LAST_MOVE = MOVES[0], MOVES[-1]
@@ -103,8 +103,8 @@ def below(word, bound):
 
 
 @njit(**KEPT)
-def move(source, down, right, mirrored, reflect, moved):
-    """Crop and mirror: source [32, 96] uint8 -> moved [32, 96]; outside is 0 or the image mirrored about its edge pixels."""
+def move(source, down, right, flipped, reflect, moved):
+    """Crop and flip: source [32, 96] uint8 -> moved [32, 96]; outside is 0 or the image reflected about its edge pixels."""
     for y in range(SIDE):
         row = y + down
         if reflect:
@@ -113,7 +113,7 @@ def move(source, down, right, mirrored, reflect, moved):
             moved[y] = 0
             continue
         for x in range(SIDE):
-            column = (SIDE - 1 - x if mirrored else x) + right
+            column = (SIDE - 1 - x if flipped else x) + right
             if reflect:
                 column = SIDE - 1 - abs(SIDE - 1 - abs(column))
             if column < 0 or column >= SIDE:
@@ -160,13 +160,13 @@ def gather_batch(
         position = positions[b]
         out_labels[b] = labels[position]
         sample = u64(index[position])
-        down, right, mirror, _ = philox(seed, sample, epoch, CROP_FLIP)
-        mirrored = flip == 1 and below(mirror, 2) == 1
+        down, right, flip_word, _ = philox(seed, sample, epoch, CROP_FLIP)
+        flipped = flip == 1 and below(flip_word, 2) == 1
         if flip == 2:
-            own, _, _, _ = philox(seed, sample, u64(0), FIRST_MIRROR)
-            mirrored = (below(own, 2) + np.int64(epoch)) % 2 == 1
+            own, _, _, _ = philox(seed, sample, u64(0), FIRST_FLIP)
+            flipped = (below(own, 2) + np.int64(epoch)) % 2 == 1
         rows, columns = below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding
-        move(images[position], rows, columns, mirrored, reflect, moved)
+        move(images[position], rows, columns, flipped, reflect, moved)
         normalise(moved, table, out[b])
         if cutout > 0:
             row, column, _, _ = philox(seed, sample, epoch, CUTOUT)
@@ -401,7 +401,7 @@ def to_pixels(x, image):
 
 @njit(**KEPT)
 def recipe_batch(
-    first, last, images, positions, down, right, mirrored, reflect, jitters_first, recolours, jitters, turns_hue, factors,
+    first, last, images, positions, down, right, flipped, reflect, jitters_first, recolours, jitters, turns_hue, factors,
     order, grey, operations, magnitudes, moves, rotations, erased, erases_by, noise_seeds, quantiles, cutout, table, out,
 ):  # fmt: skip
     """A whole recipe. Parameters are the whole set's, looked up by position; what the recipe leaves out has length 0.
@@ -418,7 +418,7 @@ def recipe_batch(
             jitter(x, factors[position], order[position], turns_hue, spare[0])
             to_pixels(x, whole_image)
             source = whole_image
-        move(source, down[position], right[position], mirrored[position], reflect, moved)
+        move(source, down[position], right[position], flipped[position], reflect, moved)
         if recolours:
             to_planes(moved, x)
             if jitters:

@@ -18,18 +18,18 @@ Flip = Literal["off", "random", "alternating"]
 
 
 def draw_geometry(samples: Words, seed: Any, epoch: Any, padding: int, flip: Flip) -> tuple[Words, Words, Words]:
-    """Crop offsets [N], uniform in -padding..padding, and mirroring [N].
+    """Crop offsets [N], uniform in -padding..padding, and flip [N].
 
     flip: off; random, with probability 1/2; alternating, every other epoch, beginning with a first draw of the sample's own.
     epoch, seed: numbers, or 0-d tensors on the samples' device.
     """
-    down, right, mirror, _ = philox(seed, samples, epoch, Purpose.CROP_FLIP)
+    down, right, flip_word, _ = philox(seed, samples, epoch, Purpose.CROP_FLIP)
     if flip == "alternating":
-        first, _, _, _ = philox(seed, samples, 0, Purpose.FIRST_MIRROR)
-        mirrored = (below(first, 2) + epoch) % 2 == 1
+        first, _, _, _ = philox(seed, samples, 0, Purpose.FIRST_FLIP)
+        flipped = (below(first, 2) + epoch) % 2 == 1
     else:
-        mirrored = (below(mirror, 2) == 1) & (flip == "random")
-    return below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding, mirrored
+        flipped = (below(flip_word, 2) == 1) & (flip == "random")
+    return below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding, flipped
 
 
 def draw_cutout(samples: Words, seed: Any, epoch: Any, side: int) -> tuple[Words, Words, Words, Words]:
@@ -42,16 +42,16 @@ def draw_cutout(samples: Words, seed: Any, epoch: Any, side: int) -> tuple[Words
     return top, top + side, left, left + side
 
 
-def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, *, reflect: bool) -> Tensor:
-    """Gather images [N, 32, 32, 3] uint8 at `positions` [B], each moved and mirrored in its own way: [B, 32, 32, 3] uint8.
+def crop_and_flip(images: Tensor, positions: Tensor, down: Tensor, right: Tensor, flipped: Tensor, *, reflect: bool) -> Tensor:
+    """Gather images [N, 32, 32, 3] uint8 at `positions` [B], each moved and flipped in its own way: [B, 32, 32, 3] uint8.
 
-    down, right: [B] int64, -31..31, where the crop's corner lies from the image's. mirrored: [B] bool, the crop left-right.
-    reflect: outside lies the image mirrored about its edge pixels, not black. Crop and mirror are one gather: output column
+    down, right: [B] int64, -31..31, where the crop's corner lies from the image's. flipped: [B] bool, the crop left-right.
+    reflect: outside lies the image reflected about its edge pixels, not black. Crop and flip are one gather: output column
     x shows column x (or 31 - x) + right.
     """
     place = torch.arange(SIDE, device=images.device)
     rows = place + down[:, None]  # [B, 32]
-    columns = torch.where(mirrored[:, None], SIDE - 1 - place, place) + right[:, None]
+    columns = torch.where(flipped[:, None], SIDE - 1 - place, place) + right[:, None]
     if reflect:  # without repeating the edge: -1 shows 1, 32 shows 30
         inside_rows, inside_columns = ((SIDE - 1 - (SIDE - 1 - line.abs()).abs()) for line in (rows, columns))
     else:
@@ -120,8 +120,8 @@ def augment_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`kernels.augment` in PyTorch operations, at `positions` [B]; no host sync."""
     samples = index[positions]
-    down, right, mirrored = draw_geometry(samples, seed, epoch, padding, flip)
-    pixels = crop_and_flip(images, positions, down, right, mirrored, reflect=reflect)
+    down, right, flipped = draw_geometry(samples, seed, epoch, padding, flip)
+    pixels = crop_and_flip(images, positions, down, right, flipped, reflect=reflect)
     x = normalise(pixels, mean, std)
     if cutout:
         box = torch.stack(draw_cutout(samples, seed, epoch, cutout), 1)
@@ -135,7 +135,7 @@ def augment_numpy(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """`kernels.augment` in NumPy: float32 [B, 3, 32, 32] and labels [B]."""
     samples = index[positions]
-    downs, rights, mirrors = draw_geometry(samples, seed, epoch, padding, flip)
+    downs, rights, flips = draw_geometry(samples, seed, epoch, padding, flip)
     boxes = draw_cutout(samples, seed, epoch, cutout)
     offset, scale = np.float32(255) * mean, np.float32(1) / (np.float32(255) * std)
     batch = np.empty((len(positions), 3, SIDE, SIDE), np.float32)
@@ -144,7 +144,7 @@ def augment_numpy(
         padded = np.pad(images[position], border, mode="reflect" if reflect else "constant")
         top, left = downs[b] + padding, rights[b] + padding
         crop = padded[top : top + SIDE, left : left + SIDE]
-        crop = crop[:, ::-1] if mirrors[b] else crop
+        crop = crop[:, ::-1] if flips[b] else crop
         x = (crop.astype(np.float32) - offset) * scale
         if cutout:
             top, bottom, left, right = (max(0, side[b]) for side in boxes)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.philox import Purpose
 
-CROP_FLIP, CUTOUT, FIRST_MIRROR = (
-    tl.constexpr(int(purpose)) for purpose in (Purpose.CROP_FLIP, Purpose.CUTOUT, Purpose.FIRST_MIRROR)
+CROP_FLIP, CUTOUT, FIRST_FLIP = (
+    tl.constexpr(int(purpose)) for purpose in (Purpose.CROP_FLIP, Purpose.CUTOUT, Purpose.FIRST_FLIP)
 )
 WARPS = 4
 
@@ -44,18 +44,18 @@ def augment_kernel(
     key = tl.load(seed).to(tl.uint64)
     sample = tl.load(index + position).to(tl.uint32)
     nothing = tl.zeros_like(sample)
-    down_word, right_word, mirror_word, _ = tl.philox(key, sample, number, nothing + CROP_FLIP, nothing)
+    down_word, right_word, flip_word, _ = tl.philox(key, sample, number, nothing + CROP_FLIP, nothing)
     span = nothing + (2 * padding + 1)
     down, right = below(down_word, span) - padding, below(right_word, span) - padding
-    mirrored = (flip == 1) & ((mirror_word >> 31) == 1)
+    flipped = (flip == 1) & ((flip_word >> 31) == 1)
     if flip == 2:
-        own, _, _, _ = tl.philox(key, sample, nothing, nothing + FIRST_MIRROR, nothing)
-        mirrored = (((own >> 31) + number) & 1) == 1
+        own, _, _, _ = tl.philox(key, sample, nothing, nothing + FIRST_FLIP, nothing)
+        flipped = (((own >> 31) + number) & 1) == 1
 
     # What depends on the row alone or on the column alone is computed once for all elements of a thread that share it.
     y, in_row = tl.arange(0, 32)[:, None], tl.arange(0, 128)[None, :]  # 96 bytes a row; the last quarter is idle
     x, channel = in_row // 3, in_row % 3
-    row, column = y + down, tl.where(mirrored, 31 - x, x) + right
+    row, column = y + down, tl.where(flipped, 31 - x, x) + right
     if reflect:
         row, column = reflected(row), reflected(column)
     row_mask, column_mask = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
