@@ -15,7 +15,7 @@ CPU_OPTIONS ?= --epochs 4 --limit-train 8000 --limit-test 2000 --batch-size 64 -
 DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
 BIN := .venv/bin
 
-.PHONY: help setup data train test test-slow gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
+.PHONY: help setup data train demo test test-slow gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ data: setup  ## write data/beton from CIFAR_DIR, data/, a download, or a synthet
 train: data  ## train (ARCH=..., RUN=..., OPTIONS='--seed 1'): a real run that ends with plots in runs/
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options=; else options='$(CPU_OPTIONS)'; fi; \
 	$(BIN)/python -m fastcifar.train --arch $(ARCH) --out $(RUN) $$options $(OPTIONS)
+
+demo: data  ## fifteen seconds of training on two CPU cores, and one picture of what came of it: demo.png
+	@$(BIN)/python -m fastcifar.demo
 
 test: setup  ## lint, types, import contracts and the tests, in a few minutes
 	@$(BIN)/ruff check .

@@ -97,18 +97,18 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
         "learning_rate.png": learning_rate_figure,
     }
     with mpl.rc_context(STYLE):
-        written = [_save(out / name, make(runs)) for name, make in figures.items()]
+        written = [save(out / name, make(runs)) for name, make in figures.items()]
         for run in runs:
             if run.summary is not None:
                 name = "confusion_matrix.png" if len(runs) == 1 else f"confusion_matrix_{run.label.replace(' ', '_')}.png"
-                written.append(_save(out / name, confusion_figure(run)))
+                written.append(save(out / name, confusion_figure(run)))
     return written
 
 
 def loss_figure(runs: list[Run]) -> Figure:
     """Training and evaluation loss against epoch."""
     figure, axes = _epoch_axes(runs, "Loss", "cross-entropy")
-    _train_and_eval(axes, runs, "loss", 1.0)
+    train_and_eval(axes, runs, "loss", 1.0)
     axes.set_ylim(bottom=0)
     return figure
 
@@ -116,7 +116,7 @@ def loss_figure(runs: list[Run]) -> Figure:
 def accuracy_figure(runs: list[Run]) -> Figure:
     """Training accuracy (on augmented images) and evaluation accuracy against epoch."""
     figure, axes = _epoch_axes(runs, "Accuracy", "top-1 accuracy")
-    _train_and_eval(axes, runs, "accuracy", 100.0)
+    train_and_eval(axes, runs, "accuracy", 100.0)
     axes.yaxis.set_major_formatter(PercentFormatter())
     return figure
 
@@ -191,7 +191,8 @@ def _epoch_axes(runs: list[Run], title: str, unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _train_and_eval(axes: Axes, runs: list[Run], quantity: str, scale: float) -> None:
+def train_and_eval(axes: Axes, runs: list[Run], quantity: str, scale: float) -> None:
+    """Draw training and evaluation `quantity` (loss or accuracy), times `scale`, against epoch."""
     for run, colour in _coloured(runs):
         prefix = f"{run.label}, " if len(runs) > 1 else ""
         split = run.rows[-1]["eval_split"]
@@ -218,7 +219,8 @@ def _marker(epochs: np.ndarray) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if len(epochs) <= MAX_MARKED else {}
 
 
-def _save(path: Path, figure: Figure) -> Path:
+def save(path: Path, figure: Figure) -> Path:
+    """Write a PNG atomically and close the figure."""
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
