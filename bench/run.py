@@ -430,7 +430,7 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
     if options.speeds:
         before = bench.results.speeds.settings["archs"] if bench.results.speeds else []  # a command for fewer drops none
         archs = [arch for arch in ARCHITECTURES if arch in (*archs, *before)]
-        given = {"archs": archs, "rounds": options.rounds, "images": steps * (options.batch_size or 256)}
+        given: dict[str, Any] = {"archs": archs, "rounds": options.rounds, "images": steps * (options.batch_size or 256)}
         given |= {"batch_size": options.batch_size, "flags": options.flags}
         failed += compare(bench, "speeds", given, lambda: baselines.time_architectures(
             archs, options.data, rounds=options.rounds, images=given["images"], batch_size=options.batch_size,
