@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -37,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench.results import Timing
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import AnySet, ResidentSet, Splits, epoch_order, load_splits
 from fastcifar.device import computes_bf16
@@ -57,20 +58,6 @@ TUNED = {"realize_opcount_threshold": 200, "realize_reads_threshold": 32}
 
 Call = Callable[[], object]
 Say = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How fast one loop trained, or why there is no rate."""
-
-    name: str
-    title: str
-    note: str = ""
-    images_per_second: list[float] = field(default_factory=list)  # one a round, the same rounds for all of one call
-    error: str = ""  # one line
-    in_turns: bool = True  # False: an outside script, by its own clock
-    top1: float | None = None  # 0..1, as an outside script states it
-    seconds_to_accuracy: float | None = None  # as an outside script states it
 
 
 @dataclass(frozen=True)

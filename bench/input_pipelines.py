@@ -28,7 +28,8 @@ from rich.console import Console
 from torchvision.transforms import v2
 
 from bench import baselines
-from bench.baselines import WORKERS, Call, Loop, Task, Timing, own_threads
+from bench.baselines import WORKERS, Call, Loop, Task, own_threads
+from bench.results import Timing
 from bench.stats import ratio
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import ResidentSet, Splits, epoch_order, load_splits

@@ -8,7 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from bench import stats
 from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results
@@ -154,7 +155,10 @@ def accuracy(runs: Sequence[Run]) -> Estimate:
     """Top-1 over seeds; of one seed by Wilson's binomial interval of its test images."""
     if len(runs) == 1:
         return stats.proportion(runs[0].hits, runs[0].test_images)
-    return stats.mean([run.top1 for run in runs])
+    mean = stats.mean([run.top1 for run in runs])
+    if mean.low is None or mean.high is None:
+        return mean
+    return replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))  # whatever t says
 
 
 def banners(results: Results) -> list[str]:
@@ -253,6 +257,14 @@ def reach(value: Estimate) -> Any:
     return np.array([[value.estimate - low], [high - value.estimate]])
 
 
+def logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis in plain digits, also between powers of ten where it has few of those."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}" if max(values) < 10 * min(values) else "")
+    axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
+
+
 def legend(axes: Axes) -> None:
     axes.figure.legend(loc="outside lower center", ncols=2, fontsize=9)
 
@@ -273,11 +285,8 @@ def scatter(rows: list[Row]) -> Section | None:
         if len(front) > 1:
             xs, ys = zip(*sorted((x.estimate, 100 * y.estimate) for _, x, y in front), strict=True)
             axes.step(xs, ys, where="pre", color="#888888", ls="--", zorder=0)
-        axes.set(xlabel="images/s in training, logarithmic", ylabel="top-1, %", xscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        speeds = [x.estimate for _, x, _ in points]
-        axes.xaxis.set_minor_formatter("{x:g}" if max(speeds) < 10 * min(speeds) else "")
-        axes.tick_params(axis="x", which="both", labelsize=8, rotation=45)
+        axes.set(xlabel="images/s in training, logarithmic", ylabel="top-1, %")
+        logarithmic(axes, [x.estimate for _, x, _ in points])
         legend(axes)
 
     note = "Bars: 95 % intervals. "
@@ -309,8 +318,11 @@ def learning_curves(rows: list[Row]) -> Section | None:
         for row, colour, *xs, (middle, low, high) in curves:
             axes.plot(xs[at], middle, color=colour, label=short(row.arch), ls="-" if rows.index(row) < len(COLOURS) else "--")
             axes.fill_between(xs[at], low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(xlabel=label, ylabel="top-1, %", xscale="log" if at else "linear")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel=label, ylabel="top-1, %")
+        if at:
+            logarithmic(axes, [x for _, _, *xs, _ in curves for x in xs[at]])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes)
 
     charts = [
@@ -623,13 +635,13 @@ def environment(results: Results) -> list[tuple[str, str]]:
     sizes = {key: size(value) for key, value in results.environment.items() if "memory" in key and isinstance(value, int)}
     facts = results.environment | sizes | {f"data, {key}": value for key, value in results.data.items()}
     facts |= {f"setting, {key}": value for key, value in results.settings.items()}
-    return [(key.replace("_", " "), fact(value)) for key, value in facts.items() if value not in (None, "", [], {})]
+    return [(key.replace("_", " "), fact(value)) for key, value in facts.items() if value not in (None, "", [], (), {})]
 
 
 def fact(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {fact(entry)}" for key, entry in value.items() if entry is not None)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(fact, value))
     return (
         {True: "yes", False: "no"}[value]

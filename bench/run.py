@@ -36,7 +36,6 @@ from bench.results import (
     Comparison,
     Results,
     Run,
-    Timing,
     Variant,
     environment,
     load,
@@ -240,7 +239,7 @@ class Bench:
         return {name: state == "begun" for name, state in states.items() if state != "finished"}
 
     def seconds(self, job: Job) -> float:
-        """What a training is expected to take: its epochs, an evaluation after each, and the last with the flipped image."""
+        """What a training is expected to take: its epochs, an evaluation after each, and the last with horizontal flip."""
         train, test = len(self.data.train), len(self.data.test)
         epochs = job.command.settings.epochs
         images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
@@ -462,7 +461,7 @@ def compare(bench: Bench, what: str, settings: dict[str, Any], timed: Callable[[
     kept = [timing for timing in before.timings if not timing.in_turns] if before else []
     if before is None or before.settings != settings or any(timing.failed for timing in before.timings if timing.in_turns):
         bench.results.environment["load"][f"before the {what}"] = load()
-        timings = [Timing(**asdict(timing)) for timing in timed()]
+        timings = list(timed())
         bench.save(**{what: Comparison(settings, [*timings, *kept])})
     done = getattr(bench.results, what)
     return [f"{what}: {timing.name}" for timing in done.timings if timing.in_turns and timing.failed]
@@ -473,7 +472,7 @@ def outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
     assert bench.results.baselines is not None
     known = {timing.name: timing for timing in bench.results.baselines.timings}
     if name not in known or known[name].failed:
-        known[name] = replace(Timing(**asdict(run())), in_turns=False)
+        known[name] = run()
         bench.console.print(f"baseline {name}: {known[name].error or f'{median(known[name].images_per_second):,.0f} img/s'}")
         bench.save(baselines=replace(bench.results.baselines, timings=list(known.values())))
     return [f"baselines: {name}"] if known[name].failed else []

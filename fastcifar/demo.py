@@ -6,7 +6,6 @@ python -m fastcifar.demo --data data/beton
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -66,7 +65,7 @@ def draw(folder: RunFolder, data: Path, out: Path) -> None:
     run = plots.read_run(folder)
     with plt.rc_context(plots.STYLE):
         figure = plt.figure(figsize=(13, 6.2))
-        left, right = np.atleast_1d(figure.subfigures(1, 2, width_ratios=(1.8, 1)))
+        left, right = figure.subfigures(1, 2, width_ratios=(1.8, 1))  # type: ignore[misc]  # two of them, not one
         for axis, image, label, answer in zip(
             left.subplots(ROWS, COLUMNS).flat, images.images.cpu(), images.labels.tolist(), probabilities.cpu(), strict=True
         ):
