@@ -14,6 +14,8 @@ CPU_OPTIONS ?= --epochs 4 --limit-train 8000 --limit-test 2000 --batch-size 64 -
 # What FFCV builds with.
 DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
 BIN := .venv/bin
+# One process a core with one thread each (tests/conftest.py): two threads in each would slow each other twenty-fold.
+PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup data train demo test test-slow gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
 
@@ -41,10 +43,10 @@ test: setup  ## lint, types, import contracts and the tests, in a few minutes
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL) --durations=10
 
 test-slow: setup  ## the tests that take minutes
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest $(PARALLEL) --durations=10 -m slow
 
 gpu-check: setup  ## on a machine with CUDA: every test that needs one
 	@$(BIN)/python -m pytest -m gpu

@@ -60,7 +60,7 @@ def summarise(
         "seed": command.run.seed,
         "final": final.to_dict(data.manifest.class_names),
         "final_flip_tta_top1": flipped.top1,
-        "best_accuracy": state.best_accuracy,
+        "best_accuracy": state.best_accuracy if state.best_epoch else None,  # None: stopped before any evaluation
         "best_epoch": state.best_epoch,
         "best_chosen_on": CHOSEN_ON[data.select_name],
         "images_per_second": median(record["images_per_second"] for record in rows),

@@ -77,7 +77,7 @@ def train(command: Command, console: Console) -> RunFolder:
             meter.start()
             record = train_epoch(train_step, data, recipe, state.epoch, steps, progress) | meter.stop()
             state.epoch += 1
-            if state.epoch % run.eval_every == 0 or state.epoch == last:
+            if state.epoch % run.eval_every == 0 or state.epoch == recipe.epochs:  # wherever this command stops
                 record |= select_best(state, data, run.eval_batch_size, dtype)
             record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
             rows.append(record)

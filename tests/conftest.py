@@ -10,6 +10,10 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+
+# One thread a process, before torch starts them: tests run side by side. OMP_NUM_THREADS=2 before pytest makes it two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
