@@ -193,11 +193,11 @@ def test_a_win_needs_an_interval_that_excludes_one_against_every_form():
     assert not any(each.won for each in results)
     noisy = replace(results[0], seconds={"eager": [2.0, 0.5] * 20, "ours": [1.0] * 40})
     assert not noisy.won
-    clear = replace(noisy, seconds={"eager": [2.0, 2.1] * 20, "ours": [1.0] * 40})
+    clear = replace(noisy, seconds={"eager": [2.0 + 0.01 * (7 * k % 11) for k in range(40)], "ours": [1.0] * 40})
     assert clear.won
     assert not replace(clear, refused={"compiled": "did not run"}).won
     assert not replace(
-        clear, seconds={"ours": [1.0] * 40, "compiled": [9.0, 9.1] * 20}
+        clear, seconds={"ours": [1.0] * 40, "compiled": [9.0 + 0.01 * (7 * k % 11) for k in range(40)]}
     ).won  # no eager: nothing to be sure with
 
 
