@@ -1,8 +1,8 @@
 """Every choice that changes accuracy, as plain data, and `RECIPES`, the table of the reports' trainings.
 
 A row named like an architecture is the training that gave its report's figure, read from the authors' own notebook; a report
-whose text describes another training has that as `NAME_text`. "Not stated" marks our choices. Any field can be overridden on
-the command line, and the comments below are its help.
+whose text describes another training has that as `NAME_text`. Any field can be overridden on the command line, and the comments
+below are its help.
 """
 
 import math
