@@ -54,7 +54,7 @@ gpu-check: setup  ## on a machine with CUDA: every test that needs one
 augmentation-grid: data  ## draw what training sees by ARCH's recipe into docs/augmentation-ARCH.png
 	@$(BIN)/python -m fastcifar.augmentation --arch $(ARCH) --out docs/augmentation-$(ARCH).png
 
-bench: data  ## speed and accuracy of every architecture, ladder and peers, with a report (BENCH='--seeds 0 1'): long, resumable
+bench: data  ## speed and accuracy of every architecture beside other training loops, with a report (BENCH='--seeds 0 1'): long, resumable
 	@$(BIN)/python bench/run.py $(BENCH)
 
 bench-quick: data  ## the same in small: a complete report within ten minutes on two CPU cores
