@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections import deque  # with maxlen 0, the shortest way through an iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -88,19 +89,16 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
     loops = pipelines_of(task, replace(task, steps=few))
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
-    timings = {
-        timing.name: timing for timing in baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
-    }
-    results: dict[str, Any] = {}
-    for each, timing in timings.items():
+    timings = baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
+    for timing in timings:
         if timing.error:
-            console.print(f"{each:>26}: {timing.error}", style="yellow")
-            continue
+            console.print(f"{timing.name:>26}: {timing.error}", style="yellow")
+    measured = {timing.name: timing for timing in timings if not timing.error}
+    results: dict[str, Any] = {}
+    for each, timing in measured.items():
         beside = {"times_dataloader": LOADER, "times_ffcv": FFCV}
-        beside = {
-            key: other for key, other in beside.items() if other != each and other in timings and not timings[other].error
-        }
-        times = {key: compared(timing, timings[other]) for key, other in beside.items()}
+        beside = {key: other for key, other in beside.items() if other != each and other in measured}
+        times = {key: compared(timing, measured[other]) for key, other in beside.items()}
         results[each] = {"images_per_second": spread(timing), **times, "note": timing.note}
         told = [f"{ratio_text(times[key])} {other}" for key, other in beside.items()]
         console.print(f"{each:>26}: {'; '.join([rate_text(timing), *told, timing.note])}")
@@ -118,7 +116,7 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
         ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
-            lambda task: partial(_exhaust, baselines.torchvision_loader(task)), True,
+            lambda task: partial(deque, baselines.torchvision_loader(task), maxlen=0), True,
         ),
         ("torchvision v2 on batches", "wrong: draws once for the whole batch", task, _torchvision_batches, True),
         (
@@ -128,11 +126,11 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
         ),
         (FFCV, "Numba, uint8, no normalisation; JIT not counted", task, _ffcv, plain),
     ]  # fmt: skip
-    return [
-        Loop(name, name, note, of.images, lambda _, build=build, of=of: build(of))  # type: ignore[misc]
-        for name, note, of, build, able in rows
-        if able
-    ]
+
+    def loop(name: str, note: str, task: Task, build: Callable[[Task], Call]) -> Loop:
+        return Loop(name, name, note, task.images, lambda _: build(task))
+
+    return [loop(name, note, task, build) for name, note, task, build, able in rows if able]
 
 
 def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
@@ -154,7 +152,7 @@ def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
 
 def _fused(task: Task) -> Call:
     """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
-    recipe, data, epochs = task.recipe.augmentation, task.part.train, itertools.count()
+    data, epochs = task.part.train, itertools.count()
     assert isinstance(data, ResidentSet)
 
     def call() -> None:
@@ -163,11 +161,16 @@ def _fused(task: Task) -> Call:
         for cursor in range(0, task.images, task.recipe.batch_size):
             batch = augment(
                 data.images, data.labels, order, cursor, epoch, 0, batch_size=task.recipe.batch_size, index=data.index,
-                mean=task.data.mean, std=task.data.std, padding=recipe.crop_padding, flip=recipe.flip,
-                reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout, out=batch,
+                mean=task.data.mean, std=task.data.std, out=batch, **keyed_settings(task.recipe.augmentation),
             )  # fmt: skip
 
     return call
+
+
+def keyed_settings(recipe: Augmentation) -> dict[str, Any]:
+    """A recipe's crop, flip and cutout as `kernels.augment` names them."""
+    reflect = recipe.crop_mode == "reflect"
+    return {"padding": recipe.crop_padding, "flip": recipe.flip, "reflect": reflect, "cutout": recipe.cutout}
 
 
 def _torchvision_batches(task: Task) -> Call:
@@ -210,14 +213,9 @@ def _ffcv(task: Task) -> Call:
 
     def call() -> None:
         with own_threads():
-            _exhaust(loader)
+            deque(loader, maxlen=0)
 
     return call
-
-
-def _exhaust(loader: Iterable[object]) -> None:
-    for _ in loader:
-        pass
 
 
 def spread(timing: Timing) -> dict[str, Any]:
