@@ -132,12 +132,11 @@ def take_turns(
                 continue
             try:
                 taken = clocks[name]()
+                if number >= warmup:
+                    seconds[name].append(taken)
             except Exception as error:
                 errors[name] = error
                 del seconds[name]
-                continue
-            if number >= warmup:
-                seconds[name].append(taken)
     return seconds, errors
 
 

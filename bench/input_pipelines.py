@@ -8,11 +8,9 @@ uint8, and `kernels.augment`, which rounds to bfloat16. Mixing is left out: all 
 """
 
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque  # with maxlen 0, the shortest way through an iterable
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +36,7 @@ from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.recipes import Recipe, RunOptions, reported
-from fastcifar.run_folder import environment_facts
+from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
 from kernels.augment import augment
 
@@ -96,12 +94,13 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     measured = {timing.name: timing for timing in timings if not timing.error}
     results: dict[str, Any] = {}
     for each, timing in measured.items():
-        beside = {"times_dataloader": LOADER, "times_ffcv": FFCV}
-        beside = {key: other for key, other in beside.items() if other != each and other in measured}
-        times = {key: compared(timing, measured[other]) for key, other in beside.items()}
-        results[each] = {"images_per_second": spread(timing), **times, "note": timing.note}
-        told = [f"{ratio_text(times[key])} {other}" for key, other in beside.items()]
-        console.print(f"{each:>26}: {'; '.join([rate_text(timing), *told, timing.note])}")
+        results[each], told = {"images_per_second": spread(timing)}, [rate_text(timing)]
+        for key, other in (("times_dataloader", LOADER), ("times_ffcv", FFCV)):
+            if other != each and other in measured:
+                results[each][key], text = compared(timing, measured[other])
+                told.append(f"{text} {other}")
+        results[each]["note"] = timing.note
+        console.print(f"{each:>26}: {'; '.join([*told, timing.note])}")
     return results
 
 
@@ -224,21 +223,17 @@ def spread(timing: Timing) -> dict[str, Any]:
     return {"median": middle, "p10": low, "p90": high, "rounds": len(timing.images_per_second)}
 
 
-def compared(faster: Timing, slower: Timing) -> dict[str, float]:
-    """How many times as fast: the rounds' median ratio, and their geometric mean with its 95 % interval."""
-    pairs = zip(faster.images_per_second, slower.images_per_second, strict=True)
-    return {"median": median(a / b for a, b in pairs)} | vars(ratio(faster.images_per_second, slower.images_per_second))
+def compared(faster: Timing, slower: Timing) -> tuple[dict[str, float], str]:
+    """How many times as fast: the rounds' median ratio, and their geometric mean with its 95 % interval; and this as text."""
+    pairs = list(zip(faster.images_per_second, slower.images_per_second, strict=True))
+    whole = ratio(*zip(*pairs, strict=True))
+    return {"median": median(a / b for a, b in pairs)} | vars(whole), str(whole)
 
 
 def rate_text(timing: Timing) -> str:
     """The rate for people."""
     rate = spread(timing)
     return f"{rate['median']:9,.0f} img/s (10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f}, {rate['rounds']} rounds)"
-
-
-def ratio_text(times: dict[str, float]) -> str:
-    """A ratio with its 95 % interval, for people."""
-    return f"{times['estimate']:.2f}x [{times['low']:.2f}, {times['high']:.2f}]"
 
 
 def training_step(options: Options, device: torch.device, console: Console) -> dict[str, Any]:
@@ -252,17 +247,17 @@ def training_step(options: Options, device: torch.device, console: Console) -> d
         if timing.error:
             raise InputError(f"{timing.title}: {timing.error}")
         timings[timing.name] = timing
-    speedups = {"speedup": compared(timings[OURS], timings[PLAIN])}
-    speedups["speedup_of_auto_over_torch"] = compared(timings[OURS], timings[TORCH])
-    for timing in timings.values():
-        console.print(f"{timing.title:>16}: {rate_text(timing)}")
-    for name, times in zip(("speed-up", "auto over torch"), speedups.values(), strict=True):
-        console.print(f"{name:>16}: {ratio_text(times)}")
+    speedup, text = compared(timings[OURS], timings[PLAIN])
+    over_torch, over_torch_text = compared(timings[OURS], timings[TORCH])
+    told = {timing.title: rate_text(timing) for timing in timings.values()}
+    for name, words in (told | {"speed-up": text, "auto over torch": over_torch_text}).items():
+        console.print(f"{name:>16}: {words}")
     return {
         "arch": options.arch,
         "batch_size": options.batch_size,
         "images_per_second": {timing.title: spread(timing) for timing in timings.values()},
-        **speedups,
+        "speedup": speedup,
+        "speedup_of_auto_over_torch": over_torch,
         "seconds": {each.title: [task.images / rate for rate in each.images_per_second] for each in timings.values()},
     }
 
@@ -277,15 +272,13 @@ def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
     seconds = []
     for _ in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
             command = [
                 sys.executable, "-m", "fastcifar.train", "--arch", options.arch, "--data", str(options.data.resolve()),
-                "--out", str(out), "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
+                "--out", folder, "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
                 "--no-plots",
             ]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
-            seconds.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["first_step_seconds"])
-        time.sleep(0.5)
+            seconds.append(RunFolder(Path(folder)).read_metrics()[0]["first_step_seconds"])
     spans = f"{median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f}, {len(seconds)} starts)"
     console.print(f"{'first step after':>16}: {spans}")
     return {"arch": options.arch, "seconds": seconds, "median": median(seconds)}

@@ -1,7 +1,6 @@
 """The latency benchmark without a GPU: what is refused, when a win is claimed, what is recorded. Its clock is told."""
 
 import json
-import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from rich.console import Console
 
 from bench import kernel_latency
-from bench.kernel_latency import DRAWS, KERNELS, KernelRow, Options, call, check, disagreement, input_sets, measure
+from bench.kernel_latency import DRAWS, KERNELS, KernelRow, Options, check, disagreement, input_sets, measure
 from fastcifar import augmentation
 from fastcifar.errors import InputError
 from kernels import backends
@@ -117,7 +116,7 @@ def test_a_kernel_that_breaks_while_it_is_timed_is_not_a_figure(told):
 
 def test_a_call_returns_the_result_and_every_gradient():
     (inputs, gradient), *_ = input_sets(KERNELS["squeeze_excite"], SHAPE, 2, torch.float32, CPU)
-    y, *gradients = call(eager_squeeze_excite, "forward+backward", inputs, gradient)
+    y, *gradients = kernel_latency.call(eager_squeeze_excite, "forward+backward", inputs, gradient)
     assert torch.equal(y, eager_squeeze_excite(*inputs))
     assert not y.requires_grad
     assert [g.shape for g in gradients] == [t.shape for t in inputs]
@@ -231,29 +230,20 @@ def test_what_is_recorded_is_what_auto_reads(told, tmp_path, monkeypatch):
     kernel_latency.record(tmp_path / "measured.json", "H200", told.measured())
     monkeypatch.setattr(backends, "WINS", backends.read_wins(tmp_path / "measured.json"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200"))
-    assert backends.has_won("mish", torch.empty(512, *SHAPE))
-    assert not backends.has_won("mish", torch.empty(512, *SHAPE, dtype=torch.bfloat16))
-    assert not backends.has_won("mish", torch.empty(512, 8, 4, 5))
-    assert not backends.has_won("squeeze_excite", torch.empty(512, *SHAPE))
+    x = torch.empty(512, *SHAPE)
+    asked = (("mish", x), ("mish", x.bfloat16()), ("mish", torch.empty(512, 8, 4, 5)), ("squeeze_excite", x))
+    assert [backends.has_won(*each) for each in asked] == [True, False, False, False]
 
 
-@pytest.fixture
-def few_checked(betons, monkeypatch):
-    """Options, console, and a set whose sample indices are not in order: 60 of the beton's images from the 140th back."""
+def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch):
     data = kernel_latency.load(betons, CPU)
-    backwards = replace(data, train=data.train.subset(torch.arange(140, 80, -1)))
+    backwards = replace(data, train=data.train.subset(torch.arange(140, 80, -1)))  # sample indices that are not in order
     monkeypatch.setattr(kernel_latency, "load", lambda folder, device: backwards)
     monkeypatch.setattr(
         kernel_latency, "pipeline", lambda name, data, folder, batch_size, rounds, console: (batch_size, rounds)
     )
-    return Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
-
-
-def test_the_cpu_part_times_what_shows_the_right_pixels(few_checked):
-    assert kernel_latency.cpu_part(*few_checked) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
-
-
-def test_the_cpu_part_does_not_time_what_differs(few_checked, monkeypatch):
+    given = Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
+    assert kernel_latency.cpu_part(*given) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
     fused, loop = kernel_latency.augment, augmentation.augment
 
     def wrong_when_it_overwrites(*arguments, out=None, **named):
@@ -263,27 +253,23 @@ def test_the_cpu_part_does_not_time_what_differs(few_checked, monkeypatch):
     def wrong_by_numba(*arguments):
         return loop(*arguments) + (1e-7 if "numba" in arguments else 0)
 
-    for module, wrong, whose in (
-        (kernel_latency, wrong_when_it_overwrites, "NumPy's"),
-        (augmentation, wrong_by_numba, "PyTorch's"),
-    ):
+    wrongs = (kernel_latency, wrong_when_it_overwrites, "NumPy's"), (augmentation, wrong_by_numba, "PyTorch's")
+    for module, wrong, whose in wrongs:
         with monkeypatch.context() as patch:
             patch.setattr(module, "augment", wrong)
             with pytest.raises(InputError, match=f"{whose} pixels on this machine: not timed"):
-                kernel_latency.cpu_part(*few_checked)
+                kernel_latency.cpu_part(*given)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
-def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, call):
     monkeypatch.setattr(kernel_latency, "cpu_part", lambda options, console: {"measured": True})
-    monkeypatch.setattr(sys, "argv", ["kernel_latency.py", "--out", str(tmp_path / "out.json")])
-    kernel_latency.main()
-    assert capsys.readouterr().out.splitlines() == [
-        "no CUDA device: the Triton kernels are not timed, what runs on the CPU follows"
-    ]
+    said = call(kernel_latency.main, "--out", tmp_path / "out.json")
+    assert said == "no CUDA device: the Triton kernels are not timed, what runs on the CPU follows\n"
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["cpu"] == {"measured": True}
-    assert results["versions"]["triton"]
+    wanted = {"hardware", "versions", "commit", "command", "device", "date", "cores", "threads", "load"}
+    assert results.keys() >= wanted
 
 
 @pytest.mark.parametrize(
