@@ -5,27 +5,17 @@
     time_architectures  every architecture's training, each by its own recipe
 
 Each loop is a row of a table; a call of it trains a fixed number of batches on a set of just those images (so that no loader
-works ahead during another's turn), and `time_loops` times all of them. Only `run_script`, for scripts that are not ours, times
-a process of its own; its docstring is the protocol.
+works ahead during another's turn), and `time_loops` times all of them.
 """
 
 import itertools
-import json
-import math
 import os
-import pickle
 import random
-import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.results import Timing
 from fastcifar.augmentation import Augmentation
-from fastcifar.dataset import AnySet, ResidentSet, Splits, epoch_order, load_splits
+from fastcifar.dataset import ResidentSet, Splits, epoch_order, load_splits
 from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
 from fastcifar.recipes import Recipe, RunOptions, reported
@@ -49,7 +39,6 @@ from fastcifar.step import EpochTally, TrainStep, autocast
 RATE = 0.01  # learning rate of every timed step
 WARMUP = 1  # untimed rounds, after the first call that compiles
 WORKERS = 2  # of the loaders of ordinary scripts
-PATIENCE = 2 * 3600.0  # seconds an outside script may take
 SHARED = Augmentation()  # crop with padding 4 and flip: what every baseline can do
 
 # What lets the compiler keep more in registers and recompute less (PERFORMANCE.md, "Compile settings"): 29 % fewer bytes on
@@ -104,43 +93,38 @@ class Loop:
 
 def time_loops(loops: Iterable[Loop], *, rounds: int, kind: str, say: Say) -> list[Timing]:
     """Build every loop, call it once, then time all that work in turns; one that fails at any time is a line, not an end."""
-    loops = list(loops)
-    timings: dict[str, Timing] = {}
-    calls: dict[str, Call] = {}
+    loops, errors = list(loops), {}
+    clocks: dict[str, Callable[[], float]] = {}
     for loop in loops:
-        error = loop.absent
-        if not error:
+        errors[loop.name] = loop.absent
+        if not loop.absent:
             try:
-                call = loop.build(list(calls))
+                call = loop.build(list(clocks))
                 call()  # compiles, starts workers; and shows whether it works at all
-                calls[loop.name] = call
-            except Exception as raised:  # whatever a compiler or a device raises, the other loops go on
-                error = one_line(raised)
-        timings[loop.name] = Timing(loop.name, loop.title, loop.note, error=error)
-        say(f"{kind}: {loop.title}: {error or 'ready'}")
-    turns = {name: wall_clock(call) for name, call in calls.items()}
-    seconds, errors = take_turns(turns, rounds=rounds, warmup=WARMUP, drop=True)
+                clocks[loop.name] = wall_clock(call)
+            except Exception as error:  # whatever a compiler or a device raises, the other loops go on
+                errors[loop.name] = one_line(error)
+        say(f"{kind}: {loop.title}: {errors[loop.name] or 'ready'}")
+    seconds, dropped = take_turns(clocks, rounds=rounds, warmup=WARMUP)
     for loop in loops:
-        if loop.name in seconds:
-            rates = [loop.images / one for one in seconds[loop.name]]
-            timings[loop.name] = replace(timings[loop.name], images_per_second=rates)
-        if loop.name in errors:
-            timings[loop.name] = replace(timings[loop.name], error=one_line(errors[loop.name]))
-            say(f"{kind}: {loop.title}: {timings[loop.name].error}")
-    return list(timings.values())
+        if loop.name in dropped:
+            errors[loop.name] = one_line(dropped[loop.name])
+            say(f"{kind}: {loop.title}: {errors[loop.name]}")
+    rates = {loop.name: [loop.images / one for one in seconds.get(loop.name, [])] for loop in loops}
+    return [Timing(loop.name, loop.title, loop.note, rates[loop.name], errors[loop.name]) for loop in loops]
 
 
 def take_turns(
-    clocks: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int, seed: int = 0, drop: bool = False
+    clocks: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Call every clock once a round, after `warmup` untimed rounds, in an order drawn anew each round; return what they told.
 
-    clocks: each does its work to the end and returns the seconds it took. drop: one that raises has no further turns and no
-    seconds, only its error, and the others go on in the order they would have had; else the exception is the caller's.
+    clocks: each does its work to the end and returns the seconds it took. One that raises has no further turns and no seconds,
+    only its error, and the others go on in the order they would have had.
     """
     errors: dict[str, Exception] = {}
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
-    order, shuffle = sorted(clocks), random.Random(seed)
+    order, shuffle = sorted(clocks), random.Random(0)
     for number in range(warmup + rounds):
         shuffle.shuffle(order)
         for name in order:
@@ -148,14 +132,11 @@ def take_turns(
                 continue
             try:
                 taken = clocks[name]()
+                if number >= warmup:
+                    seconds[name].append(taken)
             except Exception as error:
-                if not drop:
-                    raise
                 errors[name] = error
                 del seconds[name]
-                continue
-            if number >= warmup:
-                seconds[name].append(taken)
     return seconds, errors
 
 
@@ -189,33 +170,28 @@ def synchronise(device: torch.device) -> None:
 class OptimizationStep:
     """What makes training faster and leaves what is learned alone (but for rounding)."""
 
-    name: str
     title: str
     note: str
     cpu: str = ""  # why a CPU does not have it; "" = it has
     cuda: str = ""  # why CUDA does not have it
 
 
-STEPS: dict[str, OptimizationStep] = {
-    step.name: step
-    for step in (
-        OptimizationStep("loader", "eager fp32 NCHW, DataLoader", f"{WORKERS} workers"),
-        OptimizationStep("resident", "resident data", "uint8 set on the device, whole batches augmented there"),
-        OptimizationStep("channels_last", "channels_last", "weights and feature maps NHWC"),
-        OptimizationStep("bf16", "bf16 autocast", "convolutions and linear layers in bfloat16 by autocast"),
-        OptimizationStep("compile", "torch.compile", "torch.compile of augmentation, network and loss"),
-        OptimizationStep(
-            "tuned", "tuned compile", "compiler thresholds that move fewer bytes",
-            cpu="the thresholds are made for a GPU's memory traffic",
-        ),
-        OptimizationStep(
-            "kernels", "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU",
-        ),
-        OptimizationStep(
-            "captured", "whole step captured", "the whole step one CUDA graph",
-            cpu="CUDA graphs need a GPU", cuda="fastcifar/step.py does not capture the step yet",
-        ),
-    )
+STEPS = {
+    "loader": OptimizationStep("eager fp32 NCHW, DataLoader", f"{WORKERS} workers"),
+    "resident": OptimizationStep("resident data", "uint8 set on the device, whole batches augmented there"),
+    "channels_last": OptimizationStep("channels_last", "weights and feature maps NHWC"),
+    "bf16": OptimizationStep("bf16 autocast", "convolutions and linear layers in bfloat16 by autocast"),
+    "compile": OptimizationStep("torch.compile", "torch.compile of augmentation, network and loss"),
+    "tuned": OptimizationStep(
+        "tuned compile", "compiler thresholds that move fewer bytes", cpu="the thresholds are made for a GPU's memory traffic"
+    ),
+    "kernels": OptimizationStep(
+        "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU"
+    ),
+    "captured": OptimizationStep(
+        "whole step captured", "the whole step one CUDA graph",
+        cpu="CUDA graphs need a GPU", cuda="fastcifar/step.py does not capture the step yet",
+    ),
 }  # fmt: skip
 
 
@@ -232,22 +208,18 @@ def time_steps(task: Task, *, rounds: int, left_out: Collection[str] = (), say: 
     left_out: names of steps to do without, though the device has them.
     """
 
-    def build(name: str, working: Sequence[str]) -> Call:
-        return ordinary_loop(task) if name == "loader" else stepped_loop(task, [*working, name])
-
-    def absent(name: str) -> str:
+    def loop(name: str, step: OptimizationStep) -> Loop:
         reason = why_not(name, task.device)
-        return f"not applicable: {reason}" if reason else "left out of this run" if name in left_out else ""
+        absent = f"not applicable: {reason}" if reason else "left out of this run" if name in left_out else ""
+        return Loop(name, step.title, step.note, task.images, lambda working: stepped_loop(task, [*working, name]), absent)
 
-    loops = [
-        Loop(step.name, step.title, step.note, task.images, partial(build, step.name), absent(step.name))
-        for step in STEPS.values()
-    ]
-    return time_loops(loops, rounds=rounds, kind="optimization step", say=say)
+    return time_loops(itertools.starmap(loop, STEPS.items()), rounds=rounds, kind="optimization step", say=say)
 
 
-def stepped_loop(task: Task, steps: Collection[str]) -> Call:
-    """fastcifar's training with just these steps of the ladder."""
+def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
+    """Training with just these steps of the ladder: fastcifar's but for the first, which is the loop it starts from."""
+    if list(steps) == ["loader"]:
+        return ordinary_loop(task)
     if "tuned" in steps and "compile" not in steps:
         raise InputError("needs torch.compile, which this ladder does without")
     run = RunOptions(
@@ -302,9 +274,12 @@ def time_baselines(
     """
     task = replace(task, recipe=replace(task.recipe, augmentation=augmentation))
     run = replace(options or RunOptions(), data=task.folder, max_parameters=0)
-    rows = [(name, *LOOPS[name]) for name in names]
-    loops = [Loop(name, title, note, task.images, lambda _, build=build: build(task, run)) for name, title, note, build in rows]  # type: ignore[misc]
-    return time_loops(loops, rounds=rounds, kind="baseline", say=say)
+
+    def loop(name: str) -> Loop:
+        title, note, build = LOOPS[name]
+        return Loop(name, title, note, task.images, lambda _: build(task, run))
+
+    return time_loops(map(loop, names), rounds=rounds, kind="baseline", say=say)
 
 
 def time_architectures(
@@ -478,17 +453,12 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[number])), self.labels[number]
 
 
-class Cutout:
+def cutout(x: Tensor, side: int) -> Tensor:
     """Cutout as scripts write it, since torchvision has none: one square on a tensor [..., 32, 32]."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-
-    def __call__(self, x: Tensor) -> Tensor:
-        row, column = np.random.randint(32, size=2)  # noqa: NPY002  # as scripts do
-        top, left = max(row - self.side // 2, 0), max(column - self.side // 2, 0)
-        x[..., top : row + self.side // 2, left : column + self.side // 2] = 0
-        return x
+    row, column = np.random.randint(32, size=2)  # noqa: NPY002  # as scripts do
+    top, left = max(row - side // 2, 0), max(column - side // 2, 0)
+    x[..., top : row + side // 2, left : column + side // 2] = 0
+    return x
 
 
 def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[Any]]:
@@ -514,7 +484,7 @@ def transforms_of(recipe: Augmentation, package: Any) -> tuple[list[Any], list[A
         value: Any = "random" if recipe.erasing_value == "noise" else 0  # mean or black: the same work
         after.append(package.RandomErasing(recipe.random_erasing, area, value=value))
     if recipe.cutout:
-        after.append(Cutout(recipe.cutout))
+        after.append(partial(cutout, side=recipe.cutout))
     return before, after
 
 
@@ -525,14 +495,9 @@ def torchvision_loader(task: Task, *, workers: int = WORKERS, pin_memory: bool =
     train = task.part.train
     assert isinstance(train, ResidentSet)
     return DataLoader(
-        Pictures(train, transforms.Compose([*before, transforms.ToTensor(), normalise, *after])),
-        task.recipe.batch_size,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-        drop_last=True,
-    )
+        Pictures(train, transforms.Compose([*before, transforms.ToTensor(), normalise, *after])), task.recipe.batch_size,
+        shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 def ffcv_loader(task: Task, device: torch.device | None) -> Any:
@@ -578,151 +543,3 @@ def own_threads() -> Iterator[Callable[[], None]]:
         yield restore
     finally:
         restore()
-
-
-# ---- Outside scripts.
-
-
-def outside_scripts(named: Iterable[str]) -> dict[str, Path]:
-    """{name: path} of `NAME=PATH` arguments. Raises InputError for anything else, or a script that is not there."""
-    scripts: dict[str, Path] = {}
-    for argument in named:
-        name, _, path = argument.partition("=")
-        if not path or not re.fullmatch(r"[\w.+-]+", name):  # the name is also its logs'
-            raise InputError(f"an outside script is given as NAME=PATH, e.g. airbench=/src/airbench94.py, got {argument!r}")
-        if not Path(path).is_file():
-            raise InputError(f"outside script {name}: {path} is not a file: name the script to run")
-        if name in (*LOOPS, *scripts):
-            raise InputError(f"outside script {name}: that name is taken: choose another")
-        scripts[name] = Path(path).resolve()
-    return scripts
-
-
-def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
-    """Run an outside script in a process and a temporary folder of its own; what it states on its last line is its rate.
-
-    It is run by this Python without arguments, with these variables
-
-        FASTCIFAR_DATA         folder with train.beton and test.beton
-        FASTCIFAR_EPOCHS       epochs it is asked to train
-        FASTCIFAR_IMAGES       training images of an epoch
-        FASTCIFAR_TARGET       test accuracy (0..1) to which it may state its seconds; empty where none was chosen
-        FASTCIFAR_BATCH_SIZE, FASTCIFAR_ARCH, FASTCIFAR_DEVICE (cpu or cuda)
-
-    and in the folder it runs in
-
-        cifar10/{train,test}.pt    a dict of images (uint8 [N, 32, 32, 3]), labels (int64) and classes, where cifar10-airbench's
-                                   scripts look before they download
-        cifar-10-batches-py/       the same images as torchvision's CIFAR10(".", download=False) reads them. It accepts only the
-                                   md5 of the official files, which a beton cannot give back, so switch that check off first:
-                                   for file in CIFAR10.train_list + CIFAR10.test_list: file[1] = None
-                                   CIFAR10.meta["md5"] = None
-
-    The last line on its standard output must be a JSON object with "images_per_second" (a number, or a list of repetitions), or
-    with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1) and "seconds_to_accuracy"
-    are kept where they are given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log
-    and NAME.stderr.log in the results keep what it printed. A script that fails leaves one line, one that takes longer than two
-    hours is ended with its workers, and the others go on. It is not timed in turns with the other loops.
-    """
-    timing = Timing(name, name, f"{path}, by its own clock", in_turns=False)
-    logs.mkdir(parents=True, exist_ok=True)
-    out, err = logs / f"{name}.stdout.log", logs / f"{name}.stderr.log"
-    variables = {
-        "FASTCIFAR_DATA": str(task.folder.resolve()),
-        "FASTCIFAR_EPOCHS": str(epochs),
-        "FASTCIFAR_IMAGES": str(len(task.data.train)),
-        "FASTCIFAR_TARGET": f"{target:g}" if target else "",
-        "FASTCIFAR_BATCH_SIZE": str(task.recipe.batch_size),
-        "FASTCIFAR_ARCH": task.arch,
-        "FASTCIFAR_DEVICE": task.device.type,
-    }
-    with tempfile.TemporaryDirectory() as folder, out.open("wb") as stdout, err.open("wb") as stderr:
-        offer_data(Path(folder), task.data)
-        with subprocess.Popen(
-            [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=stdout,
-            stderr=stderr, start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                process.wait(timeout=PATIENCE)
-            except BaseException as stopped:  # too late, or Ctrl-C, which a session of its own does not hear
-                with suppress(ProcessLookupError):  # it had just ended
-                    os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
-                if isinstance(stopped, subprocess.TimeoutExpired):
-                    return replace(timing, error=f"not done after {PATIENCE / 3600:.0f} hours")
-                raise
-    if process.returncode:
-        return replace(
-            timing, error=f"exit code {process.returncode}: {_last_line(err) or _last_line(out) or 'no output'}"[:240]
-        )
-    try:
-        return replace(timing, **read_statement(_last_line(out)))
-    except ValueError as error:
-        return replace(timing, error=f"no rate: {error}")
-
-
-PROTOCOL = f"""An outside script (NAME=PATH): {getdoc(run_script)}"""
-
-
-def read_statement(line: str) -> dict[str, Any]:
-    """The fields of `Timing` that a script's last line states. Raises ValueError where it is no evidence of a rate."""
-
-    def number(value: Any, name: str, most: float = math.inf) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 < value <= most):
-            raise ValueError(
-                f"{name} must be a number above 0{'' if most == math.inf else f', at most {most:g}'}, got {value!r}"
-            )
-        return float(value)
-
-    try:
-        stated = json.loads(line)
-    except (ValueError, RecursionError):
-        stated = None
-    if not isinstance(stated, dict) or not ("images_per_second" in stated or stated.keys() >= {"images", "seconds"}):
-        wanted = 'a JSON object with "images_per_second", or "images" and "seconds"'
-        raise ValueError(f"its last line must be {wanted}, got {line[:80]!r}")
-    if "images_per_second" in stated:
-        repeated = (
-            stated["images_per_second"] if isinstance(stated["images_per_second"], list) else [stated["images_per_second"]]
-        )
-        rates = [number(rate, "images_per_second") for rate in repeated or [None]]
-    else:
-        rates = [number(stated["images"], "images") / number(stated["seconds"], "seconds")]
-    fields: dict[str, Any] = {"images_per_second": rates}
-    for name, most in (("top1", 1.0), ("seconds_to_accuracy", math.inf)):
-        if stated.get(name) is not None:
-            fields[name] = number(stated[name], name, most)
-    return fields
-
-
-def _last_line(path: Path) -> str:
-    """The last line that is not blank; only the end of a long log is read."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 100_000))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def offer_data(folder: Path, data: Splits) -> None:
-    """Write both splits into `folder` in the two layouts that `run_script` names."""
-    classes = data.manifest.class_names
-    (folder / "cifar10").mkdir()
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir()
-    for split, chosen, files in (
-        ("train", data.train, [f"data_batch_{number}" for number in range(1, 6)]),
-        ("test", data.test, ["test_batch"]),
-    ):
-        images, labels = _on_host(chosen)
-        torch.save({"images": images, "labels": labels, "classes": classes}, folder / "cifar10" / f"{split}.pt")
-        planes = images.permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
-        for file, part in zip(files, np.array_split(np.arange(len(labels)), len(files)), strict=True):
-            names = [f"{split}_{number:05d}.png" for number in part]
-            batch = {"batch_label": file, "labels": labels[part].tolist(), "data": planes[part], "filenames": names}
-            (batches / file).write_bytes(pickle.dumps(batch, protocol=2))
-    meta = {"num_cases_per_batch": len(data.train) // 5, "label_names": classes, "num_vis": 3072}
-    (batches / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-
-
-def _on_host(data: AnySet) -> tuple[Tensor, Tensor]:
-    assert isinstance(data, ResidentSet)
-    return data.images.cpu(), data.labels.cpu()

@@ -8,12 +8,11 @@ uint8, and `kernels.augment`, which rounds to bfloat16. Mixing is left out: all 
 """
 
 import itertools
-import json
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections import deque  # with maxlen 0, the shortest way through an iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.recipes import Recipe, RunOptions, reported
-from fastcifar.run_folder import environment_facts
+from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
 from kernels.augment import augment
 
@@ -88,22 +87,20 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
     loops = pipelines_of(task, replace(task, steps=few))
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
-    timings = {
-        timing.name: timing for timing in baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
-    }
-    results: dict[str, Any] = {}
-    for each, timing in timings.items():
+    timings = baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
+    for timing in timings:
         if timing.error:
-            console.print(f"{each:>26}: {timing.error}", style="yellow")
-            continue
-        beside = {"times_dataloader": LOADER, "times_ffcv": FFCV}
-        beside = {
-            key: other for key, other in beside.items() if other != each and other in timings and not timings[other].error
-        }
-        times = {key: compared(timing, timings[other]) for key, other in beside.items()}
-        results[each] = {"images_per_second": spread(timing), **times, "note": timing.note}
-        told = [f"{ratio_text(times[key])} {other}" for key, other in beside.items()]
-        console.print(f"{each:>26}: {'; '.join([rate_text(timing), *told, timing.note])}")
+            console.print(f"{timing.name:>26}: {timing.error}", style="yellow")
+    measured = {timing.name: timing for timing in timings if not timing.error}
+    results: dict[str, Any] = {}
+    for each, timing in measured.items():
+        results[each], told = {"images_per_second": spread(timing)}, [rate_text(timing)]
+        for key, other in (("times_dataloader", LOADER), ("times_ffcv", FFCV)):
+            if other != each and other in measured:
+                results[each][key], text = compared(timing, measured[other])
+                told.append(f"{text} {other}")
+        results[each]["note"] = timing.note
+        console.print(f"{each:>26}: {'; '.join([*told, timing.note])}")
     return results
 
 
@@ -118,7 +115,7 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
         ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
-            lambda task: partial(_exhaust, baselines.torchvision_loader(task)), True,
+            lambda task: partial(deque, baselines.torchvision_loader(task), maxlen=0), True,
         ),
         ("torchvision v2 on batches", "wrong: draws once for the whole batch", task, _torchvision_batches, True),
         (
@@ -128,11 +125,11 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
         ),
         (FFCV, "Numba, uint8, no normalisation; JIT not counted", task, _ffcv, plain),
     ]  # fmt: skip
-    return [
-        Loop(name, name, note, of.images, lambda _, build=build, of=of: build(of))  # type: ignore[misc]
-        for name, note, of, build, able in rows
-        if able
-    ]
+
+    def loop(name: str, note: str, task: Task, build: Callable[[Task], Call]) -> Loop:
+        return Loop(name, name, note, task.images, lambda _: build(task))
+
+    return [loop(name, note, task, build) for name, note, task, build, able in rows if able]
 
 
 def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
@@ -154,7 +151,7 @@ def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
 
 def _fused(task: Task) -> Call:
     """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
-    recipe, data, epochs = task.recipe.augmentation, task.part.train, itertools.count()
+    data, epochs = task.part.train, itertools.count()
     assert isinstance(data, ResidentSet)
 
     def call() -> None:
@@ -163,11 +160,16 @@ def _fused(task: Task) -> Call:
         for cursor in range(0, task.images, task.recipe.batch_size):
             batch = augment(
                 data.images, data.labels, order, cursor, epoch, 0, batch_size=task.recipe.batch_size, index=data.index,
-                mean=task.data.mean, std=task.data.std, padding=recipe.crop_padding, flip=recipe.flip,
-                reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout, out=batch,
+                mean=task.data.mean, std=task.data.std, out=batch, **keyed_settings(task.recipe.augmentation),
             )  # fmt: skip
 
     return call
+
+
+def keyed_settings(recipe: Augmentation) -> dict[str, Any]:
+    """A recipe's crop, flip and cutout as `kernels.augment` names them."""
+    reflect = recipe.crop_mode == "reflect"
+    return {"padding": recipe.crop_padding, "flip": recipe.flip, "reflect": reflect, "cutout": recipe.cutout}
 
 
 def _torchvision_batches(task: Task) -> Call:
@@ -210,14 +212,9 @@ def _ffcv(task: Task) -> Call:
 
     def call() -> None:
         with own_threads():
-            _exhaust(loader)
+            deque(loader, maxlen=0)
 
     return call
-
-
-def _exhaust(loader: Iterable[object]) -> None:
-    for _ in loader:
-        pass
 
 
 def spread(timing: Timing) -> dict[str, Any]:
@@ -226,21 +223,17 @@ def spread(timing: Timing) -> dict[str, Any]:
     return {"median": middle, "p10": low, "p90": high, "rounds": len(timing.images_per_second)}
 
 
-def compared(faster: Timing, slower: Timing) -> dict[str, float]:
-    """How many times as fast: the rounds' median ratio, and their geometric mean with its 95 % interval."""
-    pairs = zip(faster.images_per_second, slower.images_per_second, strict=True)
-    return {"median": median(a / b for a, b in pairs)} | vars(ratio(faster.images_per_second, slower.images_per_second))
+def compared(faster: Timing, slower: Timing) -> tuple[dict[str, float], str]:
+    """How many times as fast: the rounds' median ratio, and their geometric mean with its 95 % interval; and this as text."""
+    pairs = list(zip(faster.images_per_second, slower.images_per_second, strict=True))
+    whole = ratio(*zip(*pairs, strict=True))
+    return {"median": median(a / b for a, b in pairs)} | vars(whole), str(whole)
 
 
 def rate_text(timing: Timing) -> str:
     """The rate for people."""
     rate = spread(timing)
     return f"{rate['median']:9,.0f} img/s (10-90 %: {rate['p10']:,.0f}-{rate['p90']:,.0f}, {rate['rounds']} rounds)"
-
-
-def ratio_text(times: dict[str, float]) -> str:
-    """A ratio with its 95 % interval, for people."""
-    return f"{times['estimate']:.2f}x [{times['low']:.2f}, {times['high']:.2f}]"
 
 
 def training_step(options: Options, device: torch.device, console: Console) -> dict[str, Any]:
@@ -254,17 +247,17 @@ def training_step(options: Options, device: torch.device, console: Console) -> d
         if timing.error:
             raise InputError(f"{timing.title}: {timing.error}")
         timings[timing.name] = timing
-    speedups = {"speedup": compared(timings[OURS], timings[PLAIN])}
-    speedups["speedup_of_auto_over_torch"] = compared(timings[OURS], timings[TORCH])
-    for timing in timings.values():
-        console.print(f"{timing.title:>16}: {rate_text(timing)}")
-    for name, times in zip(("speed-up", "auto over torch"), speedups.values(), strict=True):
-        console.print(f"{name:>16}: {ratio_text(times)}")
+    speedup, text = compared(timings[OURS], timings[PLAIN])
+    over_torch, over_torch_text = compared(timings[OURS], timings[TORCH])
+    told = {timing.title: rate_text(timing) for timing in timings.values()}
+    for name, words in (told | {"speed-up": text, "auto over torch": over_torch_text}).items():
+        console.print(f"{name:>16}: {words}")
     return {
         "arch": options.arch,
         "batch_size": options.batch_size,
         "images_per_second": {timing.title: spread(timing) for timing in timings.values()},
-        **speedups,
+        "speedup": speedup,
+        "speedup_of_auto_over_torch": over_torch,
         "seconds": {each.title: [task.images / rate for rate in each.images_per_second] for each in timings.values()},
     }
 
@@ -279,15 +272,13 @@ def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
     seconds = []
     for _ in range(options.starts):
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
             command = [
                 sys.executable, "-m", "fastcifar.train", "--arch", options.arch, "--data", str(options.data.resolve()),
-                "--out", str(out), "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
+                "--out", folder, "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
                 "--no-plots",
             ]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
-            seconds.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["first_step_seconds"])
-        time.sleep(0.5)
+            seconds.append(RunFolder(Path(folder)).read_metrics()[0]["first_step_seconds"])
     spans = f"{median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f}, {len(seconds)} starts)"
     console.print(f"{'first step after':>16}: {spans}")
     return {"arch": options.arch, "seconds": seconds, "median": median(seconds)}

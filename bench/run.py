@@ -113,7 +113,7 @@ class Options(Common):
     baseline_arch: str = "se_resnet18"  # the architecture of those two
     rounds: int = 12  # timed turns of whatever is timed in turns
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
-    # NAME=PATH of an outside script to time beside ours: see bench/baselines.py
+    # NAME=PATH of an outside script to time beside ours: see bench/outside.py
     baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
 
     def __post_init__(self) -> None:
@@ -405,9 +405,9 @@ def current_names(arguments: list[str]) -> list[str]:
 
 def measure(options: Options, out: Path, console: Console) -> list[str]:
     """Do all that is not done or failed before; return what failed now."""
-    from bench import baselines  # here, since --help needs no FFCV
+    from bench import baselines, outside  # here, since --help needs no FFCV
 
-    scripts = baselines.outside_scripts(options.baseline)
+    scripts = outside.outside_scripts(options.baseline)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     bench = open_bench(options, out, (*options.archs, options.baseline_arch), settings, console)
     bench.results = replace(bench.results, settings=bench.results.settings | {"target_top1": round(options.target / 100, 6)})
@@ -446,8 +446,8 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
             bench, "baselines", timed, lambda: baselines.time_baselines(task, rounds=options.rounds, say=console.print)
         )
         for name, path in scripts.items():
-            failed += outside(bench, name, partial(
-                baselines.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+            failed += run_outside(bench, name, partial(
+                outside.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
             ))  # fmt: skip
     return failed
 
@@ -467,7 +467,7 @@ def compare(bench: Bench, what: str, settings: dict[str, Any], timed: Callable[[
     return [f"{what}: {timing.name}" for timing in done.timings if timing.in_turns and timing.failed]
 
 
-def outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
+def run_outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
     """Run an outside script, unless it has a rate already; its failure is its own: nothing else is timed or trained again."""
     assert bench.results.baselines is not None
     known = {timing.name: timing for timing in bench.results.baselines.timings}

@@ -87,7 +87,7 @@ def write_run(folder, command, sha256=None):
 
 @pytest.fixture
 def loops(monkeypatch):
-    """bench.baselines replaced; what was timed, and whose rates fail."""
+    """bench.baselines and bench.outside replaced; what was timed, and whose rates fail."""
 
     def timed(name, names, **keywords):
         loops.calls.append((name, list(names)))
@@ -109,7 +109,8 @@ def loops(monkeypatch):
         time_baselines=lambda task, **keywords: timed("baselines", ["fastcifar", "ordinary"]),
         run_script=script,
     )
-    monkeypatch.setattr(bench, "baselines", fake, raising=False)
+    for module in ("baselines", "outside"):
+        monkeypatch.setattr(bench, module, fake, raising=False)
     return loops
 
 

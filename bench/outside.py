@@ -1,0 +1,160 @@
+"""Other people's training scripts, each run in a process of its own: the docstring of `run_script` is the protocol."""
+
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.baselines import LOOPS, Task
+from bench.results import Timing
+from fastcifar.dataset import ResidentSet, Splits
+from fastcifar.errors import InputError
+
+PATIENCE = 2 * 3600.0  # seconds a script may take
+
+
+def outside_scripts(named: Iterable[str]) -> dict[str, Path]:
+    """{name: path} of `NAME=PATH` arguments. Raises InputError for anything else, or a script that is not there."""
+    scripts: dict[str, Path] = {}
+    for argument in named:
+        name, _, path = argument.partition("=")
+        if not path or not re.fullmatch(r"[\w.+-]+", name):  # the name is also its logs'
+            raise InputError(f"an outside script is given as NAME=PATH, e.g. airbench=/src/airbench94.py, got {argument!r}")
+        if not Path(path).is_file():
+            raise InputError(f"outside script {name}: {path} is not a file: name the script to run")
+        if name in (*LOOPS, *scripts):
+            raise InputError(f"outside script {name}: that name is taken: choose another")
+        scripts[name] = Path(path).resolve()
+    return scripts
+
+
+def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
+    """Run an outside script in a process and a temporary folder of its own; what it states on its last line is its rate.
+
+    It is run by this Python without arguments, with these variables
+
+        FASTCIFAR_DATA         folder with train.beton and test.beton
+        FASTCIFAR_EPOCHS       epochs it is asked to train
+        FASTCIFAR_IMAGES       training images of an epoch
+        FASTCIFAR_TARGET       test accuracy (0..1) to which it may state its seconds; empty where none was chosen
+        FASTCIFAR_BATCH_SIZE, FASTCIFAR_ARCH, FASTCIFAR_DEVICE (cpu or cuda)
+
+    and in the folder it runs in
+
+        cifar10/{train,test}.pt    a dict of images (uint8 [N, 32, 32, 3]), labels (int64) and classes, where cifar10-airbench's
+                                   scripts look before they download
+        cifar-10-batches-py/       the same images as torchvision's CIFAR10(".", download=False) reads them. It accepts only the
+                                   md5 of the official files, which a beton cannot give back, so switch that check off first:
+                                   for file in CIFAR10.train_list + CIFAR10.test_list: file[1] = None
+                                   CIFAR10.meta["md5"] = None
+
+    The last line on its standard output must be a JSON object with "images_per_second" (a number, or a list of repetitions), or
+    with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1) and "seconds_to_accuracy"
+    are kept where they are given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log
+    and NAME.stderr.log in the results keep what it printed. A script that fails leaves one line, one that takes longer than two
+    hours is ended with its workers, and the others go on. It is not timed in turns with the other loops.
+    """
+    timing = Timing(name, name, f"{path}, by its own clock", in_turns=False)
+    logs.mkdir(parents=True, exist_ok=True)
+    out, err = logs / f"{name}.stdout.log", logs / f"{name}.stderr.log"
+    variables = {
+        "FASTCIFAR_DATA": str(task.folder.resolve()),
+        "FASTCIFAR_EPOCHS": str(epochs),
+        "FASTCIFAR_IMAGES": str(len(task.data.train)),
+        "FASTCIFAR_TARGET": f"{target:g}" if target else "",
+        "FASTCIFAR_BATCH_SIZE": str(task.recipe.batch_size),
+        "FASTCIFAR_ARCH": task.arch,
+        "FASTCIFAR_DEVICE": task.device.type,
+    }
+    with tempfile.TemporaryDirectory() as folder, out.open("wb") as stdout, err.open("wb") as stderr:
+        offer_data(Path(folder), task.data)
+        with subprocess.Popen(
+            [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=stdout,
+            stderr=stderr, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                process.wait(timeout=PATIENCE)
+            except BaseException as stopped:  # too late, or Ctrl-C, which a session of its own does not hear
+                with suppress(ProcessLookupError):  # it had just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
+                if isinstance(stopped, subprocess.TimeoutExpired):
+                    return replace(timing, error=f"not done after {PATIENCE / 3600:.0f} hours")
+                raise
+    if process.returncode:
+        said = _last_line(err) or _last_line(out) or "no output"
+        return replace(timing, error=f"exit code {process.returncode}: {said}"[:240])
+    try:
+        return replace(timing, **read_statement(_last_line(out)))
+    except ValueError as error:
+        return replace(timing, error=f"no rate: {error}")
+
+
+def read_statement(line: str) -> dict[str, Any]:
+    """The fields of `Timing` that a script's last line states. Raises ValueError where it is no evidence of a rate."""
+
+    def number(name: str, value: Any, most: float = math.inf) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 < value <= most):
+            limit = "" if most == math.inf else f", at most {most:g}"
+            raise ValueError(f"{name} must be a number above 0{limit}, got {value!r}")
+        return float(value)
+
+    try:
+        stated = json.loads(line)
+    except (ValueError, RecursionError):
+        stated = None
+    match stated:
+        case {"images_per_second": [_, *_] as repeated}:
+            rates = [number("images_per_second", rate) for rate in repeated]
+        case {"images_per_second": rate}:
+            rates = [number("images_per_second", rate)]
+        case {"images": images, "seconds": seconds}:
+            rates = [number("images", images) / number("seconds", seconds)]
+        case _:
+            wanted = 'a JSON object with "images_per_second", or "images" and "seconds"'
+            raise ValueError(f"its last line must be {wanted}, got {line[:80]!r}")
+    limits = {"top1": 1.0, "seconds_to_accuracy": math.inf}
+    given = {name: number(name, stated[name], most) for name, most in limits.items() if stated.get(name) is not None}
+    return {"images_per_second": rates, **given}
+
+
+def _last_line(path: Path) -> str:
+    """The last line that is not blank; only the end of a long log is read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 100_000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def offer_data(folder: Path, data: Splits) -> None:
+    """Write both splits into `folder` in the two layouts that `run_script` names."""
+    classes = data.manifest.class_names
+    (folder / "cifar10").mkdir()
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for split, chosen, files in (
+        ("train", data.train, [f"data_batch_{number}" for number in range(1, 6)]),
+        ("test", data.test, ["test_batch"]),
+    ):
+        assert isinstance(chosen, ResidentSet)
+        images, labels = chosen.images.cpu(), chosen.labels.cpu()
+        torch.save({"images": images, "labels": labels, "classes": classes}, folder / "cifar10" / f"{split}.pt")
+        planes = images.permute(0, 3, 1, 2).reshape(-1, 3072).numpy()
+        for file, part in zip(files, np.array_split(np.arange(len(labels)), len(files)), strict=True):
+            names = [f"{split}_{number:05d}.png" for number in part]
+            batch = {"batch_label": file, "labels": labels[part].tolist(), "data": planes[part], "filenames": names}
+            (batches / file).write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {"num_cases_per_batch": len(data.train) // 5, "label_names": classes, "num_vis": 3072}
+    (batches / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
