@@ -121,9 +121,9 @@ class Arm:
     """One configuration of an ablation."""
 
     name: str
-    flags: str  # of `python -m fastcifar.train`, beyond those all arms share
-    runs: list[str]  # names of its runs, in the order of the ablation's seeds
+    flags: str = ""  # of `python -m fastcifar.train`, beyond those all arms share; may name another --arch or --recipe
     claim: str = ""  # what the report gives for it
+    runs: list[str] = field(default_factory=list)  # names of its runs, in the order of the ablation's seeds
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
 """bench/reports.py launches what is left, reads run folders and puts them beside the authors' figures."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bench import reports
+from bench.run import Job
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
 from fastcifar.recipes import RunOptions, reported
@@ -21,12 +18,12 @@ from tests.conftest import assert_user_error, run_cli
 FACTS = {"hardware": "a CPU", "versions": {"torch": "2.11.0"}, "commit": "abc", "command": "python -m fastcifar.train"}
 
 
-def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, summary=True):
+def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, run=None, summary=True):
     """A made-up run folder of `losses`, one an epoch."""
     folder = RunFolder(path)
     if not (path / "config.json").exists():
         folder.create()
-        folder.write_config(arch, arch, recipe or reported(arch).recipe, RunOptions(), FACTS)
+        folder.write_config(arch, arch, recipe or reported(arch).recipe, run or RunOptions(), FACTS)
     known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_split": "test"}
     blank = dict.fromkeys(METRIC_KEYS)
     folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
@@ -35,28 +32,23 @@ def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, summary=True):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """The commands launched instead of training; each writes the epochs it was asked for, with a loss of 1.5."""
-    commands = []
+def trained(monkeypatch):
+    """Training replaced by a folder with the epochs asked for, at a loss of 1.5; the jobs that were asked for."""
+    jobs = []
 
-    def launch(command):
-        commands.append(command)
-        path = Path(command[command.index("--resume" if "--resume" in command else "--out") + 1])
-        write_run(path, path.name.removesuffix("-seed0"), [1.5] * int(command[command.index("--stop-after") + 1]))
-        return 0
+    def train(job, console, title):
+        jobs.append(job)
+        write_run(job.path, job.command.arch, [1.5] * job.stop_after, recipe=job.command.settings, run=job.command.run)
+        return ""
 
-    monkeypatch.setattr(reports, "launch", launch)
+    monkeypatch.setattr(Job, "train", train)
     monkeypatch.setattr(reports, "draw", lambda comparisons, path: None)
-    return commands
+    return jobs
 
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["bench/reports.py", *map(str, arguments)])
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        reports.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    reports.main()
 
 
 # The authors' figures
@@ -107,74 +99,47 @@ def test_a_file_without_curves_is_refused(tmp_path, content):
 # Training
 
 
-def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, launched, tmp_path):
+def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, trained, tmp_path):
     write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
     write_run(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
     archs = ("se_resnet18", "resnet42", "robust_resnet64")
-    run(monkeypatch, "--out", tmp_path, "--data", "there", "--archs", *archs, "--", "--limit-train", 500)  # theirs: not known
-    begin = ["--arch", "robust_resnet64", "--out", str(tmp_path / "robust_resnet64-seed0"), "--seed", "0"]
-    shared = ["--limit-train", "500"]
-    assert [command[3:] for command in launched] == [
-        ["--resume", str(tmp_path / "resnet42-seed0"), "--data", "there", "--stop-after", "2", *shared],
-        [*begin, "--data", "there", "--stop-after", "1", *shared],
-    ]
-    assert all(command[:3] == [sys.executable, "-m", "fastcifar.train"] for command in launched)
-    launched.clear()
     run(monkeypatch, "--out", tmp_path, "--archs", *archs)
-    assert launched == []
+    assert [(job.name, job.stop_after) for job in trained] == [("resnet42-seed0", 2), ("robust_resnet64-seed0", 1)]
+    assert trained[1].flags == ("--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton")
+    trained.clear()
+    run(monkeypatch, "--out", tmp_path, "--archs", *archs)
+    assert trained == []
     run(monkeypatch, "--out", tmp_path, "--archs", *archs, "--epochs", 3)
-    assert [command[command.index("--stop-after") + 1] for command in launched] == ["3", "3"]
+    assert [job.stop_after for job in trained] == [3, 3]
 
 
-def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, launched, tmp_path):
+def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, trained, tmp_path):
     arguments = ("--out", tmp_path, "--archs", "resnet42")
-    run(monkeypatch, *arguments, "--", "--limit-train", 500)
-    command = f"python -m fastcifar.train {' '.join(launched[0][3:])}"  # as training writes it into its config
-    config = tmp_path / "resnet42-seed0" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"command": command}))
-    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    for _ in range(2):
+        run(monkeypatch, *arguments, "--", "--limit-train", 500)
     for epochs in (2, 3):  # done, and to be resumed
-        with pytest.raises(InputError, match="began with `-- --limit-train 500`: give the same"):
+        with pytest.raises(InputError, match=r"limit_train: 500 before, 0 given.*give the same"):
             run(monkeypatch, *arguments, "--epochs", epochs)
-    assert len(launched) == 1
-
-
-def test_a_run_killed_in_its_first_epoch_is_resumed(monkeypatch, launched, tmp_path):
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [], summary=False)
-    (tmp_path / "resnet42-seed0" / "metrics.jsonl").unlink()
-    run(monkeypatch, "--out", tmp_path, "--archs", "resnet42")
-    assert "--resume" in launched[0]
+    assert len(trained) == 1
 
 
 def test_a_failed_training_ends_the_command_and_keeps_what_is_done(monkeypatch, tmp_path):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])
     arguments = ("--out", tmp_path, "--archs", "se_resnet18", "resnet42")
-    monkeypatch.setattr(reports, "launch", lambda command: 2)
-    with pytest.raises(SystemExit) as stopped:
+    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9])
+    monkeypatch.setattr(Job, "train", lambda job, *_: "" if job.command.arch == "se_resnet18" else "ended by SIGKILL")
+    with pytest.raises(InputError, match="resnet42 failed: ended by SIGKILL"):
         run(monkeypatch, *arguments)
-    assert stopped.value.code == 2
     assert (tmp_path / "reports.md").exists()
-    monkeypatch.setattr(reports, "launch", lambda command: -9)
-    with pytest.raises(InputError, match="resnet42 was ended by signal 9"):
-        run(monkeypatch, *arguments)
 
 
-def test_a_training_ends_when_the_command_is_terminated(tmp_path):
-    """A training that outlived it would write into the folder that the next command resumes."""
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = (
-        "import sys; from bench import reports; from fastcifar.errors import run_command\n"
-        f"launch = reports.launch; reports.launch = lambda command: launch([sys.executable, '-c', {child!r}])\n"
-        f"sys.argv = ['reports', '--out', {str(tmp_path)!r}, '--archs', 'resnet42']; run_command(reports.main)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("resnet42: python -m fastcifar.train")
-    training = int(process.stdout.readline())
-    process.terminate()
-    assert process.wait(timeout=30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(training, 0)
+def test_epochs_are_trained_in_two_commands(betons, tmp_path):
+    """The real thing: one epoch, then the second from where the first stopped."""
+    shared = ("--data", betons, "--out", tmp_path, "--archs", "se_resnet18")
+    few = ("--limit-train", 64, "--batch-size", 32, "--device", "cpu", "--kernels", "torch", "--no-plots")
+    for epochs in (1, 2):
+        done = run_cli("bench/reports.py", *shared, "--epochs", epochs, "--", *few)
+        assert done.returncode == 0, done.stderr
+        assert len(RunFolder(tmp_path / "se_resnet18-seed0").read_metrics()) == epochs
 
 
 # Comparing
@@ -241,7 +206,7 @@ def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):
         (("--archs", "resnet18"), "has no curve of resnet18"),
         (("--epochs", "-1"), "epochs must be 0 or more"),
         (("--only-draw",), "no finished epoch"),
-        (("--", "--stop_after=3"), "--stop-after cannot follow"),
+        (("--", "--stop_after=3"), "--stop-after is the benchmark's to set"),
     ],
 )
 def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
