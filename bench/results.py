@@ -64,9 +64,14 @@ class Run:
         return round(self.top1 * self.test_images)
 
     @property
+    def steady_seconds(self) -> list[float]:
+        """Of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
+        return self.train_seconds[1:] or self.train_seconds
+
+    @property
     def rates(self) -> list[float]:
-        """Images per second of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
-        return [self.images_per_epoch / seconds for seconds in self.train_seconds[1:] or self.train_seconds]
+        """Images per second of those epochs."""
+        return [self.images_per_epoch / seconds for seconds in self.steady_seconds]
 
     def seconds_to(self, target: float) -> float | None:
         """Training seconds to the end of the first epoch whose test top-1 is `target`; None: never."""

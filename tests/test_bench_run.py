@@ -26,7 +26,7 @@ from fastcifar.models import ARCHITECTURES
 from fastcifar.models.summary import training_flops
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
-from tests.bench_results import run_main
+from tests.bench_results import run_main, write_run
 from tests.conftest import REPOSITORY, run_cli
 
 CPU = choose_device("cpu")
@@ -53,36 +53,17 @@ def trained(monkeypatch):
         trained.names.append(job.name)
         if trained.interrupt_at == len(trained.names):
             raise KeyboardInterrupt
-        folder = RunFolder(job.path)
         error = trained.errors.get(job.name, "")
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
-        (folder.path.parent / f"{folder.path.name}.log").write_text(f"x\nfailed: {error}\n" if error else "x\n")
-        if error:
-            return error
-        write_run(folder, job.command)
-        return ""
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        job.path.with_suffix(".log").write_text(f"x\nfailed: {error}\n" if error else "x\n")
+        if not error:
+            write_run(job.path, job.command, [1.0] * job.command.settings.epochs, environment(CPU))
+        return error
 
     trained = SimpleNamespace(names=[], errors={}, interrupt_at=None)
     monkeypatch.setattr(Job, "train", fake)
     monkeypatch.setattr("bench.report.draw_svg", lambda name, height, draw: "<svg></svg>")
     return trained
-
-
-def write_run(folder, command, sha256=None):
-    """A finished run folder as training leaves it."""
-    recipe, options = command.settings, command.run
-    manifests = [json.loads((options.data / f"{split}.json").read_text()) for split in ("train", "test")]
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_config(command.arch, command.recipe_name, recipe, options, environment(CPU))
-    row = dict.fromkeys(("data_name", "train_loss", "train_accuracy", "eval_loss", "learning_rates", "best_accuracy"))
-    row |= {"eval_accuracy": 0.25, "eval_seconds": 0.1, "eval_split": "test", "first_step_seconds": 3.0}
-    rows = [row | {"epoch": n + 1, "train_seconds": 1.0, "images_per_second": 64.0} for n in range(recipe.epochs)]
-    folder.write_metrics(rows)
-    final = {"images": 20, "top1": 0.25}
-    folder.write_summary({
-        "final": final, "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0, "compile_seconds": 1.5,
-        "peak_memory_bytes": 10**9, "energy_joules": None, "data_sha256": [manifest["sha256"] for manifest in manifests],
-    })  # fmt: skip
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """bench/reports.py launches what is left, reads run folders and puts them beside the authors' figures."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -9,26 +10,19 @@ from PIL import Image
 
 from bench import reports
 from bench.run import Job
+from fastcifar.command import Command
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
-from fastcifar.recipes import RunOptions, reported
-from fastcifar.run_folder import METRIC_KEYS, RunFolder
+from fastcifar.recipes import reported
+from tests.bench_results import write_run
 from tests.conftest import assert_user_error, run_cli
 
 FACTS = {"hardware": "a CPU", "versions": {"torch": "2.11.0"}, "commit": "abc", "command": "python -m fastcifar.train"}
 
 
-def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, run=None, summary=True):
-    """A made-up run folder of `losses`, one an epoch."""
-    folder = RunFolder(path)
-    if not (path / "config.json").exists():
-        folder.create()
-        folder.write_config(arch, arch, recipe or reported(arch).recipe, run or RunOptions(), FACTS)
-    known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_split": "test"}
-    blank = dict.fromkeys(METRIC_KEYS)
-    folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
-    if summary:
-        folder.write_summary({"train_images": 50_000})
+def begin(path, arch, losses, *, recipe=None, **keywords):
+    """The run folder of an architecture's own recipe, or another."""
+    write_run(path, Command(arch, settings=recipe or reported(arch).recipe), losses, FACTS, **{"accuracy": 0.5, **keywords})
 
 
 @pytest.fixture
@@ -38,7 +32,7 @@ def trained(monkeypatch):
 
     def train(job, console, title):
         jobs.append(job)
-        write_run(job.path, job.command.arch, [1.5] * job.stop_after, recipe=job.command.settings, run=job.command.run)
+        write_run(job.path, job.command, [1.5] * job.stop_after, FACTS)
         return ""
 
     monkeypatch.setattr(Job, "train", train)
@@ -100,8 +94,8 @@ def test_a_file_without_curves_is_refused(tmp_path, content):
 
 
 def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, trained, tmp_path):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
+    begin(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
     archs = ("se_resnet18", "resnet42", "robust_resnet64")
     run(monkeypatch, "--out", tmp_path, "--archs", *archs)
     assert [(job.name, job.stop_after) for job in trained] == [("resnet42-seed0", 2), ("robust_resnet64-seed0", 1)]
@@ -125,31 +119,36 @@ def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, trained, tm
 
 def test_a_failed_training_ends_the_command_and_keeps_what_is_done(monkeypatch, tmp_path):
     arguments = ("--out", tmp_path, "--archs", "se_resnet18", "resnet42")
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9])
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9])
     monkeypatch.setattr(Job, "train", lambda job, *_: "" if job.command.arch == "se_resnet18" else "ended by SIGKILL")
     with pytest.raises(InputError, match="resnet42 failed: ended by SIGKILL"):
         run(monkeypatch, *arguments)
     assert (tmp_path / "reports.md").exists()
 
 
-def test_epochs_are_trained_in_two_commands(betons, tmp_path):
-    """The real thing: one epoch, then the second from where the first stopped."""
-    shared = ("--data", betons, "--out", tmp_path, "--archs", "se_resnet18")
-    few = ("--limit-train", 64, "--batch-size", 32, "--device", "cpu", "--kernels", "torch", "--no-plots")
-    for epochs in (1, 2):
-        done = run_cli("bench/reports.py", *shared, "--epochs", epochs, "--", *few)
-        assert done.returncode == 0, done.stderr
-        assert len(RunFolder(tmp_path / "se_resnet18-seed0").read_metrics()) == epochs
+def test_what_was_begun_is_resumed_and_all_stop_at_their_epoch(monkeypatch, tmp_path):
+    begin(tmp_path / "resnet42-seed0", "resnet42", [2.0])
+    real, commands = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **keywords: commands.append(command) or real("true", **keywords))
+    monkeypatch.setattr(reports, "draw", lambda comparisons, path: None)
+    with pytest.raises(InputError, match="robust_resnet64 failed: exit code 0, nothing said"):
+        run(monkeypatch, "--out", tmp_path, "--archs", "resnet42", "robust_resnet64", "--", "--cutout", 0)
+    folders = [str(tmp_path / f"{arch}-seed0") for arch in ("resnet42", "robust_resnet64")]
+    begun = ["--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton", "--cutout", "0", "--out", folders[1]]
+    assert [command[1:] for command in commands] == [
+        ["-m", "fastcifar.train", "--resume", folders[0], "--data", "data/beton", "--stop-after", "2"],
+        ["-m", "fastcifar.train", *begun, "--stop-after", "1"],
+    ]
 
 
 # Comparing
 
 
 def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch, tmp_path, capsys):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9], accuracy=0.405)
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9], accuracy=0.405)
     few_epochs = replace(reported("light_resnet18_v2_45").recipe, batch_size=64)
-    write_run(tmp_path / "light_resnet18_v2_45-seed0", "light_resnet18_v2_45", [2.2, 2.1, 2.0], recipe=few_epochs)
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8], accuracy=None, summary=False)
+    begin(tmp_path / "light_resnet18_v2_45-seed0", "light_resnet18_v2_45", [2.2, 2.1, 2.0], recipe=few_epochs)
+    begin(tmp_path / "resnet42-seed0", "resnet42", [1.8], accuracy=None, summary=False)
     run(monkeypatch, "--out", tmp_path, "--only-draw")
 
     text = (tmp_path / "reports.md").read_text()
@@ -175,7 +174,7 @@ def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch,
 def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tmp_path):
     from matplotlib import pyplot
 
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
+    begin(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     run(monkeypatch, "--out", tmp_path, "--only-draw", "--archs", "resnet42")
@@ -194,7 +193,7 @@ def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tm
 
 
 def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):
-    write_run(tmp_path / "resnet42-seed0", "se_resnet18", [1.8])
+    begin(tmp_path / "resnet42-seed0", "se_resnet18", [1.8])
     with pytest.raises(InputError, match=r"resnet42-seed0 is a run of se_resnet18"):
         run(monkeypatch, "--out", tmp_path, "--only-draw")
 
