@@ -100,12 +100,12 @@ def make_ablation(rng: random.Random) -> tuple[Ablation, list[Run]]:
     arms = [("full recipe", "", 0.0), ("without mixup and cutout", "--mixup-alpha 0 --cutout 0", 0.021),
             ("without colour jitter", "--brightness 0", -0.001), ("without grayscale", "--grayscale 0", 0.004),
             ("without squeeze-excitation", "--no-squeeze-excitation", -0.012)]  # fmt: skip
-    level = [0.62 + rng.gauss(0, 0.004) for _ in range(5)]
+    bases = [0.62 + rng.gauss(0, 0.004) for _ in range(5)]
     made, runs = [], []
     for number, (name, flags, gain) in enumerate(arms):
         names = [f"report_d/{number}-seed{seed}" for seed in range(5)]
         made.append(Arm(name, flags, runs=names))
-        for seed, (path, base) in enumerate(zip(names, level, strict=True)):
+        for seed, (path, base) in enumerate(zip(names, bases, strict=True)):
             top1 = base + gain + rng.gauss(0, 0.003)
             run = replace(make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path), top1=top1)
             runs.append(Run(path, error="killed") if (number, seed) == (3, 4) else run)

@@ -41,9 +41,9 @@ def known_results(seeds=2):
 
 
 def entries(results):
-    """{column: cell} of the first row of both tables of variants."""
+    """{column: entry} of the first row of both tables of variants."""
     tables = [section for section in build_report(results).sections if section.title.startswith("Variants")]
-    return {title: cell for table in reversed(tables) for title, cell in zip(table.columns, table.rows[0], strict=True)}
+    return {title: entry for table in reversed(tables) for title, entry in zip(table.columns, table.rows[0], strict=True)}
 
 
 def section(results, title):
@@ -52,7 +52,7 @@ def section(results, title):
 
 def test_every_figure_of_a_known_result():
     found = entries(known_results())
-    texts = {title: (cell.text.replace("\xa0", " "), cell.detail.replace("\xa0", " ")) for title, cell in found.items()}
+    texts = {title: (entry.text.replace("\xa0", " "), entry.detail.replace("\xa0", " ")) for title, entry in found.items()}
     reach = 12.7062 * 0.01  # t(0.975, 1) x deviation / sqrt(2)
     top1 = ("71.00 ± 1.41", f"[{100 * (0.71 - reach):.2f}, {100 * (0.71 + reach):.2f}]")
     spread = math.exp(4.302653 * math.log(1.25) / math.sqrt(3))  # t(0.975, 2) on the logarithms of rates 1.25 apart
@@ -169,7 +169,7 @@ def test_an_outside_scripts_own_statements_are_shown():
     ours = Timing("fastcifar", "fastcifar", images_per_second=[100.0, 110.0])
     loops = section(replace(known_results(), baselines=Comparison({}, [ours, script])), "Other training loops")
     assert loops.columns[3:] == ["Top-1 it states, %", "To its target"]
-    assert [cell.text for cell in loops.rows[1][3:]] == ["94.00", "12.0 s"]
+    assert [entry.text for entry in loops.rows[1][3:]] == ["94.00", "12.0 s"]
 
 
 def test_the_ablation_is_paired_and_corrected():
