@@ -322,13 +322,14 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
         rates[name] = max(rates[name], rate)  # a ceiling is the most ever seen: at another time the machine may be busier
     facts = before.environment | {"rates": rates}
     for name in ("command", "commit"):  # a folder may be filled by several commands
-        facts[name] = " && ".join(dict.fromkeys(filter(None, [*(before.environment.get(name) or "").split(" && "), now[name]])))
-    known = {variant.arch for variant in before.variants} | set(archs)
+        known = [*(before.environment.get(name) or "").split(" && "), now[name]]
+        facts[name] = " && ".join(dict.fromkeys(filter(None, known))) or None
+    shown = {variant.arch for variant in before.variants} | set(archs)
     results = replace(
         before,
         environment=facts,
         settings=before.settings | settings,
-        variants=[variant(arch, Rates(**rates)) for arch in ARCHITECTURES if arch in known],
+        variants=[variant(arch, Rates(**rates)) for arch in ARCHITECTURES if arch in shown],
     )
     return Bench(out, device, data, results, console)
 
