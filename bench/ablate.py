@@ -12,39 +12,30 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 
 from bench.results import Ablation, Arm
-from bench.run import Bench, Common, Job, current_names, finish, open_bench, training_flags
+from bench.run import Common, Job, current_names, finish, new_console, open_bench, resumable, training
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
-from fastcifar.reporting import clock
 
 PROGRAM = "python bench/ablate.py"
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """One row of a study."""
-
-    name: str
-    flags: str = ""  # of `python -m fastcifar.train`; may name another --arch or --recipe
-    claim: str = ""  # what the report gives for it
-
-
-@dataclass(frozen=True)
 class Study:
-    """Configurations of one architecture; the first is what the others are compared with."""
+    """Arms of one architecture; the first is what the others are compared with."""
 
     arch: str
     title: str
-    rows: tuple[Configuration, ...]
+    arms: tuple[Arm, ...]
 
 
 _TEXT_E = "--recipe mish_se_resnet18_text"
@@ -58,19 +49,19 @@ STUDIES: dict[str, Study] = {
         "se_resnet18",
         "Report D: five models",
         (
-            Configuration("1 everything", "--grayscale 0.1", "best of those with grayscale"),
-            Configuration(
+            Arm("1 everything", "--grayscale 0.1", "best of those with grayscale"),
+            Arm(
                 "2 without mixup and cutout",
                 f"--grayscale 0.1 {_NO_MIXUP} --cutout 0",
                 "loses most",
             ),
-            Configuration(
+            Arm(
                 "3 without colour jitter",
                 "--grayscale 0.1 --brightness 0 --contrast 0 --saturation 0 --hue 0",
                 "loses little",
             ),
-            Configuration("4 without grayscale", "", "gains: grayscale hurts; 85.574 % Kaggle"),
-            Configuration("5 without squeeze-excitation", "--grayscale 0.1 --no-squeeze-excitation", "loses little"),
+            Arm("4 without grayscale", "", "gains: grayscale hurts; 85.574 % Kaggle"),
+            Arm("5 without squeeze-excitation", "--grayscale 0.1 --no-squeeze-excitation", "loses little"),
         ),
     ),
     # Report C's table of configurations: parameters, stages N, blocks per stage B, channels C, validation accuracy.
@@ -78,10 +69,10 @@ STUDIES: dict[str, Study] = {
         "light_resnet18",
         "Report C: table of configurations",
         (
-            Configuration("LightResNet18 (2.81 M, N 4, B 2, C 32)", "", "93.12 % validation"),
-            Configuration("LightResNet18_v2 (4.39 M, N 4, B 2, C 40)", "--arch light_resnet18_v2_40", "94.35 % validation"),
-            Configuration("LightResNet18_v2 (5.00 M, N 4, B 2, C 45)", "--arch light_resnet18_v2_45", "94.88 % validation"),
-            Configuration("RobustResNet64 (3.80 M, N 3, B 10, C 32)", "--arch robust_resnet64", "96.93 % test, without TTA"),
+            Arm("LightResNet18 (2.81 M, N 4, B 2, C 32)", "", "93.12 % validation"),
+            Arm("LightResNet18_v2 (4.39 M, N 4, B 2, C 40)", "--arch light_resnet18_v2_40", "94.35 % validation"),
+            Arm("LightResNet18_v2 (5.00 M, N 4, B 2, C 45)", "--arch light_resnet18_v2_45", "94.88 % validation"),
+            Arm("RobustResNet64 (3.80 M, N 3, B 10, C 32)", "--arch robust_resnet64", "96.93 % test, without TTA"),
         ),
     ),
     # Report E's comparison of optimizers, by its text's training, before dropout and more decay were added. Adam's rate is not
@@ -90,10 +81,10 @@ STUDIES: dict[str, Study] = {
         "mish_se_resnet18",
         "Report E: optimizers",
         (
-            Configuration("SGD 0.05, dropout, decay 1e-3", _TEXT_E, "82.417 % Kaggle"),
-            Configuration("Adam", f"{_PLAIN_E} --optimizer adam --peak-lr 1e-3 --weight-decay 0", "74 % Kaggle"),
-            Configuration("SGD 0.1, decay 5e-4", f"{_PLAIN_E} --peak-lr 0.1", "77 % Kaggle"),
-            Configuration("SGD 0.05, decay 5e-4", _PLAIN_E, "78 % Kaggle"),
+            Arm("SGD 0.05, dropout, decay 1e-3", _TEXT_E, "82.417 % Kaggle"),
+            Arm("Adam", f"{_PLAIN_E} --optimizer adam --peak-lr 1e-3 --weight-decay 0", "74 % Kaggle"),
+            Arm("SGD 0.1, decay 5e-4", f"{_PLAIN_E} --peak-lr 0.1", "77 % Kaggle"),
+            Arm("SGD 0.05, decay 5e-4", _PLAIN_E, "78 % Kaggle"),
         ),
     ),
 }
@@ -119,11 +110,8 @@ def main() -> None:
     options = tyro.cli(Options, prog=PROGRAM, args=current_names(sys.argv[1:]))
     name, study = chosen_study(options)
     out = options.out or Path("runs") / "ablate"
-    try:
-        failures = ablate(options, name, study, out, Console(soft_wrap=True, highlight=False, markup=False))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is finished is in {out}; the same command goes on") from None
-    finish(out, failures)
+    with resumable(out):
+        finish(out, ablate(options, name, study, out, new_console()))
 
 
 def chosen_study(options: Options) -> tuple[str, Study]:
@@ -132,23 +120,23 @@ def chosen_study(options: Options) -> tuple[str, Study]:
         raise InputError(f"give either --study ({', '.join(STUDIES)}) or --arms, not {'both' if options.arms else 'neither'}")
     if options.study is not None:
         return options.study, STUDIES[options.study]
-    rows = tuple(parse_arm(text) for text in options.arms)
-    names = [row.name for row in rows]
+    arms = tuple(map(parse_arm, options.arms))
+    names = [arm.name for arm in arms]
     if len(set(map(file_name, names))) < len(names):
         raise InputError(f"--arms has two of the same name ({', '.join(names)}): give each its own")
-    return options.name, Study(options.arch, options.name, rows)
+    return options.name, Study(options.arch, options.name, arms)
 
 
-def parse_arm(text: str) -> Configuration:
+def parse_arm(text: str) -> Arm:
     """`NAME: FLAGS`, or `NAME=FIELD=VALUE,FIELD=VALUE` as in the release before. Raises InputError for anything else."""
     name, colon, flags = text.partition(":")
     if colon and name.strip() and "=" not in name:
-        return Configuration(name.strip(), flags.strip())
+        return Arm(name.strip(), flags.strip())
     name, equals, rest = text.partition("=")
     pairs = [pair.partition("=") for pair in re.split(r",(?![^\[\]]*\])", rest) if pair]
     if not equals or not name or any(not field or not separator for field, separator, _ in pairs):
         raise InputError(f"--arms takes 'NAME: FLAGS', got {text!r}: for example 'no_se: --no-squeeze-excitation'")
-    arm = Configuration(name, " ".join(flag_of(field, value) for field, _, value in pairs))
+    arm = Arm(name, " ".join(flag_of(field, value) for field, _, value in pairs))
     print(f"--arms {text!r} is now {f'{arm.name}: {arm.flags}'.strip()!r}", file=sys.stderr)
     return arm
 
@@ -169,27 +157,21 @@ def ablate(options: Options, name: str, study: Study, out: Path, console: Consol
     seeds = list(dict.fromkeys(options.seeds))
     settings = {f"ablation {name}": {"epochs": options.epochs, "seeds": seeds, "flags": options.flags}}
     bench = open_bench(options, out, [study.arch], settings, console)
-    arms = {row.name: [make_job(options, name, study, row, seed, bench) for seed in seeds] for row in study.rows}
-    jobs = [job for own in arms.values() for job in own]
-    left = bench.left(jobs)
-    console.print(f"{study.title}: {len(study.rows)} configurations x {len(seeds)} seeds, {len(left)} trainings to do")
-    total = clock(sum(bench.seconds(job) for job in jobs if job.name in left))
-    console.print(f"in all about {total}, guessed from FLOPs, bytes and this device's rates; into {out}")
-    rows = [Arm(row.name, row.flags, [job.name for job in arms[row.name]], row.claim) for row in study.rows]
-    ablation = Ablation(name, study.title, study.arch, options.epochs, seeds, rows)
+    groups = {arm.name: training_of(options, out, name, study, arm, bench.device) for arm in study.arms}
+    bench.show_plan(groups, study.title, options.flags)
+    arms = [replace(arm, runs=[job.name for job in groups[arm.name]]) for arm in study.arms]
+    ablation = Ablation(name, study.title, study.arch, options.epochs, seeds, arms)
     bench.save(ablations=[*(other for other in bench.results.ablations if other.name != name), ablation])
-    return bench.train(jobs)
+    return bench.train(chain.from_iterable(groups.values()))
 
 
-def make_job(options: Options, name: str, study: Study, row: Configuration, seed: int, bench: Bench) -> Job:
-    """The training of one configuration with one seed. Raises InputError for flags that training does not take."""
-    flags = training_flags(options, study.arch, seed, bench.device, shlex.split(row.flags))
-    archs = [value for flag, value in pairwise(flags) if flag == "--arch"]
-    if len(archs) > 1:  # training looks at the first --arch for its recipe
-        flags = ("--arch", archs[-1], *flags[2:])
-    job = Job(f"{name}/{file_name(row.name)}-seed{seed}", flags)
-    assert job.command.run.seed == seed  # and its flags are checked before anything is trained
-    return job
+def training_of(options: Options, out: Path, name: str, study: Study, arm: Arm, device: torch.device) -> list[Job]:
+    """An arm's trainings, one for each seed. Raises InputError for flags that training does not take."""
+    flags = shlex.split(arm.flags)
+    return [
+        training(options, out, f"{name}/{file_name(arm.name)}-seed{seed}", study.arch, seed, device, flags)
+        for seed in dict.fromkeys(options.seeds)
+    ]
 
 
 def file_name(name: str) -> str:

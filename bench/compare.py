@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import stats
-from bench.report import points, significant
+from bench.report import between, points, significant
 from bench.results import Results, Run, read_results
+from bench.stats import Estimate
 from fastcifar.errors import InputError, require, run_command
 
 SPEED, ACCURACY = "images/s", "top-1"
@@ -51,9 +52,7 @@ class Row:
     what: str
     before: str
     after: str
-    change: float | None  # None: failed in B
-    low: float | None = None  # None: too few repetitions for an interval
-    high: float | None = None
+    change: Estimate | None  # None: failed in B
     repetitions: str = ""
     below: bool = False  # every repetition of B lies below every one of A
     chance: bool = False  # sampling the test images alone can explain the change
@@ -63,14 +62,14 @@ class Row:
         if self.change is None:
             return "FAILED"
         allowed = (options.threshold if self.what == SPEED else options.accuracy_threshold) / 100
-        shown = self.low is not None and self.high is not None and not self.low <= 0 <= self.high
-        if not self.chance and ((shown and self.change < -allowed) or (self.below and self.change < -LARGE * allowed)):
+        change, shown = self.change.estimate, self.change.excludes(0)
+        if not self.chance and ((shown and change < -allowed) or (self.below and change < -LARGE * allowed)):
             return "WORSE"
-        if self.low is None:
+        if self.change.low is None:
             return "no interval: not judged"
         if not shown or self.chance:
             return "no change shown"
-        return "better" if self.change > 0 else "worse, within the threshold"
+        return "better" if change > 0 else "worse, within the threshold"
 
     def worse(self, options: Options) -> bool:
         return self.verdict(options) in ("WORSE", "FAILED")
@@ -142,11 +141,10 @@ def recipe_of(runs: list[Run]) -> set[tuple[int, ...]]:
 
 
 def speed(name: str, before: Sequence[float], after: Sequence[float], unit: str) -> Row:
-    ratio = stats.ratio_apart(after, before)
-    low, high = (None if bound is None else bound - 1 for bound in (ratio.low, ratio.high))
+    change = stats.ratio_apart(after, before).through(lambda ratio: ratio - 1)
     old, new = (significant(geometric_mean(side)) for side in (before, after))
     repetitions = f"{len(before)}, {len(after)} {unit}"
-    return Row(name, SPEED, old, new, ratio.estimate - 1, low, high, repetitions, below=max(after) < min(before))
+    return Row(name, SPEED, old, new, change, repetitions, below=max(after) < min(before))
 
 
 def accuracy(name: str, before: Sequence[Run], after: Sequence[Run]) -> Row:
@@ -156,10 +154,9 @@ def accuracy(name: str, before: Sequence[Run], after: Sequence[Run]) -> Row:
     images = [stats.proportion(sum(run.hits for run in side), sum(run.test_images for run in side)) for side in (before, after)]
     binomial, seeds = stats.proportion_difference(images[1], images[0]), stats.difference(tops[1], tops[0])
     shown = seeds if seeds.low is not None else binomial
-    return Row(
-        name, ACCURACY, f"{fmean(tops[0]):.2%}", f"{fmean(tops[1]):.2%}", shown.estimate, shown.low, shown.high,
-        f"{len(before)}, {len(after)} seeds", below=max(tops[1]) < min(tops[0]), chance=not binomial.excludes(0),
-    )  # fmt: skip
+    old, new = (f"{fmean(side):.2%}" for side in tops)
+    repetitions, below = f"{len(before)}, {len(after)} seeds", max(tops[1]) < min(tops[0])
+    return Row(name, ACCURACY, old, new, shown, repetitions, below, chance=not binomial.excludes(0))
 
 
 def warnings(before: Results, after: Results) -> Iterator[str]:
@@ -200,9 +197,8 @@ def table(rows: list[Row], options: Options) -> Table:
     for row in rows:
         verdict, change, interval = row.verdict(options), "", ""
         if row.change is not None:
-            change = f"{points(row.change)} {'%' if row.what == SPEED else 'points'}"
-        if row.low is not None and row.high is not None:
-            interval = f"[{points(row.low)}, {points(row.high)}]"
+            change = f"{points(row.change.estimate)} {'%' if row.what == SPEED else 'points'}"
+            interval = between(row.change, points)
         style = {"WORSE": "bold red", "FAILED": "bold red", "better": "green"}.get(verdict, "")
         texts: list[Any] = [row.name, row.what, row.before, row.after, change, interval, row.repetitions, verdict]
         shown.add_row(*(Text(plain(text)) for text in texts), style=style)

@@ -7,12 +7,12 @@ python bench/report.py runs/bench
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -33,17 +33,21 @@ SVG: Any = {"svg.fonttype": "none", "text.parse_math": False}  # text stays text
 WIDTH = 4.6  # inches of a chart, 331 units of its SVG: as wide as a phone's page, so that its text is as large as drawn
 LEVEL = 0.05  # of a claimed difference, after Holm's correction
 NONE = "–"
+PAGES = ("report.html", "report.md")  # and their templates
 # What Markdown would take for markup in running text. An underscore within a word is none.
 MARKUP = re.compile(r"([\\`*~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=\])\()")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One entry of a table."""
+class Entry:
+    """One figure or text in a table."""
 
     text: str
     detail: str = ""  # interval, spread, number of repetitions
     sort: float | str | None = None  # None: no figure, last in every order
+
+
+NOTHING = Entry(NONE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Section:
     text: str = ""
     charts: list[str] = field(default_factory=list)  # SVG
     columns: list[str] = field(default_factory=list)
-    rows: list[list[Cell]] = field(default_factory=list)
+    rows: list[list[Entry]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -84,20 +88,15 @@ class Row:
     arch: str
     variant: Variant | None
     runs: list[Run]
-    speed: Estimate | None  # images per second
+    speed: Estimate  # images per second
     accuracy: Estimate | None  # top-1 of the last epoch: over seeds, or of one seed's test images
-
-
-@dataclass(frozen=True)
-class Options:
-    """Write report.html and report.md beside a results.json."""
-
-    results: tyro.conf.Positional[Path]  # results.json, or the folder it is in
 
 
 def main() -> None:
     """Read, write, name what was written."""
-    file, results = read_results(tyro.cli(Options, prog="python bench/report.py").results)
+    given = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="results", help="results.json, or the folder it is in")]
+    about = "Write report.html and report.md beside a results.json."
+    file, results = read_results(tyro.cli(given, prog="python bench/report.py", description=about))
     for path in write_reports(file.parent, results):
         print(path)
 
@@ -105,20 +104,19 @@ def main() -> None:
 def write_reports(folder: Path, results: Results) -> list[Path]:
     """Write both reports into `folder`; return their paths. Raises InputError for figures that no measurement gives."""
     report = build_report(results)
-    pages = {"report.html": render_html(report), "report.md": render_markdown(report)}
-    for name, page in pages.items():
-        write_bytes(folder / name, page.encode())
-    return [folder / name for name in pages]
+    for name in PAGES:
+        write_bytes(folder / name, render(report, name).encode())
+    return [folder / name for name in PAGES]
 
 
 def build_report(results: Results) -> Report:
     """Compute everything the page lays out."""
     check(results)
     rows = variant_rows(results)
-    failed = [[Cell(run.name), Cell(run.error)] for run in results.runs if run.error]
+    failed = [[Entry(run.name), Entry(run.error)] for run in results.runs if run.error]
     for what, comparison in results.comparisons().items():
-        failed += [[Cell(f"{what}: {timing.title}"), Cell(timing.error)] for timing in comparison.timings if timing.failed]
-    facts = [[Cell(name), Cell(value)] for name, value in environment(results)]
+        failed += [[Entry(f"{what}: {timing.title}"), Entry(timing.error)] for timing in comparison.timings if timing.failed]
+    facts = [[Entry(name), Entry(value)] for name, value in environment(results)]
     sections = [
         scatter(rows),
         *variant_tables(rows, results),
@@ -170,14 +168,12 @@ def banners(results: Results) -> list[str]:
         )
     elif data.get("official") is False:
         said.append("Not the official archive: accuracies compare among themselves only, not with published ones.")
-    loads, cores = results.environment.get("load"), results.environment.get("cores")
-    if isinstance(loads, dict) and isinstance(cores, int):
-        busy = {when: load for when, load in loads.items() if isinstance(load, int | float) and load > cores + 0.5}
-        if busy:  # half a core is what an idle machine's own chores and this benchmark's previous minute can add
-            told = ", ".join(f"{load:g} {when}" for when, load in busy.items())
-            said.append(
-                f"Busy machine: its load was {told}, on {count(cores, 'core')}. Speeds here are those of a share of it."
-            )
+    loads, cores = results.environment.get("load", {}), results.environment.get("cores", 0)
+    # Half a core is what an idle machine's own chores and this benchmark's previous minute can add.
+    busy = [f"{load:g} {when}" for when, load in loads.items() if cores and load > cores + 0.5]
+    if busy:
+        told = f"its load was {', '.join(busy)}, on {count(cores, 'core')}"
+        said.append(f"Busy machine: {told}. Speeds here are those of a share of it.")
     return said
 
 
@@ -187,13 +183,12 @@ def lead(results: Results, rows: list[Row]) -> str:
     data = results.data.get("name") or "a data set without a name"
     if not runs:
         return f"Measured on {hardware}; no variant was trained. The data is {data}."
-    seeds, epochs = (
-        span([len(x) for x in many]) for many in ([r.runs for r in rows if r.runs], [r.train_seconds for r in runs])
-    )
+    seeds = count([len(row.runs) for row in rows if row.runs], "seed")
+    epochs = count([len(run.train_seconds) for run in runs], "epoch")
     return (
-        f"{count(sum(bool(row.runs) for row in rows), 'variant')} trained with {plural(seeds, 'seed')} each for "
-        f"{plural(epochs, 'epoch')} of {span([run.images_per_epoch for run in runs])} images of {data} on {hardware}; accuracy "
-        f"is measured on {plural(span([run.test_images for run in runs]), 'image')} of the test set."
+        f"{count(sum(bool(row.runs) for row in rows), 'variant')} trained with {seeds} each for {epochs} of "
+        f"{span([run.images_per_epoch for run in runs])} images of {data} on {hardware}; accuracy is measured on "
+        f"{count([run.test_images for run in runs], 'image')} of the test set."
     )
 
 
@@ -202,27 +197,19 @@ def headlines(rows: list[Row], results: Results) -> list[tuple[str, str, str]]:
     lines = []
     fastest = first([(row.arch, row.speed) for row in rows])
     if fastest:
-        arch, speed = fastest
-        lines.append(
-            ("Fastest", f"{significant(minutes(speed.estimate))} min/epoch", f"{arch}, {significant(speed.estimate)} images/s")
-        )
+        arch, rate = fastest[0], fastest[1].estimate
+        lines.append(("Fastest", f"{significant(minutes(rate))} min/epoch", f"{arch}, {significant(rate)} images/s"))
     best = first([(row.arch, row.accuracy) for row in rows])
     if best and not results.data.get("synthetic"):
         lines.append(("Highest accuracy", f"{100 * best[1].estimate:.2f} %", f"{best[0]}, {between(best[1], share)}"))
     steps = results.optimizations.measured() if results.optimizations else []
     if len(steps) > 1:
-        gain = stats.ratio(steps[-1].images_per_second, steps[0].images_per_second)
-        lines.append(
-            (
-                "All optimizations together",
-                f"{gain.estimate:.2f}×",
-                f"against {steps[0].title} {between(gain, '{:.2f}'.format)}",
-            )
-        )
+        gained = gain(steps[-1], steps[0])
+        lines.append(("All optimizations together", gained.text, f"against {steps[0].title} {gained.detail}"))
     loops = results.baselines.measured() if results.baselines else []
     if results.baselines and len(loops) > 1 and loops[0] is results.baselines.timings[0]:
-        gain = against(loops[0], loops[1])
-        lines.append((f"Against {loops[1].title}", f"{gain.estimate:.2f}×", between(gain, "{:.2f}".format)))
+        gained = gain(loops[0], loops[1])
+        lines.append((f"Against {loops[1].title}", gained.text, gained.detail))
     return lines
 
 
@@ -271,7 +258,7 @@ def legend(axes: Axes) -> None:
 
 def scatter(rows: list[Row]) -> Section | None:
     """Speed against accuracy, with the Pareto front where the intervals show one."""
-    points = [(row, row.speed, row.accuracy) for row in rows if row.speed and row.accuracy]
+    points = [(row, row.speed, row.accuracy) for row in rows if row.accuracy]
     if not points:
         return None
     front = [points[place] for place in stats.pareto_front([(x, y) for _, x, y in points])]
@@ -289,46 +276,40 @@ def scatter(rows: list[Row]) -> Section | None:
         logarithmic(axes, [x.estimate for _, x, _ in points])
         legend(axes)
 
-    note = "Bars: 95 % intervals. "
-    note += (
-        f"Dashed: the Pareto front, {', '.join(row.arch for row, _, _ in front)}; every pair on it has intervals apart."
-        if len(front) > 1
-        else "No Pareto front is drawn: there are variants whose intervals overlap, so that their order could be chance."
-    )
-    return Section("Speed against accuracy", charts=[draw_svg("scatter", 4.8, draw)], notes=[note])
+    if len(front) > 1:
+        note = f"Dashed: the Pareto front, {', '.join(row.arch for row, _, _ in front)}; every pair on it has intervals apart."
+    else:
+        note = "No Pareto front is drawn: there are variants whose intervals overlap, so that their order could be chance."
+    charts = [draw_svg("scatter", 4.8, draw)]
+    return Section("Speed against accuracy", charts=charts, notes=[f"Bars: 95 % intervals. {note}"])
 
 
 def learning_curves(rows: list[Row]) -> Section | None:
     """Test accuracy against epochs, and against minutes of training."""
-    curves: list[Any] = []
+    curves = []
     for number, row in enumerate(rows):
         length = min((len(run.epoch_top1) for run in row.runs), default=0)
-        tops = [[run.epoch_top1[epoch] for run in row.runs] for epoch in range(length)]
-        elapsed = [list(accumulate(run.train_seconds)) for run in row.runs]
-        done = [epoch for epoch, top1 in enumerate(tops) if None not in top1]
-        if done:
-            lines = [[100 * f(t for t in tops[epoch] if t is not None) for epoch in done] for f in (fmean, min, max)]
-            curves.append(
-                (row, looks(number)["color"], [e + 1 for e in done], [fmean(s[e] for s in elapsed) / 60 for e in done], lines)
-            )
-    if not any(len(epochs) > 1 for _, _, epochs, _, _ in curves):
+        tops = 100 * np.array([run.epoch_top1[:length] for run in row.runs], dtype=float)  # [seeds, epochs], NaN: not measured
+        done = ~np.isnan(tops).any(axis=0)
+        if length and done.any():
+            elapsed = np.cumsum([run.train_seconds[:length] for run in row.runs], axis=1).mean(axis=0) / 60
+            curves.append((number, short(row.arch), tops[:, done], np.flatnonzero(done) + 1, elapsed[done]))
+    if not any(len(epochs) > 1 for *_, epochs, _ in curves):
         return None
 
-    def draw(axes: Axes, label: str, at: int) -> None:
-        for row, colour, *xs, (middle, low, high) in curves:
-            axes.plot(xs[at], middle, color=colour, label=short(row.arch), ls="-" if rows.index(row) < len(COLOURS) else "--")
-            axes.fill_between(xs[at], low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(xlabel=label, ylabel="top-1, %")
-        if at:
-            logarithmic(axes, [x for _, _, *xs, _ in curves for x in xs[at]])
+    def draw(axes: Axes, in_minutes: bool) -> None:
+        for number, name, tops, epochs, elapsed in curves:
+            x, colour = elapsed if in_minutes else epochs, looks(number)["color"]
+            axes.plot(x, tops.mean(axis=0), color=colour, label=name, ls="-" if number < len(COLOURS) else "--")
+            axes.fill_between(x, tops.min(axis=0), tops.max(axis=0), color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="minutes of training, logarithmic" if in_minutes else "epoch", ylabel="top-1, %")
+        if in_minutes:
+            logarithmic(axes, np.concatenate([elapsed for *_, elapsed in curves]).tolist())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(axes)
 
-    charts = [
-        draw_svg("epochs", 4.4, lambda axes: draw(axes, "epoch", 0)),
-        draw_svg("minutes", 4.4, lambda axes: draw(axes, "minutes of training, logarithmic", 1)),
-    ]
+    charts = [draw_svg(name, 4.4, partial(draw, in_minutes=name == "minutes")) for name in ("epochs", "minutes")]
     notes = ["Mean over seeds, shaded from the lowest to the highest."] if any(len(row.runs) > 1 for row in rows) else []
     return Section("Learning curves", "Test accuracy after each epoch.", charts, notes=notes)
 
@@ -353,89 +334,82 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
     if not rows:
         return []
     target = target_top1(results, rows)
-    what: list[tuple[str, Callable[[Row], Cell]]] = [
-        ("Variant", variant_name),
-        ("Min/epoch", lambda row: speed_cell(row, minutes)),
-        ("Top-1, %", lambda row: share_cell(row.accuracy)),
-        ("Images/s", lambda row: speed_cell(row, float)),
-        ("Epochs/s", lambda row: speed_cell(row, lambda rate: rate / EPOCH_IMAGES)),
-        ("With flip, %", lambda row: share_cell(stats.mean([run.flip_top1 for run in row.runs]) if row.runs else None)),
-        ("Best, %", lambda row: share_cell(stats.mean([run.best_top1 for run in row.runs]) if row.runs else None)),
-        (f"To {100 * (target or 0):g} %", lambda row: time_to(row, target)),
-        ("Report claims", lambda row: Cell(row.variant.claim) if row.variant and row.variant.claim else Cell(NONE)),
+    speed = [
+        ("Variant", [variant_name(row) for row in rows]),
+        ("Min/epoch", [entry(row.speed.through(minutes)) for row in rows]),
+        ("Top-1, %", [share_entry(row.accuracy) for row in rows]),
+        ("Images/s", [entry(row.speed) for row in rows]),
+        ("Epochs/s", [entry(row.speed.through(lambda rate: rate / EPOCH_IMAGES)) for row in rows]),
+        ("With flip, %", [share_entry(mean_of(run.flip_top1 for run in row.runs)) for row in rows]),
+        ("Best, %", [share_entry(mean_of(run.best_top1 for run in row.runs)) for row in rows]),
+        (f"To {100 * (target or 0):g} %", [time_to(row, target) for row in rows]),
+        ("Report claims", [Entry(row.variant.claim) if row.variant and row.variant.claim else NOTHING for row in rows]),
     ]
-    cost: list[tuple[str, Callable[[Row], Cell]]] = [
-        ("Variant", lambda row: Cell(row.arch, sort=row.arch)),
-        ("Training", lambda row: spread([s for run in row.runs for s in run.train_seconds[1:] or run.train_seconds], seconds)),
-        ("Evaluation", lambda row: spread([s for run in row.runs for s in run.eval_seconds if s is not None], seconds)),
-        ("First step", lambda row: spread([run.first_step_seconds for run in row.runs], seconds)),
-        ("Compile", lambda row: spread([run.compile_seconds for run in row.runs if run.compile_seconds is not None], seconds)),
-        ("Peak memory", lambda row: spread([run.peak_memory_bytes for run in row.runs if run.peak_memory_bytes], size)),
-        ("Parameters", lambda row: spread([row.variant.parameters] if row.variant else [], lambda v: f"{v:,.0f}")),
+    costs = [row.variant for row in rows]
+    cost = [
+        ("Variant", [Entry(row.arch, sort=row.arch) for row in rows]),
         (
-            "FLOPs/image",
-            lambda row: spread([row.variant.flops_per_image] if row.variant else [], lambda v: f"{v / 1e6:,.0f} M"),
+            "Training",
+            [spread((s for run in row.runs for s in run.steady_seconds), seconds) for row in rows],
         ),
-        ("Of roofline", lambda row: spread([part] if (part := of_roofline(row)) else [], lambda v: f"{100 * v:.0f} %")),
-        ("Energy/epoch", lambda row: spread(epoch_joules(row), lambda v: f"{significant(v / 1000)} kJ")),
+        ("Evaluation", [spread((s for run in row.runs for s in run.eval_seconds), seconds) for row in rows]),
+        ("First step", [spread((run.first_step_seconds for run in row.runs), seconds) for row in rows]),
+        ("Compile", [spread((run.compile_seconds for run in row.runs), seconds) for row in rows]),
+        ("Peak memory", [spread((run.peak_memory_bytes for run in row.runs), size) for row in rows]),
+        ("Parameters", [spread([cost.parameters if cost else None], "{:,.0f}".format) for cost in costs]),
+        ("FLOPs/image", [spread([cost.flops_per_image / 1e6 if cost else None], "{:,.0f} M".format) for cost in costs]),
+        ("Of roofline", [spread([of_roofline(row)], lambda part: f"{100 * part:.0f} %") for row in rows]),
+        ("Energy/epoch", [spread(epoch_joules(row), lambda joules: f"{significant(joules / 1000)} kJ") for row in rows]),
     ]
     return [
-        table("Variants: speed and accuracy", what, rows, variant_notes(rows, results, target)),
-        table("Variants: time and cost", cost, rows, cost_notes(rows)),
+        table("Variants: speed and accuracy", speed, variant_notes(rows, results, target)),
+        table("Variants: time and cost", cost, cost_notes(rows)),
     ]
 
 
-def table(title: str, columns: list[tuple[str, Callable[[Row], Cell]]], rows: list[Row], notes: list[str]) -> Section:
-    return Section(
-        title, **filled([name for name, _ in columns], [[entry(row) for _, entry in columns] for row in rows]), notes=notes
-    )
+def table(title: str, columns: list[tuple[str, list[Entry]]], notes: list[str], **given: Any) -> Section:
+    """A section of a table without the columns that no row fills."""
+    kept = [(name, entries) for name, entries in columns if any(e.text != NONE or e.detail for e in entries)]
+    rows = [list(row) for row in zip(*(entries for _, entries in kept), strict=True)]
+    return Section(title, columns=[name for name, _ in kept], rows=rows, notes=notes, **given)
 
 
-def filled(columns: list[str], rows: list[list[Cell]]) -> Any:
-    """Both without the columns that no row fills, as fields of a section."""
-    kept = [place for place in range(len(columns)) if any(row[place].text != NONE or row[place].detail for row in rows)]
-    return {"columns": [columns[place] for place in kept], "rows": [[row[place] for place in kept] for row in rows]}
+def variant_name(row: Row) -> Entry:
+    report = row.variant.report if row.variant else ""
+    kind = "baseline, " if report == "-" else f"report {report}, " if report else ""
+    epochs = count([len(run.train_seconds) for run in row.runs], "epoch")
+    trained = f"{count(len(row.runs), 'seed')} × {epochs}" if row.runs else "not trained"
+    return Entry(row.arch, kind + trained, row.arch)
 
 
-def variant_name(row: Row) -> Cell:
-    report = {None: "", "-": "baseline"}.get(
-        row.variant.report if row.variant else None, f"report {row.variant.report if row.variant else ''}"
-    )
-    epochs = span([len(run.train_seconds) for run in row.runs]) if row.runs else ""
-    trained = f"{count(len(row.runs), 'seed')} × {plural(epochs, 'epoch')}" if row.runs else "not trained"
-    return Cell(row.arch, ", ".join(filter(None, [report, trained])), row.arch)
+def entry(value: Estimate) -> Entry:
+    """A figure with its interval."""
+    return Entry(significant(value.estimate), between(value, significant), value.estimate)
 
 
-def speed_cell(row: Row, of: Callable[[float], float]) -> Cell:
-    """A speed with its interval; `of` makes the figure shown of images per second."""
-    assert row.speed is not None
-    bounds = sorted(map(of, ends(row.speed)))
-    figure = Estimate(
-        of(row.speed.estimate), bounds[0] if row.speed.low else None, bounds[1] if row.speed.high else None, row.speed.n
-    )
-    return Cell(significant(figure.estimate), between(figure, significant), figure.estimate)
+def mean_of(shares: Iterable[float]) -> Estimate | None:
+    values = list(shares)
+    return stats.mean(values) if values else None
 
 
-def share_cell(value: Estimate | None) -> Cell:
+def share_entry(value: Estimate | None) -> Entry:
     """Mean and standard deviation in percent, in the detail the interval."""
     if value is None:
-        return Cell(NONE)
-    text = f"{100 * value.estimate:.2f}" + (
-        "" if value.deviation is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * value.deviation:.2f}"
-    )
-    return Cell(text, between(value, share), value.estimate)
+        return NOTHING
+    deviation = "" if value.deviation is None else f" ± {100 * value.deviation:.2f}".replace(" ", "\N{NO-BREAK SPACE}")
+    return Entry(f"{100 * value.estimate:.2f}{deviation}", between(value, share), value.estimate)
 
 
-def time_to(row: Row, target: float | None) -> Cell:
+def time_to(row: Row, target: float | None) -> Entry:
     reached = [s for run in row.runs if target is not None and (s := run.seconds_to(target)) is not None]
     if not reached:
-        return Cell("not reached" if target is not None and row.runs else NONE)
+        return Entry("not reached" if target is not None and row.runs else NONE)
     some = f"{len(reached)} of {count(len(row.runs), 'seed')}" if len(reached) < len(row.runs) else ""
-    return Cell(seconds(fmean(reached)), some, fmean(reached))
+    return Entry(seconds(fmean(reached)), some, fmean(reached))
 
 
 def of_roofline(row: Row) -> float | None:
-    return row.speed.estimate / row.variant.roofline_images_per_second if row.variant and row.speed else None
+    return row.speed.estimate / row.variant.roofline_images_per_second if row.variant else None
 
 
 def epoch_joules(row: Row) -> list[float]:
@@ -459,33 +433,31 @@ def target_top1(results: Results, rows: list[Row]) -> float | None:
 
 def variant_notes(rows: list[Row], results: Results, target: float | None) -> list[str]:
     """What a reader of the first table has to know."""
-    notes = ["Not sorted by speed or accuracy: where intervals overlap, the order could be chance. A heading sorts the table."]
     seeds = {len(row.runs) for row in rows}
     if results.speeds and results.speeds.measured():
-        timed = results.speeds
-        notes.append(
-            f"Speeds: training steps of all variants timed in turns in one process, {timed.settings.get('rounds')} rounds of "
-            f"{timed.settings.get('images')} images in an order drawn anew; geometric mean and 95 % t interval over blocks of "
-            "rounds. An epoch is 50,000 images."
+        timed = results.speeds.settings
+        speeds = (
+            f"Speeds: training steps of all variants timed in turns in one process, {timed.get('rounds')} rounds of "
+            f"{timed.get('images')} images in an order drawn anew; geometric mean and 95 % t interval over blocks of rounds."
         )
     else:
-        notes.append(
+        speeds = (
             "Speeds are those of the trainings, one variant after the other and not in turns, all epochs but the first; 95 % t "
-            "interval over blocks of epochs. An epoch is 50,000 images."
+            "interval over blocks of epochs."
         )
-    if seeds & set(range(2, 1000)):
-        notes.append("Accuracy: mean ± standard deviation over seeds, in brackets the 95 % t interval of the mean.")
-    if 1 in seeds:
-        notes.append("One seed: no interval over seeds; in brackets the binomial one of its test images (Wilson's).")
-    if any(row.runs for row in rows):
-        notes.append("Best: the best epoch, chosen on the test set itself as the reports did, which is optimistic.")
-    if target is not None:
-        notes.append(f"To {100 * target:g} %: mean over seeds of the training time, evaluation not counted.")
-    notes.append(
+    notes = [
+        "Not sorted by speed or accuracy: where intervals overlap, the order could be chance. A heading sorts the table.",
+        f"{speeds} An epoch is 50,000 images.",
+        "Accuracy: mean ± standard deviation over seeds, in brackets the 95 % t interval of the mean."
+        if max(seeds) > 1
+        else "",
+        "One seed: no interval over seeds; in brackets the binomial one of its test images (Wilson's)." if 1 in seeds else "",
+        "Best: the best epoch, chosen on the test set itself as the reports did, which is optimistic." if max(seeds) else "",
+        f"To {100 * target:g} %: mean over seeds of the training time, evaluation not counted." if target is not None else "",
         "What a report claims is its own claim, after its whole recipe and on its own validation split or the class "
-        "competition's harder test set (Kaggle): not comparable with shorter runs on other data."
-    )
-    return notes
+        "competition's harder test set (Kaggle): not comparable with shorter runs on other data.",
+    ]
+    return list(filter(None, notes))
 
 
 def cost_notes(rows: list[Row]) -> list[str]:
@@ -505,21 +477,17 @@ def optimizations(comparison: Comparison | None) -> Section | None:
     measured = comparison.measured() if comparison else []
     if comparison is None or not measured:
         return None
-    rows: list[list[Cell]] = []
-    before: Timing | None = None
-    for timing in comparison.timings:
-        cells = [Cell(timing.title, timing.note)]
-        if timing not in measured:
-            rows.append([*cells, Cell("failed" if timing.failed else NONE, timing.error), Cell(NONE), Cell(NONE)])
-            continue
-        cells.append(rate_cell(timing))
-        cells += [gain(timing, other) if other else Cell(NONE) for other in (before, measured[0] if before else None)]
-        rows.append(cells)
-        before = timing
+    timings = comparison.timings
+    before = [next((t for t in reversed(timings[:place]) if t in measured), timing) for place, timing in enumerate(timings)]
+    columns = [
+        ("Optimization", [Entry(timing.title, timing.note) for timing in timings]),
+        ("Images/s", [rate_entry(timing) for timing in timings]),
+        ("Against the row above", [gain(timing, other) for timing, other in zip(timings, before, strict=True)]),
+        ("Against the first", [gain(timing, measured[0]) for timing in timings]),
+    ]
     text = f"Training of {comparison.settings.get('arch')}: each row adds one optimization to all those above it."
-    columns = ["Optimization", "Images/s", "Against the row above", "Against the first"]
-    notes = [turns_note(measured)]
-    return Section("Optimizations", text, [rate_bars("optimizations", measured)], columns, rows, notes)
+    charts = [rate_bars("optimizations", measured)]
+    return table("Optimizations", columns, [turns_note(measured)], text=text, charts=charts)
 
 
 def baselines(comparison: Comparison | None) -> Section | None:
@@ -527,23 +495,23 @@ def baselines(comparison: Comparison | None) -> Section | None:
     measured = comparison.measured() if comparison else []
     if comparison is None or not measured:
         return None
-    ours, rows = comparison.timings[0], []
-    for timing in comparison.timings:
-        rate = rate_cell(timing) if timing in measured else Cell("failed" if timing.failed else NONE, timing.error)
-        gained = gain(ours, timing) if timing is not ours and timing in measured and ours in measured else Cell(NONE)
-        stated = Cell(NONE if timing.top1 is None else f"{100 * timing.top1:.2f}")
-        time = Cell(NONE if timing.seconds_to_accuracy is None else seconds(timing.seconds_to_accuracy))
-        rows.append([Cell(timing.title, timing.note), rate, gained, stated, time])
+    timings, ours = comparison.timings, comparison.timings[0]
+    columns = [
+        ("Training loop", [Entry(timing.title, timing.note) for timing in timings]),
+        ("Images/s", [rate_entry(timing) for timing in timings]),
+        (f"{ours.title} against it", [gain(ours, timing) for timing in timings]),
+        ("Top-1 it states, %", [Entry(NONE if t.top1 is None else f"{100 * t.top1:.2f}") for t in timings]),
+        ("To its target", [spread([timing.seconds_to_accuracy], seconds) for timing in timings]),
+    ]
     notes = [turns_note([timing for timing in measured if timing.in_turns])]
-    scripts = [timing.title for timing in comparison.timings if not timing.in_turns]
+    scripts = [timing.title for timing in timings if not timing.in_turns]
     if scripts:
         notes.append(
             f"Not timed in turns: {', '.join(scripts)}. Outside scripts ran in processes of their own at another time, when "
             "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
         )
     text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
-    columns = ["Training loop", "Images/s", f"{ours.title} against it", "Top-1 it states, %", "To its target"]
-    return Section("Other training loops", text, [rate_bars("baselines", measured)], **filled(columns, rows), notes=notes)
+    return table("Other training loops", columns, notes, text=text, charts=[rate_bars("baselines", measured)])
 
 
 def turns_note(timings: list[Timing]) -> str:
@@ -555,23 +523,24 @@ def turns_note(timings: list[Timing]) -> str:
     )
 
 
-def against(ours: Timing, other: Timing) -> stats.Ratio:
-    """Ours over the other: by rounds where both took turns."""
-    compare = stats.ratio if ours.in_turns and other.in_turns else stats.ratio_apart
-    return compare(ours.images_per_second, other.images_per_second)
+def rate_entry(timing: Timing) -> Entry:
+    if not timing.images_per_second:
+        return Entry("failed" if timing.failed else NONE, timing.error)
+    return entry(stats.rate(timing.images_per_second))
 
 
-def rate_cell(timing: Timing) -> Cell:
-    rate = stats.rate(timing.images_per_second)
-    return Cell(significant(rate.estimate), between(rate, significant), rate.estimate)
-
-
-def gain(timing: Timing, other: Timing) -> Cell:
-    ratio = against(timing, other)
+def gain(timing: Timing, other: Timing) -> Entry:
+    """How many times as fast the one is as the other, by rounds where both took turns."""
+    if timing is other or not timing.images_per_second or not other.images_per_second:
+        return NOTHING
+    compare = stats.ratio if timing.in_turns and other.in_turns else stats.ratio_apart
+    ratio = compare(timing.images_per_second, other.images_per_second)
     if ratio.low is None:
-        return Cell(f"{ratio.estimate:.2f}×", f"{count(ratio.n, 'round')}: no interval", ratio.estimate)
-    words = ("▲ faster" if ratio.estimate > 1 else "▼ slower") if ratio.excludes(1) else "no difference shown"
-    return Cell(f"{ratio.estimate:.2f}×", f"{between(ratio, '{:.2f}'.format)} {words}", ratio.estimate)
+        detail = f"{count(ratio.n, 'round')}: no interval"
+    else:
+        words = ("▲ faster" if ratio.estimate > 1 else "▼ slower") if ratio.excludes(1) else "no difference shown"
+        detail = f"{between(ratio, '{:.2f}'.format)} {words}"
+    return Entry(f"{ratio.estimate:.2f}×", detail, ratio.estimate)
 
 
 def ablation(given: Ablation, results: Results) -> Section | None:
@@ -585,11 +554,13 @@ def ablation(given: Ablation, results: Results) -> Section | None:
         pairs = [(a, b) for a, b in zip(top, tops[0], strict=True) if a is not None and b is not None]
         differences.append(stats.paired(*zip(*pairs, strict=True)) if pairs and top is not tops[0] else None)
     corrected = stats.holm([difference.p if difference else None for difference in differences])
-    rows = []
-    for arm, top, difference, p in zip(given.arms, tops, differences, corrected, strict=True):
-        done = [top1 for top1 in top if top1 is not None]
-        cells = [Cell(arm.name, arm.flags), share_cell(stats.mean(done)) if done else Cell("no run finished")]
-        rows.append([*cells, difference_cell(difference, p), Cell(arm.claim or NONE)])
+    done = [[top1 for top1 in top if top1 is not None] for top in tops]
+    columns = [
+        ("Arm", [Entry(arm.name, arm.flags) for arm in given.arms]),
+        ("Top-1, %", [share_entry(mean_of(top)) if top else Entry("no run finished") for top in done]),
+        (f"Against {given.arms[0].name}, points", list(map(difference_entry, differences, corrected))),
+        ("Report's", [Entry(arm.claim or NONE) for arm in given.arms]),
+    ]
     shown = [(arm.name, d) for arm, d in zip(given.arms, differences, strict=True) if d]
 
     def draw(axes: Axes) -> None:
@@ -615,19 +586,18 @@ def ablation(given: Ablation, results: Results) -> Section | None:
         f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in trained])} test images."
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(shown), draw)] if shown else []
-    columns = ["Arm", "Top-1, %", f"Against {given.arms[0].name}, points", "Report's"]
-    return Section(f"Ablation: {given.title}", text, charts, **filled(columns, rows), notes=notes)
+    return table(f"Ablation: {given.title}", columns, notes, text=text, charts=charts)
 
 
-def difference_cell(difference: Estimate | None, p: float | None) -> Cell:
+def difference_entry(difference: Estimate | None, p: float | None) -> Entry:
     if difference is None:
-        return Cell(NONE)
+        return NOTHING
     text = points(difference.estimate)
     if p is None:
-        return Cell(text, count(difference.n, "pair"), difference.estimate)
+        return Entry(text, count(difference.n, "pair"), difference.estimate)
     words = ("▲ better" if difference.estimate > 0 else "▼ worse") if p < LEVEL else "no difference shown"
     told = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return Cell(text, f"{between(difference, points)}, {count(difference.n, 'pair')}, {told}, {words}", difference.estimate)
+    return Entry(text, f"{between(difference, points)}, {count(difference.n, 'pair')}, {told}, {words}", difference.estimate)
 
 
 def environment(results: Results) -> list[tuple[str, str]]:
@@ -643,13 +613,9 @@ def fact(value: Any) -> str:
         return ", ".join(f"{key.replace('_', ' ')} {fact(entry)}" for key, entry in value.items() if entry is not None)
     if isinstance(value, list | tuple):
         return ", ".join(map(fact, value))
-    return (
-        {True: "yes", False: "no"}[value]
-        if isinstance(value, bool)
-        else f"{value:.4g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---- words and digits
@@ -690,29 +656,25 @@ def ends(value: Estimate) -> tuple[float, float]:
     return (value.estimate, value.estimate) if value.low is None or value.high is None else (value.low, value.high)
 
 
-def spread(values: Sequence[float], form: Callable[[float], str]) -> Cell:
-    """The median, with lowest to highest where they read differently."""
-    if not values:
-        return Cell(NONE)
-    low, high = form(min(values)), form(max(values))
+def spread(values: Iterable[float | None], form: Callable[[float], str]) -> Entry:
+    """The median of those there are, with lowest to highest where they read differently."""
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return NOTHING
+    low, high = form(min(known)), form(max(known))
     unit = f" {high.rpartition(' ')[2]}"
-    return Cell(
-        form(median(values)),
-        "" if low == high else f"{low.removesuffix(unit)} to {high}".replace(" ", "\N{NO-BREAK SPACE}"),
-        float(median(values)),
-    )
+    detail = "" if low == high else f"{low.removesuffix(unit)} to {high}".replace(" ", "\N{NO-BREAK SPACE}")
+    return Entry(form(median(known)), detail, median(known))
 
 
 def short(text: str, most: int = 30) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def plural(number: str, noun: str) -> str:
-    return f"{number} {noun}{'' if number == '1' else 's'}"
+def count(numbers: int | Sequence[int], noun: str) -> str:
+    """1 seed, 12 seeds, or 3 to 12 seeds."""
+    text = f"{numbers:,}" if isinstance(numbers, int) else span(numbers)
+    return f"{text} {noun}{'' if text == '1' else 's'}"
 
 
 def span(numbers: Sequence[int]) -> str:
@@ -721,33 +683,15 @@ def span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def render_html(report: Report) -> str:
-    """The page, with its style and script inside."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html").render(report=report)
-
-
-def render_markdown(report: Report) -> str:
-    """The same figures for README and GitHub, without the charts."""
-    lines = [
-        f"# {escape(report.title)}",
-        "",
-        *(f"> **{escape(banner)}**\n" for banner in report.banners),
-        escape(report.lead),
-        "",
-    ]
-    lines += [f"- {escape(what)}: **{escape(figure)}** ({escape(detail)})" for what, figure, detail in report.headlines]
-    for section in report.sections:
-        lines += ["", f"## {escape(section.title)}", "", *([escape(section.text), ""] if section.text else [])]
-        if section.rows:
-            lines += ["| " + " | ".join(map(escape, section.columns)) + " |", "|" + "---|" * len(section.columns)]
-            lines += [
-                "| " + " | ".join(escape(f"{cell.text} {cell.detail}".strip()) for cell in row) + " |" for row in section.rows
-            ]
-            lines.append("")
-        lines += [f"- {escape(note)}" for note in section.notes]
-    return "\n".join(lines) + "\n"
+def render(report: Report, template: str) -> str:
+    """A whole report by its template, which shows every text as it is: report.html with style and script inside, or
+    report.md, the same figures without the charts."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html"),
+        finalize=escape if template.endswith(".md") else None,
+    )  # fmt: skip
+    return environment.get_template(template).render(report=report)
 
 
 def escape(text: str) -> str:

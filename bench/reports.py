@@ -6,22 +6,22 @@ python bench/reports.py --archs se_resnet18 --epochs 3
 python bench/reports.py --archs se_resnet18 -- --limit-train 5000    # after `--`: options of python -m fastcifar.train
 python bench/reports.py --only-draw                                  # only read the run folders that are in --out
 
-A run that has its epochs is not repeated and an interrupted one is resumed: the same command again does what is left. The
-authors' figures are in bench/report_curves.json; docs/reports.md says how far the two can be compared.
+A run that has its epochs is not repeated and an interrupted one is resumed: the same command again does what is left. What a
+training prints is in OUT/ARCH-seedN.log. The authors' figures are in bench/report_curves.json; docs/reports.md says how far the
+two can be compared.
 """
 
 import math
-import shlex
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
+from bench.run import OWN_FLAGS, Job, new_console, require_free, resumable
 from fastcifar import files
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError, require, run_command
@@ -45,7 +45,6 @@ EPOCHS = {
     "light_resnet18_v2_45": 1,
 }
 AHEAD = 3  # epochs of the authors' curve drawn beyond the end of ours, to show where it goes
-SET_HERE = ("--arch", "--data", "--out", "--resume", "--seed", "--stop-after")  # options of train that may not follow `--`
 
 NOTES = (
     "The authors trained on the original CIFAR-10. On a JPEG round trip of it accuracy is lower; training loss is comparable.",
@@ -77,9 +76,10 @@ class Options:
         require(self, self.epochs >= 0, "epochs", "0 or more")
         require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
 
-    def folder(self, arch: str) -> RunFolder:
-        """Where the run of an architecture is."""
-        return RunFolder(self.out / f"{arch}-seed{self.seed}")
+    def job(self, arch: str, flags: list[str] | None = None) -> Job:
+        """The training of an architecture, with further flags of its own."""
+        given = ("--arch", arch, "--seed", str(self.seed), "--data", str(self.data), *(flags or []))
+        return Job(self.out, f"{arch}-seed{self.seed}", given, stop_after=self.epochs or EPOCHS.get(arch, 1))
 
 
 @dataclass(frozen=True)
@@ -119,34 +119,23 @@ class Comparison:
 
 def main() -> None:
     """Train what is left; write the comparison after each run."""
-    # An exception makes `subprocess.run` end the training too: a next one must not find it writing into the same folder.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    arguments, train_options = split_arguments(sys.argv[1:])
-    options = tyro.cli(Options, prog=PROGRAM, args=arguments)
-    curves = read_curves(options.curves)
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    flags = sys.argv[split + 1 :]
+    require_free(flags, *OWN_FLAGS, "--arch")
+    options = tyro.cli(Options, prog=PROGRAM, args=sys.argv[1:split])
+    curves, console = read_curves(options.curves), new_console()
     for arch in options.archs:
         if arch not in curves:
             raise InputError(f"{options.curves} has no curve of {arch}, only of {', '.join(sorted(curves))}")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    try:
-        comparisons = write(options, curves) if options.only_draw else train_all(options, curves, train_options, console)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is finished is in {options.out}; the same command goes on") from None
+    if not options.only_draw:
+        with resumable(options.out):
+            train_all(options, curves, flags, console)
+    comparisons = write(options, curves)
     if not comparisons:
         raise InputError(f"{options.out} has no finished epoch of {', '.join(options.archs)}: leave out --only-draw")
     for comparison in comparisons:
         console.print(verdict(comparison))
     console.print(f"figure, tables and figures as JSON: {options.out}/reports.png, .md, .json")
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and train's after `--`. Raises InputError when train's name what this command sets for every run."""
-    position = arguments.index("--") if "--" in arguments else len(arguments)
-    own, train_options = arguments[:position], arguments[position + 1 :]
-    for name in (argument.split("=")[0].replace("_", "-") for argument in train_options):
-        if name in SET_HERE:
-            raise InputError(f"{name} cannot follow `--`: this command sets it for every run")
-    return own, train_options
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
@@ -169,62 +158,25 @@ def _curve(run: dict[str, Any]) -> Curve:
     return Curve(run["source"], "held-out" if held_out else "test", loss, accuracy)
 
 
-def train_all(options: Options, curves: dict[str, Curve], train_options: list[str], console: Console) -> list[Comparison]:
-    """Train every row to its epoch, one after the other; return the comparisons of all.
-
-    A training that fails has said why on stderr, in its own one line: this process then ends with its exit code.
-    """
-    comparisons: list[Comparison] = []
+def train_all(options: Options, curves: dict[str, Curve], flags: list[str], console: Console) -> None:
+    """Train every row to its epoch, one after the other. Raises InputError when a training fails."""
     for arch in dict.fromkeys(options.archs):
-        epochs = options.epochs or EPOCHS.get(arch, 1)
-        require_same_options(options.folder(arch), train_options)
-        if epochs_done(options.folder(arch)) >= epochs:
-            console.print(f"{arch}: epoch {epochs} is done")
-        else:
-            command = train_command(options, arch, epochs, train_options)
-            console.print(f"{arch}: {shlex.join(['python', *command[1:]])}")
-            status = launch(command)
-            if status < 0:
-                raise InputError(f"the training of {arch} was ended by signal {-status}: the same command goes on")
-            if status > 0:
-                raise SystemExit(status)
-        comparisons = write(options, curves)
-    return comparisons
-
-
-def epochs_done(folder: RunFolder) -> int:
-    """Finished epochs of a run, 0 when there is none. Raises InputError for metrics that cannot be read."""
-    return len(folder.read_metrics()) if (folder.path / "metrics.jsonl").exists() else 0
-
-
-def require_same_options(folder: RunFolder, train_options: list[str]) -> None:
-    """Raise InputError when the folder's run began with other options after `--`: a trial on few images must not count."""
-    if (folder.path / "config.json").exists():
-        command = shlex.split(files.read_json(folder.path / "config.json", remedy="choose another --out").get("command", ""))
-        began = command[command.index("--stop-after") + 2 :] if "--stop-after" in command else train_options
-        if began != train_options:
-            given = f"with `-- {shlex.join(began)}`" if began else "without options after `--`"
-            raise InputError(f"{folder.path} began {given}: give the same, or choose another --out")
-
-
-def train_command(options: Options, arch: str, epochs: int, train_options: list[str]) -> list[str]:
-    """The command that begins a row's training, or goes on where its run stood."""
-    folder = options.folder(arch).path
-    begun = (folder / "config.json").exists()
-    run = ["--resume", str(folder)] if begun else ["--arch", arch, "--out", str(folder), "--seed", str(options.seed)]
-    program = [sys.executable, "-m", "fastcifar.train"]
-    return [*program, *run, "--data", str(options.data), "--stop-after", str(epochs), *train_options]
-
-
-def launch(command: list[str]) -> int:
-    """Run a command to its end, or to ours; return its exit status, negative for a signal."""
-    return subprocess.run(command, check=False).returncode
+        job = options.job(arch, flags)
+        if job.finished():
+            console.print(f"{arch}: epoch {job.stop_after} is done")
+            continue
+        console.print(f"{arch}: training to epoch {job.stop_after}, see {job.path}.log")
+        error = job.train(console, f"{arch}: ")
+        if error:
+            raise InputError(f"the training of {arch} failed: {error}")
+        write(options, curves)
 
 
 def write(options: Options, curves: dict[str, Curve]) -> list[Comparison]:
     """Compare every run that has a finished epoch, write figure, tables and JSON, and return the comparisons."""
-    archs = [arch for arch in dict.fromkeys(options.archs) if epochs_done(options.folder(arch))]
-    comparisons = [compare(arch, options.folder(arch), curves[arch]) for arch in archs]
+    folders = {arch: RunFolder(options.job(arch).path) for arch in options.archs}
+    begun = {arch: folder for arch, folder in folders.items() if (folder.path / "metrics.jsonl").exists()}
+    comparisons = [compare(arch, folder, curves[arch]) for arch, folder in begun.items()]
     if comparisons:
         draw(comparisons, options.out / "reports.png")
         files.write_bytes(options.out / "reports.md", tables(comparisons).encode())
@@ -250,18 +202,15 @@ def compare(arch: str, folder: RunFolder, curve: Curve) -> Comparison:
         train_images=folder.read_summary()["train_images"] if (folder.path / "summary.json").exists() else None,
         is_row_recipe=recipe == reported(arch).recipe,
         run={"seed": run.seed} | {name: config.get(name) for name in ("hardware", "versions", "commit", "command")},
-        train_loss=_pairs(curve.train_loss, [row["train_loss"] for row in rows]),
-        accuracy=_pairs(curve.accuracy, [_percent(row["eval_accuracy"]) for row in rows]),
+        train_loss=pairs(curve.train_loss, [row["train_loss"] for row in rows]),
+        accuracy=pairs(curve.accuracy, [None if row["eval_accuracy"] is None else 100 * row["eval_accuracy"] for row in rows]),
     )
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _pairs(theirs: tuple[float, ...], ours: list[float | None]) -> list[Pair]:
-    known = [*theirs, *[None] * len(ours)]
-    return [Pair(a, b, None if a is None or b is None else b - a) for a, b in zip(known, ours, strict=False)]
+def pairs(theirs: tuple[float, ...], ours: list[float | None]) -> list[Pair]:
+    """A pair for each of our epochs."""
+    both = list(zip_longest(theirs, ours))[: len(ours)]
+    return [Pair(a, b, None if a is None or b is None else b - a) for a, b in both]
 
 
 def verdict(comparison: Comparison) -> str:

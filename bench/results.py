@@ -64,9 +64,14 @@ class Run:
         return round(self.top1 * self.test_images)
 
     @property
+    def steady_seconds(self) -> list[float]:
+        """Of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
+        return self.train_seconds[1:] or self.train_seconds
+
+    @property
     def rates(self) -> list[float]:
-        """Images per second of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
-        return [self.images_per_epoch / seconds for seconds in self.train_seconds[1:] or self.train_seconds]
+        """Images per second of those epochs."""
+        return [self.images_per_epoch / seconds for seconds in self.steady_seconds]
 
     def seconds_to(self, target: float) -> float | None:
         """Training seconds to the end of the first epoch whose test top-1 is `target`; None: never."""
@@ -121,9 +126,9 @@ class Arm:
     """One configuration of an ablation."""
 
     name: str
-    flags: str  # of `python -m fastcifar.train`, beyond those all arms share
-    runs: list[str]  # names of its runs, in the order of the ablation's seeds
+    flags: str = ""  # of `python -m fastcifar.train`, beyond those all arms share; may name another --arch or --recipe
     claim: str = ""  # what the report gives for it
+    runs: list[str] = field(default_factory=list)  # names of its runs, in the order of the ablation's seeds
 
 
 @dataclass(frozen=True)

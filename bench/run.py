@@ -10,6 +10,7 @@ same command again repeats no finished one, goes on with an interrupted one from
 `results.json`, `report.md` and `report.html` in OUT always show what is there (bench/results.py).
 """
 
+import argparse
 import contextlib
 import ctypes
 import io
@@ -17,10 +18,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -45,7 +46,7 @@ from bench.results import (
 )  # fmt: skip
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
-from fastcifar.command import Command, parse_command, resumed
+from fastcifar.command import Command, differences, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
@@ -54,6 +55,7 @@ from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
 from fastcifar.recipes import reported
 from fastcifar.reporting import clock
+from fastcifar.run_folder import RunFolder
 from fastcifar.train import steps_per_epoch
 
 PROGRAM = "python bench/run.py"
@@ -61,15 +63,8 @@ RENAMED = {  # names of the release before; to be dropped in the next
     "--ladder": "--optimizations", "--no-ladder": "--no-optimizations", "--peers": "--baselines",
     "--no-peers": "--no-baselines", "--peer": "--baseline", "--peer-arch": "--baseline-arch",
 }  # fmt: skip
-OWN_FLAGS = (
-    "--out",
-    "--resume",
-    "--seed",
-    "--epochs",
-    "--stop-after",
-    "--data",
-    "--device",
-)  # of training, which only a benchmark itself sets
+LEVERS = ("resident", "channels_last", "bf16", "compile", "kernels")  # what --levers took
+OWN_FLAGS = ("--out", "--resume", "--seed", "--stop-after", "--data")  # of training, which only a benchmark itself sets
 # What training reaches of its roofline (se_resnet18 on two cores: 360 of 1,036 img/s), and seconds to start a process. Guesses
 # for the plan only.
 SHARE, START_SECONDS = {"cpu": 0.35, "cuda": 0.5}, 10.0
@@ -134,10 +129,16 @@ QUICK = Options(epochs=3, seeds=(0,), limit_train=1024, limit_test=500, batch_si
 
 @dataclass(frozen=True)
 class Job:
-    """A training that a benchmark needs: the name of its run folder, and the flags of `python -m fastcifar.train`."""
+    """A training that a benchmark needs: its run folder, and the flags of `python -m fastcifar.train`."""
 
-    name: str
+    runs: Path
+    name: str  # of its run folder in `runs`; what the training prints goes to NAME.log beside it
     flags: tuple[str, ...]
+    stop_after: int = 0  # epochs to train for now, 0 = the whole schedule
+
+    @property
+    def path(self) -> Path:
+        return self.runs / self.name
 
     @cached_property
     def command(self) -> Command:
@@ -151,58 +152,57 @@ class Job:
             hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
             raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
 
-    def state(self, out: Path, hardware: str, sha256: Sequence[str]) -> Literal["new", "begun", "finished"]:
-        """How far its run folder is. Raises InputError when that was begun as another run than this."""
-        path = out / "runs" / self.name
-        if not (path / "config.json").exists():
-            return "new"
-        finished, began = (path / "summary.json").exists(), resumed(path)
-        pairs = {name: (getattr(began, name), getattr(self.command, name)) for name in ("arch", "recipe_name")}
-        for part in ("settings", "run"):
-            then, now = getattr(began, part), getattr(self.command, part)
-            pairs |= {entry.name: (getattr(then, entry.name), getattr(now, entry.name)) for entry in fields(then)}
-        for free in ("data", "out", "resume", "plots", "verify"):
-            del pairs[free]
-        pairs["hardware"] = (files.read_json(path / "config.json", remedy="delete the folder").get("hardware"), hardware)
-        if finished:
-            trained_on = files.read_json(path / "summary.json", remedy="delete the folder").get("data_sha256")
-            pairs["data"] = (trained_on, list(sha256))
-        for name, (then, now) in pairs.items():
-            if then != now:
-                told = f"{name}: {then} there, {now} given"
-                raise InputError(f"{path} was begun with other settings ({told}): give the same, or choose another --out")
-        return "finished" if finished else "begun"
+    def finished(self, hardware: str | None = None, sha256: Sequence[str] | None = None) -> bool:
+        """Whether its run folder has all epochs wanted. Raises InputError when that was begun as another run than this.
 
-    def train(self, out: Path, *, go_on: bool, watch: Callable[[str], None] = lambda line: None) -> str:
-        """Train in a process of its own, whose lines go to `watch` and a log; return "", or a line that tells why it failed."""
-        folder = out / "runs" / self.name
-        where = ["--resume", folder, "--data", self.command.run.data] if go_on else [*self.flags, "--out", folder]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        libc, lines = ctypes.CDLL(None), [""]
+        hardware, sha256 (of both files of the data): what the run must have been trained on; None: anything.
+        """
+        folder = RunFolder(self.path)
+        if not (self.path / "config.json").exists():
+            return False
+        changed = differences(resumed(self.path), self.command)
+        changed.pop("out", None)
+        trained_on = files.read_json(self.path / "config.json", remedy="delete the folder").get("hardware")
+        if hardware not in (None, trained_on):
+            changed["hardware"] = (trained_on, hardware)
+        done = (self.path / "summary.json").exists()
+        if done and sha256 is not None and folder.read_summary().get("data_sha256") != list(sha256):
+            changed["data"] = (folder.read_summary().get("data_sha256"), list(sha256))
+        for name, (before, now) in changed.items():
+            told = f"{name}: {before} before, {now} given"
+            raise InputError(f"{self.path} was begun with other settings ({told}): give the same, or choose another --out")
+        return done and (not self.stop_after or len(folder.read_metrics()) >= self.stop_after)
+
+    def train(self, console: Console, title: str) -> str:
+        """Begin or resume it in a process of its own, showing its last line; return "", or a line that tells why it failed."""
+        begun = (self.path / "config.json").exists()
+        where = ["--resume", self.path, "--data", self.command.run.data] if begun else [*self.flags, "--out", self.path]
+        where += ["--stop-after", self.stop_after] if self.stop_after else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        libc, last = ctypes.CDLL(None), ""
         with (
-            (folder.parent / f"{folder.name}.log").open("w", encoding="utf-8") as log,
+            self.path.with_name(f"{self.path.name}.log").open("w", encoding="utf-8") as log,
             subprocess.Popen(
                 [sys.executable, "-m", "fastcifar.train", *map(str, where)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace",
                 preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: a child ends with its parent
             ) as child,
+            console.status(Text(title)) as status,
         ):  # fmt: skip
             assert child.stdout is not None
             try:
                 for line in child.stdout:
                     log.write(line)
-                    lines += [line.strip()] if line.strip() else []
-                    watch(lines[-1])
-                code = child.wait()
+                    last = line.strip() or last
+                    status.update(Text(title + last))
             except BaseException:
                 child.kill()  # what it has finished is saved
                 raise
-            error = ""
+            error, code = "", child.wait()
             if code < 0:
-                name = signal.Signals(-code).name
-                error = f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-            elif code or not (folder / "summary.json").exists():
-                error = lines[-1].removeprefix("error: ")[:300] or f"exit code {code}, nothing said"
+                error = f"ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+            elif code or not (self.path / "summary.json").exists():
+                error = last.removeprefix("error: ")[:300] or f"exit code {code}, nothing said"
             if error:
                 log.write(f"{FAILED}{error}\n")
         return error
@@ -233,10 +233,28 @@ class Bench:
         except Exception as error:  # whatever a report cannot show must not end hours of measuring
             self.console.print(f"no report: {type(error).__name__}: {error}; results.json is complete", style="yellow")
 
-    def left(self, jobs: Sequence[Job]) -> dict[str, bool]:
-        """{name: whether it was begun} of the jobs that are not finished. Raises InputError for one begun otherwise."""
-        states = {job.name: job.state(self.out, device_name(self.device), self.data.sha256) for job in jobs}
-        return {name: state == "begun" for name, state in states.items() if state != "finished"}
+    def left(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those that are not finished. Raises InputError for one begun otherwise."""
+        return [job for job in jobs if not job.finished(device_name(self.device), self.data.sha256)]
+
+    def show_plan(self, groups: Mapping[str, Sequence[Job]], what: str, flags: str) -> None:
+        """Print what is to train, what is trained, and what the rest is expected to take."""
+        jobs = list(chain.from_iterable(groups.values()))
+        left = self.left(jobs)
+        epochs = f"{jobs[0].command.settings.epochs} epochs of {len(self.data.train):,} images"
+        self.console.print(
+            f"{epochs}, {len(self.data.test):,} test images, {device_name(self.device)}{'; ' + flags if flags else ''}"
+        )
+        table = Table(what, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("trainings", "done", "each about"):
+            table.add_column(heading, justify="right")
+        for name, group in groups.items():
+            done = sum(job not in left for job in group)
+            table.add_row(Text(name), str(len(group)), str(done), clock(self.seconds(group[0])))
+        self.console.print(table)
+        total = clock(sum(map(self.seconds, left)))
+        guess = "guessed from FLOPs, bytes and this device's rates"
+        self.console.print(f"trainings: in all about {total}, {guess}; into {self.out}")
 
     def seconds(self, job: Job) -> float:
         """What a training is expected to take: its epochs, an evaluation after each, and the last with horizontal flip."""
@@ -245,41 +263,36 @@ class Bench:
         images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
         return START_SECONDS + images / (SHARE[self.device.type] * cost(job.command.arch).images_per_second(self.rates))
 
-    def train(self, jobs: Sequence[Job]) -> list[str]:
+    def train(self, jobs: Iterable[Job]) -> list[str]:
         """Train what is not finished, one after the other; return the names of those that failed."""
         left, failed = self.left(jobs), []
-        for number, job in enumerate((job for job in jobs if job.name in left), start=1):
+        for number, job in enumerate(left, start=1):
             title = f"[{number}/{len(left)}] {job.name}: "
-            with self.console.status(title) as status:
-                error = job.train(self.out, go_on=left[job.name], watch=lambda line: status.update(Text(line)))
+            error = job.train(self.console, title)
             self.save()
             if error:
                 failed.append(job.name)
                 self.console.print(f"{title}failed: {error}", style="yellow")
             else:
-                self.console.print(title + outcome(next(run for run in self.results.runs if run.name == job.name)))
+                run = next(run for run in self.results.runs if run.name == job.name)
+                rate, took = median(run.rates), clock(sum(run.train_seconds))
+                self.console.print(f"{title}top-1 {run.top1:.2%}, {rate:,.0f} img/s, {took}")
         return failed
-
-
-def outcome(run: Run) -> str:
-    """What a training brought, in a line."""
-    return f"top-1 {run.top1:.2%}, {median(run.rates):,.0f} img/s, {clock(sum(run.train_seconds))}"
 
 
 def gather(runs: Path, console: Console) -> list[Run]:
     """All trainings in OUT/runs that have ended, in the order of the architectures and seeds."""
-    names = {str(path.relative_to(runs).parent) for path in runs.rglob("summary.json")}
-    names |= {str(path.relative_to(runs).with_suffix("")) for path in runs.rglob("*.log")}
+    ended = {*(path.parent for path in runs.rglob("summary.json")), *(path.with_suffix("") for path in runs.rglob("*.log"))}
     found = []
-    for name in sorted(names):
+    for path in ended:
         try:
-            run = read_run(runs, name)
+            found.append(read_run(runs, str(path.relative_to(runs))))
         except InputError as error:
             console.print(f"left out: {error}", style="yellow")
-            continue
-        found += [run] if run is not None else []
     order = {arch: place for place, arch in enumerate(ARCHITECTURES)}
-    return sorted(found, key=lambda run: (run.name.count("/"), order.get(run.arch, len(order)), run.seed, run.name))
+    return sorted(
+        filter(None, found), key=lambda run: (run.name.count("/"), order.get(run.arch, len(order)), run.seed, run.name)
+    )
 
 
 def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[str, Any], console: Console) -> Bench:
@@ -303,25 +316,22 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
         ("data", before.data, about),
     ):
         if then != given:
-            raise InputError(f"{out} was begun with other {name} ({then} there, {given} now): choose another --out")
-    rates = measure_rates(device)
-    if "rates" in before.environment:  # a ceiling is the most that was ever seen: at another time the machine may be busier
-        rates = Rates(*(max(pair) for pair in zip(before.environment["rates"].values(), astuple(rates), strict=True)))
-    joined = {name: _joined(before.environment.get(name), now[name]) for name in ("command", "commit")}
-    known = {variant.arch for variant in before.variants} | set(archs)
+            raise InputError(f"{out} was begun with other {name} ({then} before, {given} now): choose another --out")
+    rates = asdict(measure_rates(device))
+    for name, rate in before.environment.get("rates", {}).items():
+        rates[name] = max(rates[name], rate)  # a ceiling is the most ever seen: at another time the machine may be busier
+    facts = before.environment | {"rates": rates}
+    for name in ("command", "commit"):  # a folder may be filled by several commands
+        known = [*(before.environment.get(name) or "").split(" && "), now[name]]
+        facts[name] = " && ".join(dict.fromkeys(filter(None, known))) or None
+    shown = {variant.arch for variant in before.variants} | set(archs)
     results = replace(
         before,
-        environment=before.environment | joined | {"rates": asdict(rates)},
+        environment=facts,
         settings=before.settings | settings,
-        variants=[variant(arch, rates) for arch in ARCHITECTURES if arch in known],
+        variants=[variant(arch, Rates(**rates)) for arch in ARCHITECTURES if arch in shown],
     )
     return Bench(out, device, data, results, console)
-
-
-def _joined(before: str | None, now: str | None) -> str | None:
-    """Both where they differ: a folder may be filled by several commands."""
-    parts = before.split(" && ") if before else []
-    return " && ".join([*parts, *([] if now is None or now in parts else [now])]) or None
 
 
 cost = cache(cost_of_arch)
@@ -334,19 +344,30 @@ def variant(arch: str, rates: Rates) -> Variant:
     return Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceiling)
 
 
-def training_flags(options: Common, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()) -> tuple[str, ...]:
-    """The flags of one training: `flags` are its own, and come last since the last one counts. Raises InputError."""
+def training(
+    options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
+) -> Job:
+    """One training; `flags` are its own, and come last since the last one counts. Raises InputError for what it refuses."""
     own = [*shlex.split(options.flags), *flags]
-    for flag in own:
-        if flag.split("=")[0] in OWN_FLAGS:
-            raise InputError(f"{flag} is the benchmark's to set: give it to the benchmark itself")
-    return (
-        "--arch", arch, "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
+    require_free(own, *OWN_FLAGS, "--epochs", "--device")
+    archs = [arch, *(value for flag, value in pairwise(own) if flag == "--arch")]
+    job = Job(out / "runs", name, (
+        "--arch", archs[-1],  # training looks at the first --arch for its recipe
+        "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
         "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
         "--max-parameters", "0", "--no-plots",
         "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
         *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
-    )  # fmt: skip
+    ))  # fmt: skip
+    assert job.command.run.seed == seed  # its flags are checked before anything is trained
+    return job
+
+
+def require_free(flags: Sequence[str], *own: str) -> None:
+    """Raise InputError for flags of training that a benchmark sets itself."""
+    for name in (flag.split("=")[0].replace("_", "-") for flag in flags):
+        if name in own:
+            raise InputError(f"{name} is the benchmark's to set: give it to the benchmark itself")
 
 
 def main() -> None:
@@ -354,11 +375,21 @@ def main() -> None:
     default = QUICK if "--quick" in sys.argv[1:] else Options()
     options = tyro.cli(Options, prog=PROGRAM, default=default, args=current_names(sys.argv[1:]))
     out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
+    with resumable(out):
+        finish(out, measure(options, out, new_console()))
+
+
+def new_console() -> Console:
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on."""
     try:
-        failures = measure(options, out, Console(soft_wrap=True, highlight=False, markup=False))
+        yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is in {out}; the same command goes on") from None
-    finish(out, failures)
 
 
 def finish(out: Path, failures: list[str]) -> None:
@@ -371,36 +402,26 @@ def finish(out: Path, failures: list[str]) -> None:
 
 def current_names(arguments: list[str]) -> list[str]:
     """The command line in today's names, with a line on standard error for each that was renamed."""
-    current: list[str] = []
-    levers: list[str] | None = None
-    taker = ""  # the old option whose values follow
-    for argument in arguments:
+    old = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--levers", "--peer-images"):
+        old.add_argument(flag, nargs="*")
+    dropped, current = old.parse_known_args(arguments)
+    for place, argument in enumerate(current):
         name, equals, value = argument.partition("=")
-        if taker and not argument.startswith("-"):
-            levers = [*(levers or []), argument] if taker == "--levers" else levers
-            continue
-        taker = name if name in ("--levers", "--peer-images") else ""
-        if name == "--levers":
-            levers = [value] if equals else []
-        elif name == "--peer-images":
-            print("--peer-images is gone: an outside script states how many images it trained on", file=sys.stderr)
-        elif name in RENAMED:
+        if name in RENAMED:
             print(f"{name} is now {RENAMED[name]}", file=sys.stderr)
-            current.append(RENAMED[name] + equals + value)
-        else:
-            current.append(argument)
-    if levers is None:
-        return current
-    known = ("resident", "channels_last", "bf16", "compile", "kernels")
-    for lever in levers:
-        if lever not in known:
-            raise unknown("lever", lever, known)
-    flags = (
-        f"--flags=--precision {'bf16' if 'bf16' in levers else 'fp32'} {'--compile' if 'compile' in levers else '--no-compile'}"
-    )
-    flags += f" --kernels {'auto' if 'kernels' in levers else 'torch'}"
-    print(f"--levers is now {shlex.quote(flags)}", file=sys.stderr)
-    return [*current, flags]
+            current[place] = RENAMED[name] + equals + value
+    if dropped.peer_images is not None:
+        print("--peer-images is gone: an outside script states how many images it trained on", file=sys.stderr)
+    if dropped.levers is not None:
+        for name in dropped.levers:
+            if name not in LEVERS:
+                raise unknown("lever", name, LEVERS)
+        bf16, compiled, kernels = (name in dropped.levers for name in ("bf16", "compile", "kernels"))
+        flags = f"--flags=--precision {'bf16' if bf16 else 'fp32'} {'--compile' if compiled else '--no-compile'}"
+        current.append(f"{flags} --kernels {'auto' if kernels else 'torch'}")
+        print(f"--levers is now {shlex.quote(current[-1])}", file=sys.stderr)
+    return current
 
 
 def measure(options: Options, out: Path, console: Console) -> list[str]:
@@ -411,16 +432,23 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
     bench = open_bench(options, out, (*options.archs, options.baseline_arch), settings, console)
     bench.results = replace(bench.results, settings=bench.results.settings | {"target_top1": round(options.target / 100, 6)})
-    archs, seeds = list(dict.fromkeys(options.archs)), list(dict.fromkeys(options.seeds))
-    jobs = [Job(f"{arch}-seed{seed}", training_flags(options, arch, seed, bench.device)) for arch in archs for seed in seeds]
-    show_plan(bench, options, jobs)
+    archs = list(dict.fromkeys(options.archs))
+    groups = {
+        arch: [training(options, out, f"{arch}-seed{seed}", arch, seed, bench.device) for seed in dict.fromkeys(options.seeds)]
+        for arch in archs
+    }
+    jobs = list(chain.from_iterable(groups.values()))
+    bench.show_plan(groups, "arch", options.flags)
+    for name in ("speeds", "optimizations", "baselines"):
+        state = "not wanted" if not getattr(options, name) else "done" if getattr(bench.results, name) else "to be timed"
+        console.print(f"{name}: {state}, {options.rounds} rounds")
     bench.save()
 
     recipe = reported(options.baseline_arch).recipe
     recipe = replace(recipe, batch_size=options.batch_size or recipe.batch_size)
     steps = min(options.steps or (50 if bench.device.type == "cuda" else 4), steps_per_epoch(bench.data, recipe.batch_size))
     task = baselines.Task(options.baseline_arch, recipe, bench.data, options.data, steps)
-    run = jobs[0].command.run
+    common: dict[str, Any] = {"rounds": options.rounds, "say": console.print}
     timed = {"arch": task.arch, "batch_size": recipe.batch_size, "steps": steps, "rounds": options.rounds}
     # Compiling for a CPU takes a minute and gains nothing there (LOG.md): not in the small version.
     left_out = {"compile"} if options.quick and bench.device.type == "cpu" else set()
@@ -430,21 +458,17 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
         before = bench.results.speeds.settings["archs"] if bench.results.speeds else []  # a command for fewer drops none
         archs = [arch for arch in ARCHITECTURES if arch in (*archs, *before)]
         images = steps * (options.batch_size or 256)
-        given = {"archs": archs, "rounds": options.rounds, "images": images}
-        given |= {"batch_size": options.batch_size, "flags": options.flags}
-        failed += compare(bench, "speeds", given, lambda: baselines.time_architectures(
-            archs, options.data, rounds=options.rounds, images=images, batch_size=options.batch_size,
-            device=bench.device, options=run, say=console.print,
+        given = {"archs": archs, "rounds": options.rounds, "images": images, "batch_size": options.batch_size}
+        failed += compare(bench, "speeds", given | {"flags": options.flags}, lambda: baselines.time_architectures(
+            archs, options.data, images=images, batch_size=options.batch_size, device=bench.device, options=jobs[0].command.run,
+            **common,
         ))  # fmt: skip
     failed += bench.train(jobs)
     if options.optimizations:
-        failed += compare(bench, "optimizations", timed | {"left_out": sorted(left_out)}, lambda: baselines.time_steps(
-            task, rounds=options.rounds, left_out=left_out, say=console.print
-        ))  # fmt: skip
+        given = timed | {"left_out": sorted(left_out)}
+        failed += compare(bench, "optimizations", given, lambda: baselines.time_steps(task, left_out=left_out, **common))
     if options.baselines:
-        failed += compare(
-            bench, "baselines", timed, lambda: baselines.time_baselines(task, rounds=options.rounds, say=console.print)
-        )
+        failed += compare(bench, "baselines", timed, lambda: baselines.time_baselines(task, **common))
         for name, path in scripts.items():
             failed += run_outside(bench, name, partial(
                 outside.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
@@ -457,14 +481,13 @@ def compare(bench: Bench, what: str, settings: dict[str, Any], timed: Callable[[
 
     Outside scripts, which take no turns, keep what they have.
     """
-    before: Comparison | None = getattr(bench.results, what)
-    kept = [timing for timing in before.timings if not timing.in_turns] if before else []
-    if before is None or before.settings != settings or any(timing.failed for timing in before.timings if timing.in_turns):
+    known: Comparison = getattr(bench.results, what) or Comparison({})
+    timings = [timing for timing in known.timings if timing.in_turns]
+    if not timings or known.settings != settings or any(timing.failed for timing in timings):
         bench.results.environment["load"][f"before the {what}"] = load()
         timings = list(timed())
-        bench.save(**{what: Comparison(settings, [*timings, *kept])})
-    done = getattr(bench.results, what)
-    return [f"{what}: {timing.name}" for timing in done.timings if timing.in_turns and timing.failed]
+        bench.save(**{what: Comparison(settings, [*timings, *(timing for timing in known.timings if not timing.in_turns)])})
+    return [f"{what}: {timing.name}" for timing in timings if timing.failed]
 
 
 def run_outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
@@ -476,27 +499,6 @@ def run_outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
         bench.console.print(f"baseline {name}: {known[name].error or f'{median(known[name].images_per_second):,.0f} img/s'}")
         bench.save(baselines=replace(bench.results.baselines, timings=list(known.values())))
     return [f"baselines: {name}"] if known[name].failed else []
-
-
-def show_plan(bench: Bench, options: Options, jobs: list[Job]) -> None:
-    """Print what is to do, what is done, and what it is expected to take."""
-    left, console = bench.left(jobs), bench.console
-    images = f"{options.epochs} epochs of {len(bench.data.train):,} images, {len(bench.data.test):,} test images"
-    console.print(f"{images}, {device_name(bench.device)}{'; ' + options.flags if options.flags else ''}")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("arch", no_wrap=True)
-    for heading in ("trainings", "done", "each about"):
-        table.add_column(heading, justify="right")
-    for arch in dict.fromkeys(options.archs):
-        own = [job for job in jobs if job.command.arch == arch]
-        done = sum(job.name not in left for job in own)
-        table.add_row(arch, str(len(own)), str(done), clock(bench.seconds(own[0])))
-    console.print(table)
-    total = clock(sum(bench.seconds(job) for job in jobs if job.name in left))
-    console.print(f"trainings: in all about {total}, guessed from FLOPs, bytes and this device's rates; into {bench.out}")
-    for name in ("speeds", "optimizations", "baselines"):
-        state = "not wanted" if not getattr(options, name) else "done" if getattr(bench.results, name) else "to be timed"
-        console.print(f"{name}: {state}, {options.rounds} rounds")
 
 
 if __name__ == "__main__":

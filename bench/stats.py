@@ -4,7 +4,7 @@ Where the repetitions allow no interval, `low` and `high` are None. All interval
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -29,6 +29,13 @@ class Estimate:
     n: int
     p: float | None = None  # two-sided, of no difference; of comparisons only
     deviation: float | None = None  # of the repetitions, with n - 1; of means only
+
+    def through(self, function: Callable[[float], float]) -> "Estimate":
+        """The same figure in another unit, by a function that only rises or only falls."""
+        if self.low is None or self.high is None:
+            return Estimate(function(self.estimate), None, None, self.n)
+        low, high = sorted(map(function, (self.low, self.high)))
+        return Estimate(function(self.estimate), low, high, self.n)
 
     def excludes(self, value: float) -> bool:
         """Whether the interval shows that the figure is another than `value`; without an interval it shows nothing."""

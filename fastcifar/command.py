@@ -1,7 +1,8 @@
 """The command line of training: architecture, recipe and options, the complete description of a run."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -64,14 +65,19 @@ def resumed(path: Path) -> Command:
     return Command(arch, recipe_name, recipe, replace(run, resume=path, stop_after=0))
 
 
+def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
+    """{name: (in the one, in the other)} of all that would make a resumed run another run."""
+    free = {"data", "plots", "verify", "resume", "stop_after"}  # where the data is, how far to go, what comes after training
+    pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
+    for part in ("settings", "run"):
+        before, now = vars(getattr(began, part)), vars(getattr(command, part))
+        pairs |= {name: (before[name], now[name]) for name in before if name not in free}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def _require_same(began: Command, command: Command) -> None:
     """Raise InputError when a resumed run is given anything that would make it another run."""
-    free = {"data", "plots", "verify", "resume", "stop_after"}  # where the data is, how far to go, what comes after training
-    changed = [name for name in ("arch", "recipe") if getattr(began, name) != getattr(command, name)]
-    for part in ("settings", "run"):
-        before, now = getattr(began, part), getattr(command, part)
-        names = [entry.name for entry in fields(before) if entry.name not in free]
-        changed += [name for name in names if getattr(before, name) != getattr(now, name)]
+    changed = differences(began, command)
     if changed:
         raise InputError(f"--resume goes on exactly where the run stood: leave out what changes it ({', '.join(changed)})")
 

@@ -1,13 +1,17 @@
 """Believable benchmark results drawn from a seed: nine variants, optimizations, baselines, an ablation, a failed run."""
 
+import json
 import math
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant
+from fastcifar.command import Command
 from fastcifar.errors import run_command
+from fastcifar.run_folder import METRIC_KEYS, RunFolder
 
 # arch: report, parameters, flops (forward and backward), images per second, accuracy it ends at, claim
 ARCHS: dict[str, tuple[str, int, int, float, float, str]] = {
@@ -96,16 +100,41 @@ def make_ablation(rng: random.Random) -> tuple[Ablation, list[Run]]:
     arms = [("full recipe", "", 0.0), ("without mixup and cutout", "--mixup-alpha 0 --cutout 0", 0.021),
             ("without colour jitter", "--brightness 0", -0.001), ("without grayscale", "--grayscale 0", 0.004),
             ("without squeeze-excitation", "--no-squeeze-excitation", -0.012)]  # fmt: skip
-    level = [0.62 + rng.gauss(0, 0.004) for _ in range(5)]
+    bases = [0.62 + rng.gauss(0, 0.004) for _ in range(5)]
     made, runs = [], []
     for number, (name, flags, gain) in enumerate(arms):
         names = [f"report_d/{number}-seed{seed}" for seed in range(5)]
-        made.append(Arm(name, flags, names))
-        for seed, (path, base) in enumerate(zip(names, level, strict=True)):
+        made.append(Arm(name, flags, runs=names))
+        for seed, (path, base) in enumerate(zip(names, bases, strict=True)):
             top1 = base + gain + rng.gauss(0, 0.003)
             run = replace(make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path), top1=top1)
             runs.append(Run(path, error="killed") if (number, seed) == (3, 4) else run)
     return Ablation("report_d", "Report D: five models", "se_resnet18", 6, [0, 1, 2, 3, 4], made), runs
+
+
+def write_run(
+    path: Path,
+    command: Command,
+    losses: list[float],
+    facts: dict[str, Any],
+    accuracy: float | None = 0.25,
+    summary: bool = True,
+) -> None:
+    """A made-up run folder as training leaves it, an epoch of a second for each of `losses`."""
+    folder, blank = RunFolder(path), dict.fromkeys(METRIC_KEYS)
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "config.json").exists():
+        folder.write_config(command.arch, command.recipe_name, command.settings, command.run, facts)
+    known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_seconds": 0.1, "eval_split": "test"}
+    known |= {"train_seconds": 1.0, "images_per_second": 64.0, "first_step_seconds": 3.0}
+    folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
+    if summary:
+        manifests = [command.run.data / f"{split}.json" for split in ("train", "test")]
+        folder.write_summary({
+            "final": {"images": 20, "top1": 0.25}, "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0,
+            "compile_seconds": 1.5, "peak_memory_bytes": 10**9, "energy_joules": None, "train_images": 50_000,
+            "data_sha256": [json.loads(path.read_text())["sha256"] for path in manifests if path.exists()],
+        })  # fmt: skip
 
 
 def run_main(main: Any, monkeypatch: Any, capsys: Any, *arguments: object) -> tuple[int, str, str]:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import bench
 from bench import ablate, run
-from bench.ablate import STUDIES, Configuration, Study, chosen_study, parse_arm
-from bench.results import Timing, environment, read_results, read_run
+from bench.ablate import STUDIES, Study, chosen_study, parse_arm
+from bench.results import Arm, Timing, environment, read_results, read_run
 from bench.roofline import Rates
 from bench.run import QUICK, Common, Job, Options, current_names, measure, open_bench
 from fastcifar.command import parse_command
@@ -26,7 +26,7 @@ from fastcifar.models import ARCHITECTURES
 from fastcifar.models.summary import training_flops
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
-from tests.bench_results import run_main
+from tests.bench_results import run_main, write_run
 from tests.conftest import REPOSITORY, run_cli
 
 CPU = choose_device("cpu")
@@ -49,40 +49,21 @@ def small(betons, tmp_path, monkeypatch):
 def trained(monkeypatch):
     """Training replaced by a run folder with made-up figures; the list of names it was asked for, with how it ends."""
 
-    def fake(job, out, *, go_on, watch=None):
+    def fake(job, console, title):
         trained.names.append(job.name)
         if trained.interrupt_at == len(trained.names):
             raise KeyboardInterrupt
-        folder = RunFolder(out / "runs" / job.name)
         error = trained.errors.get(job.name, "")
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
-        (folder.path.parent / f"{folder.path.name}.log").write_text(f"x\nfailed: {error}\n" if error else "x\n")
-        if error:
-            return error
-        write_run(folder, job.command)
-        return ""
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        job.path.with_suffix(".log").write_text(f"x\nfailed: {error}\n" if error else "x\n")
+        if not error:
+            write_run(job.path, job.command, [1.0] * job.command.settings.epochs, environment(CPU))
+        return error
 
     trained = SimpleNamespace(names=[], errors={}, interrupt_at=None)
     monkeypatch.setattr(Job, "train", fake)
     monkeypatch.setattr("bench.report.draw_svg", lambda name, height, draw: "<svg></svg>")
     return trained
-
-
-def write_run(folder, command, sha256=None):
-    """A finished run folder as training leaves it."""
-    recipe, options = command.settings, command.run
-    manifests = [json.loads((options.data / f"{split}.json").read_text()) for split in ("train", "test")]
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_config(command.arch, command.recipe_name, recipe, options, environment(CPU))
-    row = dict.fromkeys(("data_name", "train_loss", "train_accuracy", "eval_loss", "learning_rates", "best_accuracy"))
-    row |= {"eval_accuracy": 0.25, "eval_seconds": 0.1, "eval_split": "test", "first_step_seconds": 3.0}
-    rows = [row | {"epoch": n + 1, "train_seconds": 1.0, "images_per_second": 64.0} for n in range(recipe.epochs)]
-    folder.write_metrics(rows)
-    final = {"images": 20, "top1": 0.25}
-    folder.write_summary({
-        "final": final, "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0, "compile_seconds": 1.5,
-        "peak_memory_bytes": 10**9, "energy_joules": None, "data_sha256": [manifest["sha256"] for manifest in manifests],
-    })  # fmt: skip
 
 
 @pytest.fixture
@@ -136,35 +117,36 @@ def test_a_run_folder_is_read_as_training_recorded_it(undisturbed, tmp_path):
         read_run(tmp_path, "a")
 
 
-def test_an_interrupted_training_goes_on_and_ends_as_an_undisturbed_one(betons, tmp_path, undisturbed):
-    job = Job("a", ("--data", str(betons), *TINY))
-
-    def interrupt(line):
-        if line.startswith("epoch 1/2"):
+def test_an_interrupted_training_goes_on_and_ends_as_an_undisturbed_one(betons, tmp_path, undisturbed, monkeypatch):
+    def interrupt(status, line):
+        if "epoch 1/2" in line:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        job.train(tmp_path, go_on=False, watch=interrupt)
-    assert len(RunFolder(tmp_path / "runs/a").read_metrics()) == 1
-    assert read_run(tmp_path / "runs", "a") is None
+    job = Job(tmp_path, "a", ("--data", str(betons), *TINY))
+    with monkeypatch.context() as patch:
+        patch.setattr("rich.status.Status.update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            job.train(QUIET, "")
+    assert len(RunFolder(job.path).read_metrics()) == 1
+    assert read_run(tmp_path, "a") is None
     facts = environment(CPU)["hardware"], [json.loads((betons / f"{s}.json").read_text())["sha256"] for s in ("train", "test")]
-    assert job.state(tmp_path, *facts) == "begun"
-    assert job.train(tmp_path, go_on=True) == ""
-    assert job.state(tmp_path, *facts) == "finished"
-    rows = RunFolder(tmp_path / "runs/a").read_metrics()
+    assert not job.finished(*facts)
+    assert job.train(QUIET, "") == ""
+    assert job.finished(*facts)
+    rows = RunFolder(job.path).read_metrics()
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in undisturbed.read_metrics()]
 
 
-def test_a_training_that_fails_or_is_killed_leaves_one_line(betons, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [("echo first; echo 'error: lower --peak-lr'; exit 2", "lower --peak-lr"), ("kill -9 $$", "ended by SIGKILL (out of")],
+)
+def test_a_training_that_fails_or_is_killed_leaves_one_line(shell, line, betons, tmp_path, monkeypatch):
     real = subprocess.Popen
-    for shell, line in (
-        ("echo first; echo 'error: lower --peak-lr'; exit 2", "lower --peak-lr"),
-        ("kill -9 $$", "SIGKILL (out of"),
-    ):
-        monkeypatch.setattr(subprocess, "Popen", lambda command, shell=shell, **kw: real(["/bin/sh", "-c", shell], **kw))
-        error = Job("a", ("--data", str(betons))).train(tmp_path, go_on=False)
-        assert line in error
-        assert read_run(tmp_path / "runs", "a").error == error
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **keywords: real(["/bin/sh", "-c", shell], **keywords))
+    error = Job(tmp_path, "a", ("--data", str(betons))).train(QUIET, "")
+    assert error.startswith(line)
+    assert read_run(tmp_path, "a").error == error
 
 
 def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained, loops, capsys):
@@ -188,11 +170,11 @@ def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained,
     assert results.data["sha256"].keys() == {"train", "test"}
     assert (small.out / "report.html").exists()
     assert (small.out / "runs.csv").exists()
-    with pytest.raises(InputError, match=r"begun with other settings \(epochs: 2 there, 3 given\)"):
+    with pytest.raises(InputError, match=r"begun with other settings \(epochs: 2 before, 3 given\)"):
         measure(replace(small, epochs=3), small.out, QUIET)
-    with pytest.raises(InputError, match=r"\(limit_test: 20 there, 10 given\)"):
+    with pytest.raises(InputError, match=r"\(limit_test: 20 before, 10 given\)"):
         measure(replace(small, limit_test=10), small.out, QUIET)
-    with pytest.raises(InputError, match=r"\(label_smoothing: 0.08 there, 0.2 given\)"):
+    with pytest.raises(InputError, match=r"\(label_smoothing: 0.08 before, 0.2 given\)"):
         measure(replace(small, flags="--label-smoothing 0.2"), small.out, QUIET)
 
 
@@ -200,7 +182,7 @@ def test_a_run_folder_begun_elsewhere_is_refused(small, trained, loops):
     measure(small, small.out, QUIET)
     config = small.out / "runs/se_resnet18-seed0/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hardware": "another"}))
-    with pytest.raises(InputError, match="hardware: another there"):
+    with pytest.raises(InputError, match="hardware: another before"):
         measure(small, small.out, QUIET)
     results = small.out / "results.json"
     values = json.loads(results.read_text())
@@ -324,7 +306,7 @@ def test_the_flops_of_a_training_step_are_those_of_the_roofline():
     ],
 )  # fmt: skip
 def test_an_arm_is_a_name_and_flags(text, name, flags):
-    assert parse_arm(text) == Configuration(name, flags)
+    assert parse_arm(text) == Arm(name, flags)
 
 
 @pytest.mark.parametrize("text", ["full", "=cutout=0", ": --cutout 0", "x=cutout"])
@@ -336,13 +318,12 @@ def test_anything_else_is_no_arm(text):
 def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
     for name, study in STUDIES.items():
         options = ablate.Options(study=name, data=betons, device="cpu")
-        bench_ = SimpleNamespace(device=CPU)
-        commands = [ablate.make_job(options, name, study, row, 0, bench_).command for row in study.rows]
+        commands = [ablate.training_of(options, betons, name, study, arm, CPU)[0].command for arm in study.arms]
         assert len({(command.arch, str(command.settings)) for command in commands}) == len(commands)
         assert all(command.settings.epochs == options.epochs for command in commands)
-    row = Configuration("other recipe", "--recipe light_resnet18 --arch se_resnet18")
-    job = ablate.make_job(options, "x", study, row, 0, SimpleNamespace(device=CPU))
-    assert (job.command.arch, job.command.recipe_name) == ("se_resnet18", "light_resnet18")
+    arm = Arm("other recipe", "--recipe light_resnet18 --arch se_resnet18")
+    command = ablate.training_of(options, betons, "x", study, arm, CPU)[0].command
+    assert (command.arch, command.recipe_name) == ("se_resnet18", "light_resnet18")
 
 
 def test_one_of_study_and_arms_is_needed():
@@ -355,9 +336,7 @@ def test_one_of_study_and_arms_is_needed():
 
 def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained, loops):
     measure(small, small.out, QUIET)
-    study = Study(
-        "se_resnet18", "two arms", (Configuration("full"), Configuration("no se", "--no-squeeze-excitation", "worse"))
-    )
+    study = Study("se_resnet18", "two arms", (Arm("full"), Arm("no se", "--no-squeeze-excitation", "worse")))
     options = ablate.Options(
         arms=("x:",), data=small.data, epochs=2, seeds=(0, 1), limit_train=64, limit_test=20, batch_size=16, device="cpu"
     )
@@ -383,8 +362,8 @@ def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained,
         "worse",
     )
     assert "two arms" in (small.out / "report.md").read_text()
-    changed = replace(study, rows=(study.rows[0], Configuration("no se", "--cutout 0")))
-    with pytest.raises(InputError, match="squeeze_excitation: False there, True given"):
+    changed = replace(study, arms=(study.arms[0], Arm("no se", "--cutout 0")))
+    with pytest.raises(InputError, match="squeeze_excitation: False before, True given"):
         ablate.ablate(options, "two", changed, small.out, QUIET)
 
 

@@ -37,20 +37,20 @@ def judged(before, after, options, what=None):
 def test_a_result_against_itself_shows_no_change(options):
     rows = list(compare(make_results(), make_results()))
     assert len(rows) == 9 + 5 + 9 + 5  # speeds, optimizations, accuracies, arms
-    assert all(row.change == pytest.approx(0, abs=1e-12) for row in rows)
+    assert all(row.change.estimate == pytest.approx(0, abs=1e-12) for row in rows)
     assert not any(row.worse(options) for row in rows)
 
 
 def test_equal_machines_seldom_raise_an_alarm(options):
     rows = [row for seed in range(10) for row in compare(make_results(seed=2 * seed), make_results(seed=2 * seed + 1))]
-    claimed = sum(row.low is not None and not row.low <= 0 <= row.high for row in rows)
+    claimed = sum(row.change.excludes(0) for row in rows)
     assert claimed / len(rows) < 0.08
     assert sum(row.worse(options) for row in rows) / len(rows) < 0.02
 
 
 def test_a_slowdown_is_measured_and_judged_by_the_threshold(options):
     rows = [row for row in compare(make_results(), slowed(make_results(seed=1), 1.25)) if row.what == "images/s"]
-    assert all(row.change == pytest.approx(-0.2, abs=0.04) and row.high < 0 for row in rows)
+    assert all(row.change.estimate == pytest.approx(-0.2, abs=0.04) and row.change.high < 0 for row in rows)
     assert all(row.worse(options) for row in rows)
     assert not any(row.worse(replace(options, threshold=30.0)) for row in rows)
 

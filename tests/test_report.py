@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bench import report
-from bench.report import build_report, escape, main, render_html, render_markdown, significant, target_top1, variant_rows
+from bench.report import build_report, escape, main, render, significant, target_top1, variant_rows
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant, write_results
 from fastcifar.errors import InputError
 from tests.bench_results import ARCHS, make_results, run_main
@@ -41,9 +41,9 @@ def known_results(seeds=2):
 
 
 def entries(results):
-    """{column: cell} of the first row of both tables of variants."""
+    """{column: entry} of the first row of both tables of variants."""
     tables = [section for section in build_report(results).sections if section.title.startswith("Variants")]
-    return {title: cell for table in reversed(tables) for title, cell in zip(table.columns, table.rows[0], strict=True)}
+    return {title: entry for table in reversed(tables) for title, entry in zip(table.columns, table.rows[0], strict=True)}
 
 
 def section(results, title):
@@ -52,7 +52,7 @@ def section(results, title):
 
 def test_every_figure_of_a_known_result():
     found = entries(known_results())
-    texts = {title: (cell.text.replace("\xa0", " "), cell.detail.replace("\xa0", " ")) for title, cell in found.items()}
+    texts = {title: (entry.text.replace("\xa0", " "), entry.detail.replace("\xa0", " ")) for title, entry in found.items()}
     reach = 12.7062 * 0.01  # t(0.975, 1) x deviation / sqrt(2)
     top1 = ("71.00 ± 1.41", f"[{100 * (0.71 - reach):.2f}, {100 * (0.71 + reach):.2f}]")
     spread = math.exp(4.302653 * math.log(1.25) / math.sqrt(3))  # t(0.975, 2) on the logarithms of rates 1.25 apart
@@ -91,7 +91,7 @@ def test_one_seed_has_its_images_interval_and_says_so_once():
     found = entries(known_results(seeds=1))["Top-1, %"]
     assert found.text == "70.00"
     assert found.detail.replace("\xa0", " ") == "[65.84, 73.85]"  # Wilson's of 350 of 500
-    page = render_html(build_report(make_results(seeds=1, epochs=2)))
+    page = render(build_report(make_results(seeds=1, epochs=2)), "report.html")
     assert page.lower().count("one seed") == 1
     assert "mathdefault" not in page  # digits between powers of ten, where an axis spans less than one
 
@@ -169,7 +169,7 @@ def test_an_outside_scripts_own_statements_are_shown():
     ours = Timing("fastcifar", "fastcifar", images_per_second=[100.0, 110.0])
     loops = section(replace(known_results(), baselines=Comparison({}, [ours, script])), "Other training loops")
     assert loops.columns[3:] == ["Top-1 it states, %", "To its target"]
-    assert [cell.text for cell in loops.rows[1][3:]] == ["94.00", "12.0 s"]
+    assert [entry.text for entry in loops.rows[1][3:]] == ["94.00", "12.0 s"]
 
 
 def test_the_ablation_is_paired_and_corrected():
@@ -179,7 +179,7 @@ def test_the_ablation_is_paired_and_corrected():
         for arm, values in tops.items()
         for seed, top1 in enumerate(values)
     ]
-    arms = [Arm(arm, "--mixup-alpha 0", [f"x/{arm}-seed{seed}" for seed in range(3)], "93 %") for arm in tops]
+    arms = [Arm(arm, "--mixup-alpha 0", "93 %", [f"x/{arm}-seed{seed}" for seed in range(3)]) for arm in tops]
     ablation = Ablation("x", "D", "se_resnet18", 4, [0, 1, 2], arms)
     found = section(Results({}, {}, {}, runs=runs, ablations=[ablation]), "Ablation: D").rows
     # differences 0.05, 0.05, 0.052: mean 0.050667, sd 0.0011547, t = 76, p = 0.000173; doubled by Holm
@@ -192,11 +192,11 @@ def test_the_ablation_is_paired_and_corrected():
 
 def test_empty_results_make_a_page_without_empty_sections():
     built = build_report(Results({}, {}, {}))
-    page = render_html(built)
+    page = render(built, "report.html")
     assert "no variant was trained" in page
     assert "<table" not in page
     assert "<svg" not in page
-    assert "##" not in render_markdown(built)
+    assert "##" not in render(built, "report.md")
 
 
 class Tags(HTMLParser):
@@ -235,11 +235,11 @@ def hostile_results():
 
 def test_hostile_names_are_text():
     built = build_report(hostile_results())
-    tags, usual = Tags(render_html(built)), Tags(render_html(build_report(make_results())))
+    tags, usual = Tags(render(built, "report.html")), Tags(render(build_report(make_results()), "report.html"))
     assert set(tags.tags) <= set(usual.tags)
     assert tags.tags.count("script") == 1
     assert all(value.startswith("#") or value == "data:," for _, value in tags.loads)
-    markdown = render_markdown(built)
+    markdown = render(built, "report.md")
     assert "<" not in markdown
     assert "](" not in markdown
     assert escape("se_resnet18, 2.00× [1.98, 2.02]") == "se_resnet18, 2.00× [1.98, 2.02]"
@@ -247,7 +247,7 @@ def test_hostile_names_are_text():
 
 
 def test_tables_of_the_markdown_are_rectangular_and_hold_every_variant():
-    lines = render_markdown(build_report(make_results())).splitlines()
+    lines = render(build_report(make_results()), "report.md").splitlines()
     tables, width = 0, None
     for line in lines:
         width = (line.count("|") if width is None else width) if line.startswith("|") else None

@@ -1,62 +1,48 @@
 """bench/reports.py launches what is left, reads run folders and puts them beside the authors' figures."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bench import reports
+from bench.run import Job
+from fastcifar.command import Command
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
-from fastcifar.recipes import RunOptions, reported
-from fastcifar.run_folder import METRIC_KEYS, RunFolder
+from fastcifar.recipes import reported
+from tests.bench_results import write_run
 from tests.conftest import assert_user_error, run_cli
 
 FACTS = {"hardware": "a CPU", "versions": {"torch": "2.11.0"}, "commit": "abc", "command": "python -m fastcifar.train"}
 
 
-def write_run(path, arch, losses, *, accuracy=0.5, recipe=None, summary=True):
-    """A made-up run folder of `losses`, one an epoch."""
-    folder = RunFolder(path)
-    if not (path / "config.json").exists():
-        folder.create()
-        folder.write_config(arch, arch, recipe or reported(arch).recipe, RunOptions(), FACTS)
-    known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_split": "test"}
-    blank = dict.fromkeys(METRIC_KEYS)
-    folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
-    if summary:
-        folder.write_summary({"train_images": 50_000})
+def begin(path, arch, losses, *, recipe=None, **keywords):
+    """The run folder of an architecture's own recipe, or another."""
+    write_run(path, Command(arch, settings=recipe or reported(arch).recipe), losses, FACTS, **{"accuracy": 0.5, **keywords})
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    """The commands launched instead of training; each writes the epochs it was asked for, with a loss of 1.5."""
-    commands = []
+def trained(monkeypatch):
+    """Training replaced by a folder with the epochs asked for, at a loss of 1.5; the jobs that were asked for."""
+    jobs = []
 
-    def launch(command):
-        commands.append(command)
-        path = Path(command[command.index("--resume" if "--resume" in command else "--out") + 1])
-        write_run(path, path.name.removesuffix("-seed0"), [1.5] * int(command[command.index("--stop-after") + 1]))
-        return 0
+    def train(job, console, title):
+        jobs.append(job)
+        write_run(job.path, job.command, [1.5] * job.stop_after, FACTS)
+        return ""
 
-    monkeypatch.setattr(reports, "launch", launch)
+    monkeypatch.setattr(Job, "train", train)
     monkeypatch.setattr(reports, "draw", lambda comparisons, path: None)
-    return commands
+    return jobs
 
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["bench/reports.py", *map(str, arguments)])
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        reports.main()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    reports.main()
 
 
 # The authors' figures
@@ -107,84 +93,62 @@ def test_a_file_without_curves_is_refused(tmp_path, content):
 # Training
 
 
-def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, launched, tmp_path):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
+def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, trained, tmp_path):
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])  # has its three
+    begin(tmp_path / "resnet42-seed0", "resnet42", [2.0])  # was interrupted after one of two
     archs = ("se_resnet18", "resnet42", "robust_resnet64")
-    run(monkeypatch, "--out", tmp_path, "--data", "there", "--archs", *archs, "--", "--limit-train", 500)  # theirs: not known
-    begin = ["--arch", "robust_resnet64", "--out", str(tmp_path / "robust_resnet64-seed0"), "--seed", "0"]
-    shared = ["--limit-train", "500"]
-    assert [command[3:] for command in launched] == [
-        ["--resume", str(tmp_path / "resnet42-seed0"), "--data", "there", "--stop-after", "2", *shared],
-        [*begin, "--data", "there", "--stop-after", "1", *shared],
-    ]
-    assert all(command[:3] == [sys.executable, "-m", "fastcifar.train"] for command in launched)
-    launched.clear()
     run(monkeypatch, "--out", tmp_path, "--archs", *archs)
-    assert launched == []
+    assert [(job.name, job.stop_after) for job in trained] == [("resnet42-seed0", 2), ("robust_resnet64-seed0", 1)]
+    assert trained[1].flags == ("--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton")
+    trained.clear()
+    run(monkeypatch, "--out", tmp_path, "--archs", *archs)
+    assert trained == []
     run(monkeypatch, "--out", tmp_path, "--archs", *archs, "--epochs", 3)
-    assert [command[command.index("--stop-after") + 1] for command in launched] == ["3", "3"]
+    assert [job.stop_after for job in trained] == [3, 3]
 
 
-def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, launched, tmp_path):
+def test_a_trial_on_few_images_is_not_taken_for_the_run(monkeypatch, trained, tmp_path):
     arguments = ("--out", tmp_path, "--archs", "resnet42")
-    run(monkeypatch, *arguments, "--", "--limit-train", 500)
-    command = f"python -m fastcifar.train {' '.join(launched[0][3:])}"  # as training writes it into its config
-    config = tmp_path / "resnet42-seed0" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"command": command}))
-    run(monkeypatch, *arguments, "--", "--limit-train", 500)
+    for _ in range(2):
+        run(monkeypatch, *arguments, "--", "--limit-train", 500)
     for epochs in (2, 3):  # done, and to be resumed
-        with pytest.raises(InputError, match="began with `-- --limit-train 500`: give the same"):
+        with pytest.raises(InputError, match=r"limit_train: 500 before, 0 given.*give the same"):
             run(monkeypatch, *arguments, "--epochs", epochs)
-    assert len(launched) == 1
-
-
-def test_a_run_killed_in_its_first_epoch_is_resumed(monkeypatch, launched, tmp_path):
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [], summary=False)
-    (tmp_path / "resnet42-seed0" / "metrics.jsonl").unlink()
-    run(monkeypatch, "--out", tmp_path, "--archs", "resnet42")
-    assert "--resume" in launched[0]
+    assert len(trained) == 1
 
 
 def test_a_failed_training_ends_the_command_and_keeps_what_is_done(monkeypatch, tmp_path):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9, 1.8])
     arguments = ("--out", tmp_path, "--archs", "se_resnet18", "resnet42")
-    monkeypatch.setattr(reports, "launch", lambda command: 2)
-    with pytest.raises(SystemExit) as stopped:
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9])
+    monkeypatch.setattr(Job, "train", lambda job, *_: "" if job.command.arch == "se_resnet18" else "ended by SIGKILL")
+    with pytest.raises(InputError, match="resnet42 failed: ended by SIGKILL"):
         run(monkeypatch, *arguments)
-    assert stopped.value.code == 2
     assert (tmp_path / "reports.md").exists()
-    monkeypatch.setattr(reports, "launch", lambda command: -9)
-    with pytest.raises(InputError, match="resnet42 was ended by signal 9"):
-        run(monkeypatch, *arguments)
 
 
-def test_a_training_ends_when_the_command_is_terminated(tmp_path):
-    """A training that outlived it would write into the folder that the next command resumes."""
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    code = (
-        "import sys; from bench import reports; from fastcifar.errors import run_command\n"
-        f"launch = reports.launch; reports.launch = lambda command: launch([sys.executable, '-c', {child!r}])\n"
-        f"sys.argv = ['reports', '--out', {str(tmp_path)!r}, '--archs', 'resnet42']; run_command(reports.main)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("resnet42: python -m fastcifar.train")
-    training = int(process.stdout.readline())
-    process.terminate()
-    assert process.wait(timeout=30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(training, 0)
+def test_what_was_begun_is_resumed_and_all_stop_at_their_epoch(monkeypatch, tmp_path):
+    begin(tmp_path / "resnet42-seed0", "resnet42", [2.0])
+    real, commands = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **keywords: commands.append(command) or real("true", **keywords))
+    monkeypatch.setattr(reports, "draw", lambda comparisons, path: None)
+    with pytest.raises(InputError, match="robust_resnet64 failed: exit code 0, nothing said"):
+        run(monkeypatch, "--out", tmp_path, "--archs", "resnet42", "robust_resnet64", "--", "--cutout", 0)
+    folders = [str(tmp_path / f"{arch}-seed0") for arch in ("resnet42", "robust_resnet64")]
+    begun = ["--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton", "--cutout", "0", "--out", folders[1]]
+    assert [command[1:] for command in commands if "fastcifar.train" in command] == [  # and git, for the commit
+        ["-m", "fastcifar.train", "--resume", folders[0], "--data", "data/beton", "--stop-after", "2"],
+        ["-m", "fastcifar.train", *begun, "--stop-after", "1"],
+    ]
 
 
 # Comparing
 
 
 def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch, tmp_path, capsys):
-    write_run(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9], accuracy=0.405)
+    begin(tmp_path / "se_resnet18-seed0", "se_resnet18", [2.0, 1.9], accuracy=0.405)
     few_epochs = replace(reported("light_resnet18_v2_45").recipe, batch_size=64)
-    write_run(tmp_path / "light_resnet18_v2_45-seed0", "light_resnet18_v2_45", [2.2, 2.1, 2.0], recipe=few_epochs)
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8], accuracy=None, summary=False)
+    begin(tmp_path / "light_resnet18_v2_45-seed0", "light_resnet18_v2_45", [2.2, 2.1, 2.0], recipe=few_epochs)
+    begin(tmp_path / "resnet42-seed0", "resnet42", [1.8], accuracy=None, summary=False)
     run(monkeypatch, "--out", tmp_path, "--only-draw")
 
     text = (tmp_path / "reports.md").read_text()
@@ -210,7 +174,7 @@ def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch,
 def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tmp_path):
     from matplotlib import pyplot
 
-    write_run(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
+    begin(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     run(monkeypatch, "--out", tmp_path, "--only-draw", "--archs", "resnet42")
@@ -229,7 +193,7 @@ def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tm
 
 
 def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):
-    write_run(tmp_path / "resnet42-seed0", "se_resnet18", [1.8])
+    begin(tmp_path / "resnet42-seed0", "se_resnet18", [1.8])
     with pytest.raises(InputError, match=r"resnet42-seed0 is a run of se_resnet18"):
         run(monkeypatch, "--out", tmp_path, "--only-draw")
 
@@ -241,7 +205,7 @@ def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):
         (("--archs", "resnet18"), "has no curve of resnet18"),
         (("--epochs", "-1"), "epochs must be 0 or more"),
         (("--only-draw",), "no finished epoch"),
-        (("--", "--stop_after=3"), "--stop-after cannot follow"),
+        (("--", "--stop_after=3"), "--stop-after is the benchmark's to set"),
     ],
 )
 def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
