@@ -174,6 +174,7 @@ def test_bad_input_is_refused_by_name(change, message):
         augment(batch_size=20, **values)
 
 
+@pytest.mark.slow
 def test_the_compiled_kernel_rounds_every_product():
     """level - 255 mean as one fused multiply-add would be another pixel than NumPy's; the interpreter cannot show it."""
     code = (

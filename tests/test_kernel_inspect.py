@@ -40,6 +40,7 @@ def test_every_kernel_keeps_its_ceilings():
         assert report.per_element > 0
 
 
+@pytest.mark.slow
 def test_the_table_is_readable():
     process = run_cli("-m", "kernels.inspect", "--only", "mish forward", env=COMPILING)
     assert process.returncode == 0, process.stderr
