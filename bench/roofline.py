@@ -19,6 +19,7 @@ tail of PERFORMANCE.md):
 Dropout, stochastic depth and squeeze-excitation behind a BN cost no pass: they ride on one that is made anyway.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,9 +28,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.baselines import synchronise
 from fastcifar.beton import SIDE
 from fastcifar.device import choose_device, computes_bf16, device_name
 from fastcifar.errors import require, run_command
@@ -148,17 +149,25 @@ def measure_rates(device: torch.device, *, seconds: float = 2.0) -> Rates:
     dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
     side = 8192 if cuda else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = _seconds(lambda: left @ right, seconds / 2)
+    product = _seconds(lambda: left @ right, device, seconds / 2)
     source = torch.zeros(2**30 if cuda else 2**27, dtype=torch.uint8, device=device)  # larger than any cache
     target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), seconds / 2)
+    copy = _seconds(lambda: target.copy_(source), device, seconds / 2)
     return Rates(2 * side**3 / product, 2 * source.numel() / copy)
 
 
-def _seconds(call: Callable[[], object], budget: float) -> float:
-    """Least seconds of a call in about `budget` seconds: a ceiling is what the device does undisturbed."""
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())  # waits for a GPU
-    return min(timer.blocked_autorange(min_run_time=budget).times)
+def _seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Least seconds of a call, after a warm-up, of at least five: a ceiling is what the device does undisturbed."""
+    call()
+    taken: list[float] = []
+    ended = time.perf_counter() + budget
+    while len(taken) < 5 or time.perf_counter() < ended:
+        synchronise(device)
+        started = time.perf_counter()
+        call()
+        synchronise(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 @dataclass(frozen=True)
@@ -177,10 +186,12 @@ def main() -> None:
     """Measure what is not stated, print the table."""
     options = tyro.cli(Options, prog="python bench/roofline.py")
     device = choose_device("auto")
-    where, rates = "stated", Rates(options.flops, options.bandwidth)
+    rates = Rates(options.flops, options.bandwidth)
     if not (options.flops and options.bandwidth):
-        where, measured = device_name(device), measure_rates(device)
+        measured = measure_rates(device)
         rates = Rates(options.flops or measured.flops_per_second, options.bandwidth or measured.bytes_per_second)
+    stated = options.flops and options.bandwidth
+    where = "stated" if stated else device_name(device)
     title = f"{where}: {rates.flops_per_second / 1e12:.2f} TFLOP/s, {rates.bytes_per_second / 1e9:.1f} GB/s"
     table = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("arch", no_wrap=True)
