@@ -69,7 +69,7 @@ def draw(folder: RunFolder, data: Path, out: Path) -> None:
         for axis, image, label, answer in zip(
             left.subplots(ROWS, COLUMNS).flat, images.images.cpu(), images.labels.tolist(), probabilities.cpu(), strict=True
         ):
-            axis.imshow(image, interpolation="nearest")
+            axis.imshow(image.numpy(), interpolation="nearest")
             axis.set_axis_off()
             certain, named = float(answer.max()), int(answer.argmax())
             colour = plots.COLOURS[2] if named == label else plots.COLOURS[1]
