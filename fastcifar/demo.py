@@ -18,7 +18,7 @@ from fastcifar.run_folder import RunFolder, load_model
 from fastcifar.train import train
 
 ROWS, COLUMNS = 4, 8  # of test images in the picture
-TRAINING = ("--epochs", "3", "--limit-train", "2400", "--limit-test", "500", "--batch-size", "64", "--no-plots")
+TRAINING = ("--epochs", "3", "--limit-train", "1600", "--limit-test", "500", "--batch-size", "64", "--no-plots")
 PLAIN = ("--mixup-alpha", "0", "--cutout", "0", "--peak-lr", "0.05")  # so short a run is better off without regularisation
 
 
