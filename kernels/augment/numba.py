@@ -271,7 +271,7 @@ def sharpness(x, factor, before):
 
 @njit(**KEPT)
 def posterize(x, bits):
-    step = f32(1 << (8 - np.int64(bits)))
+    step = f32(1 << (8 - int(bits)))
     for channel in range(3):
         plane = x[channel]
         for i in range(AREA):
