@@ -7,12 +7,12 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import torch
-import tyro
 
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.augmentation.mixing import mix
 from fastcifar.dataset import load_resident, normalisation
@@ -42,7 +42,7 @@ class Options:
 
 def main() -> None:
     """Draw and write the sheet."""
-    options = tyro.cli(Options, prog="python -m fastcifar.augmentation")
+    options = parse_arguments(Options, "python -m fastcifar.augmentation")
     architecture(options.arch)
     row = reported(options.arch)
     data, manifest = load_resident(options.data / f"{options.split}.beton", torch.device("cpu"), limit=options.images)
