@@ -35,8 +35,9 @@ def announce(
     how += ["compiled"] if command.run.compile else []
     epochs = f"{recipe.epochs} epochs" if not command.run.stop_after else f"{command.run.stop_after} of {recipe.epochs} epochs"
     console.print(f"{', '.join(how)}; {epochs} of batch {recipe.batch_size}; into {folder.path}")
-    if state.epoch:
-        console.print(f"going on after epoch {state.epoch}")
+    if state.epoch or state.within:
+        step = f", step {state.within.step:,} of the next" if state.within else ""
+        console.print(f"going on after epoch {state.epoch}{step}")
 
 
 def summarise(
@@ -141,6 +142,8 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds_left: float) -> str:
     if record["eval_accuracy"] is not None:
         measured = f"{record['eval_split']} loss {record['eval_loss']:.3f} acc {record['eval_accuracy']:6.2%}"
         parts.append(f"{measured} best {record['best_accuracy']:6.2%}")
+    counts = {"skipped steps": record.get("skipped_steps"), "loss spikes": record.get("loss_spikes")}
+    parts += [f"{count:,} {what}" for what, count in counts.items() if count]
     parts.append(f"{record['images_per_second']:,.0f} img/s")
     parts.append("done" if record["epoch"] == epochs else f"left {clock(seconds_left)}")
     return " | ".join(parts)

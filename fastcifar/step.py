@@ -32,6 +32,7 @@ class StepSettings:
     compile: bool
     kernels: Literal["auto", "triton", "torch"] = "auto"
     clip_gradient_value: float = 0.0  # 0 = off
+    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class EpochTally:
 
     losses: Tensor  # [steps] float32
     hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
+    skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
 
 
 class TrainStep:
@@ -105,8 +107,16 @@ class TrainStep:
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, mixing.blend[step], mixing.box[step])
         lam = mixing.lam[step]
+        statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []
         loss, logits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
+        if self.settings.skip_nonfinite and not self._is_finite(loss):
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # the forward pass has let the values into batch norm's averages
+            self.optimizer.zero_grad(set_to_none=True)
+            tally.losses[step] = torch.nan
+            tally.skipped += 1
+            return
         if self.settings.clip_gradient_value:
             nn.utils.clip_grad_value_(self.model.parameters(), self.settings.clip_gradient_value)
         if self.settings.clip_gradient_norm:
@@ -120,6 +130,10 @@ class TrainStep:
             tally.losses[step] = loss
             predicted = logits.argmax(1)
             tally.hits += lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
+
+    def _is_finite(self, loss: Tensor) -> bool:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return bool(torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all())  # host sync
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor

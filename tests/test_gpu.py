@@ -5,10 +5,11 @@ import torch
 from rich.console import Console
 
 from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order, load_resident
 from fastcifar.recipes import RECIPES
-from fastcifar.run_folder import RunFolder, load_checkpoint
+from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
 from kernels.augment import augment as kernels_augment
 from kernels.augment.reference import augment_numpy
