@@ -33,6 +33,7 @@ REMEDIES = {
     errno.ENOMEM: "the memory is used up: close other programs, or lower --batch-size",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
+LONGEST = 800  # characters of a message
 OUT_OF_MEMORY = "the memory is used up: lower --batch-size or --eval-batch-size, use --stream, or close other programs"
 
 
@@ -114,5 +115,7 @@ def _one_line(error: BaseException) -> str:
         text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
     else:
         text = " ".join(str(error).split())
+    if len(text) > LONGEST:  # an endless path: what is wrong stands at its end
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     # A strange file's own words may stand in it: control characters would steer the terminal.
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

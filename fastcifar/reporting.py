@@ -1,5 +1,6 @@
 """What people see of a run: its first and last lines, the bar, a line an epoch, TensorBoard's curves, and `summary.json`."""
 
+import time
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -168,6 +169,7 @@ class Curves:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._put_before_now()
             self._writer = SummaryWriter(str(self.folder), purge_step=record["epoch"])
         curves = {
             "loss/train": record["train_loss"],
@@ -182,6 +184,14 @@ class Curves:
             if value is not None:
                 self._writer.add_scalar(tag, value, record["epoch"])
         self._writer.flush()
+
+    def _put_before_now(self) -> None:
+        """Rename event files of a clock since set back: TensorBoard reads them in the order of the times in their names."""
+        earlier = sorted(self.folder.glob("events.out.tfevents.*"))
+        for age, file in enumerate(reversed(earlier), start=1):
+            stamp, *rest = file.name.removeprefix("events.out.tfevents.").split(".")
+            if stamp.isdecimal() and int(stamp) > (latest := int(time.time()) - age):
+                file.rename(file.with_name(".".join(["events.out.tfevents", f"{latest:010d}", *rest])))
 
     def close(self) -> None:
         """Close the file."""
