@@ -40,6 +40,7 @@ class Study:
 
 _TEXT_E = "--recipe mish_se_resnet18_text"
 _PLAIN_E = f"{_TEXT_E} --weight-decay 5e-4 --head-dropout 0"
+_NO_JITTER = "--brightness 0 --contrast 0 --saturation 0 --hue 0"
 _NO_MIXUP = "--mixup-alpha 0 --mixup-alpha-end None --mixup-alpha-floor 0"
 
 STUDIES: dict[str, Study] = {
@@ -50,16 +51,8 @@ STUDIES: dict[str, Study] = {
         "Report D: five models",
         (
             Arm("1 everything", "--grayscale 0.1", "best of those with grayscale"),
-            Arm(
-                "2 without mixup and cutout",
-                f"--grayscale 0.1 {_NO_MIXUP} --cutout 0",
-                "loses most",
-            ),
-            Arm(
-                "3 without colour jitter",
-                "--grayscale 0.1 --brightness 0 --contrast 0 --saturation 0 --hue 0",
-                "loses little",
-            ),
+            Arm("2 without mixup and cutout", f"--grayscale 0.1 {_NO_MIXUP} --cutout 0", "loses most"),
+            Arm("3 without colour jitter", f"--grayscale 0.1 {_NO_JITTER}", "loses little"),
             Arm("4 without grayscale", "", "gains: grayscale hurts; 85.574 % Kaggle"),
             Arm("5 without squeeze-excitation", "--grayscale 0.1 --no-squeeze-excitation", "loses little"),
         ),

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bench import stats
@@ -65,7 +65,7 @@ class Row:
         change, shown = self.change.estimate, self.change.excludes(0)
         if not self.chance and ((shown and change < -allowed) or (self.below and change < -LARGE * allowed)):
             return "WORSE"
-        if self.change.low is None:
+        if not self.change.interval:
             return "no interval: not judged"
         if not shown or self.chance:
             return "no change shown"
@@ -106,14 +106,11 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
         new = after.comparisons().get(what)
         if new is None or what == "baselines" or old.settings.get("arch") != new.settings.get("arch"):
             continue
-        found = {timing.name: timing for timing in new.timings}
+        found = {timing.name: timing.images_per_second for timing in new.timings}
         for timing in (timing for timing in old.measured() if timing.name in found):
             timed.add(timing.name)
             name = timing.name if what == "speeds" else f"{what}: {timing.title}"
-            if found[timing.name].images_per_second:
-                yield speed(name, timing.images_per_second, found[timing.name].images_per_second, "rounds")
-            else:
-                yield Row(name, SPEED, significant(geometric_mean(timing.images_per_second)), "failed", None)
+            yield speed(name, timing.images_per_second, found[timing.name], "rounds")
     groups, failed = groups_of(after), {run.name for run in after.runs if run.error}
     for name, runs in groups_of(before).items():
         others = groups.get(name, [])
@@ -141,6 +138,8 @@ def recipe_of(runs: list[Run]) -> set[tuple[int, ...]]:
 
 
 def speed(name: str, before: Sequence[float], after: Sequence[float], unit: str) -> Row:
+    if not after:
+        return Row(name, SPEED, significant(geometric_mean(before)), "failed", None)
     change = stats.ratio_apart(after, before).through(lambda ratio: ratio - 1)
     old, new = (significant(geometric_mean(side)) for side in (before, after))
     repetitions = f"{len(before)}, {len(after)} {unit}"
@@ -172,7 +171,7 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
     if names[0] != names[1]:
         yield f"data differ: {names[0]} in A, {names[1]} in B"
     groups_a, groups_b = groups_of(before), groups_of(after)
-    for name in groups_a.keys() & groups_b.keys():
+    for name in sorted(groups_a.keys() & groups_b.keys()):
         seeds = [", ".join(str(run.seed) for run in groups[name]) for groups in (groups_a, groups_b)]
         if seeds[0] != seeds[1]:
             yield f"{name}: finished seeds differ: {seeds[0]} in A, {seeds[1]} in B"
@@ -191,9 +190,10 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
 
 def table(rows: list[Row], options: Options) -> Table:
     """All rows for people; as Text, in which nothing is markup."""
-    shown = Table(box=None, pad_edge=False)
-    for title in ("what", "", "A", "B", "change", "95 % interval", "n", "verdict"):
-        shown.add_column(title, justify="right" if title in ("A", "B", "change") else "left", overflow="fold")
+    titles = ("what", "", "A", "B", "change", "95 % interval", "n", "verdict")
+    right = ("A", "B", "change")
+    columns = (Column(each, justify="right" if each in right else "left", overflow="fold") for each in titles)
+    shown = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         verdict, change, interval = row.verdict(options), "", ""
         if row.change is not None:

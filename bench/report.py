@@ -487,11 +487,9 @@ def variant_notes(rows: list[Row], results: Results, target: float | None) -> li
 
 def optimizations(comparison: Comparison | None) -> Section | None:
     """Each optimization against those before it that worked, and against none."""
-    measured = comparison.measured() if comparison else []
-    if comparison is None or not measured:
+    if not (comparison and comparison.measured()):
         return None
-
-    timings = comparison.timings
+    timings, measured = comparison.timings, comparison.measured()
 
     def before(timing: Timing) -> Timing:
         return next((other for other in reversed(timings[: timings.index(timing)]) if other in measured), timing)
@@ -509,10 +507,9 @@ def optimizations(comparison: Comparison | None) -> Section | None:
 
 def baselines(comparison: Comparison | None) -> Section | None:
     """Our training loop, the first, against others for the same model."""
-    measured = comparison.measured() if comparison else []
-    if comparison is None or not measured:
+    if not (comparison and comparison.measured()):
         return None
-    ours = comparison.timings[0]
+    ours, measured = comparison.timings[0], comparison.measured()
     columns: dict[str, Callable[[Timing], Entry]] = {
         "Training loop": lambda timing: Entry(timing.title, timing.note),
         "Images/s": rate_entry,

@@ -13,7 +13,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 # Neighbouring rounds share what the machine was doing, so rounds are averaged in at most so many blocks, which share little.
-# In simulations t over blocks covers 95 % of independent rounds (from 2 on) and 92 to 95 % of 20 to 40 rounds with an
+# In simulations t over blocks covers 95 % of independent rounds (from 2 on) and 91 to 95 % of 20 to 40 rounds with an
 # autocorrelation of 0.3 to 0.5, where t over single rounds covers 74 to 87 %.
 BLOCKS = 5
 EQUAL = 1e-9  # a spread this small against the values is rounding of equal ones: nothing can be estimated from it
