@@ -111,8 +111,8 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
             timed.add(timing.name)
             name = timing.name if what == "speeds" else f"{what}: {timing.title}"
             yield speed(name, timing.images_per_second, found[timing.name], "rounds")
-    groups, failed = groups_of(after), {run.name for run in after.runs if run.error}
-    for name, runs in groups_of(before).items():
+    groups, failed = after.groups(), {run.name for run in after.runs if run.error}
+    for name, runs in before.groups().items():
         others = groups.get(name, [])
         if others and name not in timed and "/" not in name:
             rates, other_rates = ([rate for run in side for rate in run.rates] for side in (runs, others))
@@ -122,14 +122,6 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
         for run in runs:
             if run.name in failed:
                 yield Row(run.name, ACCURACY, f"{run.top1:.2%}", "failed", None)
-
-
-def groups_of(results: Results) -> dict[str, list[Run]]:
-    """Finished trainings that differ in their seed alone: by architecture, an ablation's by STUDY/ARM."""
-    groups: dict[str, list[Run]] = {}
-    for run in (run for run in results.runs if not run.error):
-        groups.setdefault(run.name.rpartition("-seed")[0], []).append(run)
-    return groups
 
 
 def recipe_of(runs: list[Run]) -> set[tuple[int, ...]]:
@@ -170,7 +162,7 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
     names = [(side.data.get("name"), side.data.get("sha256")) for side in (before, after)]
     if names[0] != names[1]:
         yield f"data differ: {names[0]} in A, {names[1]} in B"
-    groups_a, groups_b = groups_of(before), groups_of(after)
+    groups_a, groups_b = before.groups(), after.groups()
     for name in sorted(groups_a.keys() & groups_b.keys()):
         seeds = [", ".join(str(run.seed) for run in groups[name]) for groups in (groups_a, groups_b)]
         if seeds[0] != seeds[1]:

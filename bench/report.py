@@ -161,7 +161,8 @@ def hardware(results: Results) -> str:
 def variant_rows(results: Results) -> list[Row]:
     """Every architecture that was timed or trained, in the order of the variants: no ranking."""
     timed = {timing.name: timing.images_per_second for timing in results.speeds.measured()} if results.speeds else {}
-    trained, costs = results.of_variants(), {variant.arch: variant for variant in results.variants}
+    trained = {arch: runs for arch, runs in results.groups().items() if "/" not in runs[0].name}
+    costs = {variant.arch: variant for variant in results.variants}
     rows = []
     for arch in dict.fromkeys([*costs, *timed, *trained]):
         runs = trained.get(arch, [])

@@ -140,9 +140,9 @@ class Ablation:
     name: str
     title: str
     arch: str
-    epochs: int
-    seeds: list[int]
-    arms: list[Arm]
+    epochs: int = 0
+    seeds: list[int] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,11 @@ class Results:
     ablations: list[Ablation] = field(default_factory=list)
     schema: int = VERSION
 
-    def of_variants(self) -> dict[str, list[Run]]:
-        """Finished trainings of each architecture's own recipe, ablations' left out."""
+    def groups(self) -> dict[str, list[Run]]:
+        """Finished trainings that differ in their seed alone: by architecture, an ablation's by STUDY/ARM."""
         groups: dict[str, list[Run]] = {}
-        for run in self.runs:
-            if not run.error and "/" not in run.name:
-                groups.setdefault(run.arch, []).append(run)
+        for run in (run for run in self.runs if not run.error):
+            groups.setdefault(run.name.rpartition("-seed")[0] if "/" in run.name else run.arch, []).append(run)
         return groups
 
     def comparisons(self) -> dict[str, Comparison]:

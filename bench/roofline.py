@@ -131,7 +131,12 @@ def measure_rates(device: torch.device, *, seconds: float = 2.0) -> Rates:
 
     def fastest(call: Callable[[], object]) -> float:
         """Seconds of the fastest of at least five calls: a ceiling is what the device does undisturbed."""
-        clock = wall_clock(lambda: (call(), synchronise(device)))
+
+        def finished() -> None:
+            call()
+            synchronise(device)
+
+        clock = wall_clock(finished)
         clock()  # warms up
         ended, taken = time.perf_counter() + seconds / 2, [clock() for _ in range(5)]
         while time.perf_counter() < ended:

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import bench
 from bench import ablate, run
-from bench.ablate import STUDIES, Study, chosen_study, parse_arm
-from bench.results import Arm, Timing, environment, read_results, read_run
+from bench.ablate import STUDIES, chosen_study, parse_arm
+from bench.results import Ablation, Arm, Timing, environment, read_results, read_run
 from bench.roofline import Rates
 from bench.run import QUICK, Common, Job, Options, current_names, measure, open_bench
 from fastcifar.command import parse_command
@@ -301,11 +301,11 @@ def test_an_arm_is_a_name_and_flags(text, name, flags):
 def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
     for name, study in STUDIES.items():
         options = ablate.Options(study=name, data=betons, device="cpu")
-        commands = [ablate.training_of(options, betons, name, study, arm, CPU)[0].command for arm in study.arms]
+        commands = [ablate.trainings_of(options, betons, study, arm, CPU)[0].command for arm in study.arms]
         assert len({(command.arch, str(command.settings)) for command in commands}) == len(commands)
         assert all(command.settings.epochs == options.epochs for command in commands)
     arm = Arm("other recipe", "--recipe light_resnet18 --arch se_resnet18")
-    command = ablate.training_of(options, betons, "x", study, arm, CPU)[0].command
+    command = ablate.trainings_of(options, betons, study, arm, CPU)[0].command
     assert (command.arch, command.recipe_name) == ("se_resnet18", "light_resnet18")
 
 
@@ -324,16 +324,17 @@ def test_a_study_or_arms_are_needed_and_arms_have_names_of_their_own(given, mess
 
 def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained, loops):
     measure(small, small.out, QUIET)
-    study = Study("se_resnet18", "two arms", (Arm("full"), Arm("no se", "--no-squeeze-excitation", "worse")))
+    arms = [Arm("full"), Arm("no se", "--no-squeeze-excitation", "worse")]
+    study = Ablation("two", "two arms", "se_resnet18", arms=arms)
     options = ablate.Options(
         arms=("x:",), data=small.data, epochs=2, seeds=(0, 1), limit_train=64, limit_test=20, batch_size=16, device="cpu"
     )
     trained.names.clear()
     trained.interrupt_at = 3
     with pytest.raises(KeyboardInterrupt):
-        ablate.ablate(options, "two", study, small.out, QUIET)
+        ablate.ablate(options, study, small.out, QUIET)
     trained.interrupt_at = None
-    assert ablate.ablate(options, "two", study, small.out, QUIET) == []
+    assert ablate.ablate(options, study, small.out, QUIET) == []
     names = [f"two/{arm}-seed{seed}" for arm in ("full", "no_se") for seed in (0, 1)]
     assert trained.names == [*names[:3], *names[2:]]
     results = read_results(small.out)[1]
@@ -343,9 +344,9 @@ def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained,
     assert (ablation.title, ablation.seeds) == ("two arms", [0, 1])
     assert (ablation.arms[1].runs, ablation.arms[1].claim) == (names[2:], "worse")
     assert "two arms" in (small.out / "report.md").read_text()
-    changed = replace(study, arms=(study.arms[0], Arm("no se", "--cutout 0")))
+    changed = replace(study, arms=[arms[0], Arm("no se", "--cutout 0")])
     with pytest.raises(InputError, match="squeeze_excitation: False before, True given"):
-        ablate.ablate(options, "two", changed, small.out, QUIET)
+        ablate.ablate(options, changed, small.out, QUIET)
 
 
 def test_a_broken_run_folder_is_left_out_with_a_line(small, trained, loops):
