@@ -199,7 +199,7 @@ def table(rows: list[Row], options: Options) -> Table:
 
 def plain(text: str) -> str:
     """The text of a strange file without what would steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else "?" for c in text)
 
 
 if __name__ == "__main__":

@@ -495,49 +495,46 @@ def optimizations(comparison: Comparison | None) -> Section | None:
     def before(timing: Timing) -> Timing:
         return next((other for other in reversed(timings[: timings.index(timing)]) if other in measured), timing)
 
+    text = f"Training of {comparison.settings.get('arch')}: each row adds one optimization to all those above it."
     columns: dict[str, Callable[[Timing], Entry]] = {
-        "Optimization": lambda timing: Entry(timing.title, timing.note),
-        "Images/s": rate_entry,
         "Against the row above": lambda timing: gain(timing, before(timing)),
         "Against the first": lambda timing: gain(timing, measured[0]),
     }
-    text = f"Training of {comparison.settings.get('arch')}: each row adds one optimization to all those above it."
-    charts = [rate_bars("optimizations", measured)]
-    return table("Optimizations", timings, columns, [turns_note(measured)], text=text, charts=charts)
+    return timings_table("Optimizations", "Optimization", comparison, columns, text=text)
 
 
 def baselines(comparison: Comparison | None) -> Section | None:
     """Our training loop, the first, against others for the same model."""
     if not (comparison and comparison.measured()):
         return None
-    ours, measured = comparison.timings[0], comparison.measured()
+    ours, scripts = comparison.timings[0], [timing.title for timing in comparison.timings if not timing.in_turns]
     columns: dict[str, Callable[[Timing], Entry]] = {
-        "Training loop": lambda timing: Entry(timing.title, timing.note),
-        "Images/s": rate_entry,
         f"{ours.title} against it": lambda timing: gain(ours, timing),
         "Top-1 it states, %": lambda timing: Entry(NONE if timing.top1 is None else f"{100 * timing.top1:.2f}"),
         "To its target": lambda timing: spread([timing.seconds_to_accuracy], seconds),
     }
-    scripts = [timing.title for timing in comparison.timings if not timing.in_turns]
-    notes = [
-        turns_note([timing for timing in measured if timing.in_turns]),
+    note = (
         f"Not timed in turns: {', '.join(scripts)}. Outside scripts ran in processes of their own at another time, when "
         "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
-        if scripts
-        else "",
-    ]
-    text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
-    charts = [rate_bars("baselines", measured)]
-    return table("Other training loops", comparison.timings, columns, notes, text=text, charts=charts)
-
-
-def turns_note(timings: list[Timing]) -> str:
-    rounds = len(timings[0].images_per_second) if timings else 0
-    return (
-        f"Timed in turns in one process, {count(rounds, 'round')} in an order drawn anew. Rates, and ratios within a round, "
-        "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
-        "or slower where its interval excludes 1."
     )
+    text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
+    return timings_table("Other training loops", "Training loop", comparison, columns, note if scripts else "", text=text)
+
+
+def timings_table(
+    title: str, what: str, comparison: Comparison, columns: dict[str, Callable[[Timing], Entry]], note: str = "", *, text: str
+) -> Section:
+    """Loops with their rates, as bars too, and the columns given."""
+    measured = comparison.measured()
+    rounds = count([len(timing.images_per_second) for timing in measured if timing.in_turns], "round")
+    shared = {what: lambda timing: Entry(timing.title, timing.note), "Images/s": rate_entry}
+    notes = [
+        f"Timed in turns in one process, {rounds} in an order drawn anew. Rates, and ratios within a round, "
+        "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
+        "or slower where its interval excludes 1.",
+        note,
+    ]
+    return table(title, comparison.timings, shared | columns, notes, text=text, charts=[rate_bars(title.lower(), measured)])
 
 
 def rate_entry(timing: Timing) -> Entry:

@@ -120,6 +120,7 @@ def test_the_command_ends_with_its_verdict(tmp_path, capsys, call, refused):
     assert "warning: hardware differ: AMD EPYC (Zen 4, family 25 model 17), 2 threads in A, [bold]other[/]" in said
     assert "versions differ: {'torch': '2.11.0'} in A, {'torch': '2.12.0'} in B" in said
     assert "\x1b" not in said
+    assert ",?" not in said  # the no-break space of an interval
     assert "better" in call(main, b, a, "--threshold", "2")
     assert "none is missing" in refused(main, a, tmp_path / "none")
     assert "nothing of " in refused(main, a, empty)
