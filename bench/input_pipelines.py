@@ -135,9 +135,9 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
 def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
     """What training does before the network: drawing an epoch's parameters, then `TrainStep.prepare` for every batch."""
     run = RunOptions(data=task.folder, max_parameters=0, kernels=kernels, compile=False)
-    data = task.part
-    step = build_step(build_state(task.arch, task.recipe, run, data, task.device), task.recipe, run, data)
     train, epochs = task.resident, itertools.count()
+    data = replace(task.data, train=train)
+    step = build_step(build_state(task.arch, task.recipe, run, data, task.device), task.recipe, run, data)
 
     def call() -> None:
         epoch = next(epochs)
