@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
-from bench.baselines import compile_tuned, one_line, take_turns
-from bench.input_pipelines import CPU, PIPELINES, keyed_settings, load
+from bench.baselines import compile_tuned, load_all, one_line, take_turns
+from bench.input_pipelines import CPU, PIPELINES, keyed_settings
 from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
@@ -45,7 +45,7 @@ from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
 from kernels.augment import augment
 from kernels.augment.operations import SIDE
-from kernels.augment.reference import Flip, augment_numpy, augment_torch
+from kernels.augment.reference import augment_numpy, augment_torch
 from kernels.backends import DTYPE_NAMES, MEASURED
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
@@ -126,13 +126,8 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, s
         return [conv_out, added, vector(channels), vector(channels), *statistics, *excitation]
 
     def form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*tensors: Tensor | None) -> Tensor:
-            return function(
-                *tensors[:6], training=True, momentum=0.1, eps=1e-5,
-                se=tensors[6:] if se else None, se_activation=activation, activation=activation,
-            )  # fmt: skip
-
-        return call
+        given = {"training": True, "momentum": 0.1, "eps": 1e-5, "se_activation": activation, "activation": activation}
+        return lambda *tensors: function(*tensors[:6], se=tensors[6:] if se else None, **given)
 
     return KernelRow(
         variant(shortcut or None, se or None, activation), maps(uses), inputs,
@@ -143,8 +138,7 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, s
     )  # fmt: skip
 
 
-AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8}
-FLIP: Flip = "random"
+AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8, "flip": "random"}
 IMAGES = 50_000  # of the resident set, as CIFAR-10's
 
 
@@ -171,7 +165,7 @@ def augment_inputs(shape: Shape, batch: int, dtype: torch.dtype, generator: torc
 def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
     return augment(
-        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index, flip=FLIP,
+        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index,
         dtype=like.dtype, backend="triton", **AUGMENTATION,
     )  # fmt: skip
 
@@ -179,18 +173,14 @@ def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
 def augment_eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
     positions = permutation[cursor + torch.arange(len(like), device=images.device)]
-    return augment_torch(
-        images, labels, index, positions, epoch, seed, mean=mean, std=std, flip=FLIP, dtype=like.dtype, **AUGMENTATION
-    )
+    return augment_torch(images, labels, index, positions, epoch, seed, mean=mean, std=std, dtype=like.dtype, **AUGMENTATION)
 
 
 def augment_exact(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     """NumPy's pixels, on the inputs' device."""
     images, labels, index, permutation, cursor, epoch, seed, mean, std = (t.cpu().numpy() for t in tensors[:-1])
     positions, like = permutation[cursor : cursor + len(tensors[-1])], tensors[-1]
-    x, own_labels = augment_numpy(
-        images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, flip=FLIP, **AUGMENTATION
-    )
+    x, own_labels = augment_numpy(images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, **AUGMENTATION)
     return torch.from_numpy(x).to(like), torch.from_numpy(own_labels).to(like.device)
 
 
@@ -406,14 +396,8 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Every field, and the figures made of them."""
         spread = {name: [float(value) for value in np.percentile(times, [10, 50, 90])] for name, times in self.seconds.items()}
-        made = {
-            "p10_p50_p90": spread,
-            "best_baseline": self.best_baseline,
-            "speedup": None if self.speedup is None else vars(self.speedup),
-            "won": self.won,
-            "share_of_copy": self.share_of_copy,
-        }
-        return vars(self) | made
+        made = {name: getattr(self, name) for name in ("best_baseline", "won", "share_of_copy")}
+        return vars(self) | {"p10_p50_p90": spread, "speedup": self.speedup and vars(self.speedup)} | made
 
 
 def measure(
@@ -561,11 +545,10 @@ def latency_table(measurements: list[Measurement]) -> Table:
     caption = (
         "one call, median of rounds (10-90 %); ratio: best baseline's time over ours, 95 % interval; green: beats every form"
     )
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
-    for heading in ("kernel", "map", "direction", "cache"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ours us", "best baseline", "its us", "ratio", "of copy", "launches", "peak MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    left, right = ("kernel", "map", "direction", "cache"), ("ours us", "best baseline", "its us", "ratio", "of copy")
+    columns = [Column(heading, no_wrap=True) for heading in left]
+    columns += [Column(heading, justify="right", no_wrap=True) for heading in (*right, "launches", "peak MB")]
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
 
     def microseconds(seconds: list[float]) -> str:
         low, middle, high = np.percentile(seconds, [10, 50, 90]) * 1e6
@@ -598,7 +581,7 @@ def record(path: Path, device_name: str, measurements: Iterable[Measurement]) ->
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
     """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
-    data = load(options.data, CPU)
+    data = load_all(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
     return {name: pipeline(name, data, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
@@ -609,17 +592,13 @@ def check_pixels(recipe: Augmentation, data: Splits) -> None:
     positions, mean, std = torch.arange(min(CHECKED, len(data.train))), data.mean, data.std
     train = data.train.subset(positions)
     assert isinstance(train, ResidentSet)
-    settings = keyed_settings(recipe)
-    images, labels, index = (tensor.numpy() for tensor in (train.images, train.labels, train.index))
-    batch, loop = None, None
+    settings, batch, loop = keyed_settings(recipe) | {"mean": mean, "std": std}, None, None
+    arrays = train.images.numpy(), train.labels.numpy(), train.index.numpy(), positions.numpy()
     for epoch in range(2):  # the second overwrites the first
-        expected, _ = augment_numpy(
-            images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), **settings
-        )
+        expected, _ = augment_numpy(*arrays, epoch, 0, **settings | {"mean": mean.numpy(), "std": std.numpy()})
         batch = augment(
-            train.images, train.labels, positions, 0, epoch, 0, batch_size=len(train), index=train.index, mean=mean, std=std,
-            out=batch, **settings,
-        )  # fmt: skip
+            train.images, train.labels, positions, 0, epoch, 0, batch_size=len(train), index=train.index, out=batch, **settings
+        )
         drawn = augmentation.draw(recipe, train.index, 0, epoch)
         plain = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "torch")
         loop = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "numba", loop)

@@ -3,14 +3,12 @@
 import json
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant
 from fastcifar.command import Command
-from fastcifar.errors import run_command
 from fastcifar.run_folder import METRIC_KEYS, RunFolder
 
 # arch: report, parameters, flops (forward and backward), images per second, accuracy it ends at, claim
@@ -135,14 +133,3 @@ def write_run(
             "compile_seconds": 1.5, "peak_memory_bytes": 10**9, "energy_joules": None, "train_images": 50_000,
             "data_sha256": [json.loads(path.read_text())["sha256"] for path in manifests if path.exists()],
         })  # fmt: skip
-
-
-def run_main(main: Any, monkeypatch: Any, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process, which saves it the imports; return exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    code = 0
-    try:
-        run_command(main)
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    return code, *capsys.readouterr()

@@ -130,10 +130,10 @@ def test_policy_operations_equal_torchvisions_own_dispatch(planes, name, sign):
     table = policies.magnitude_table(policies.WIDE, 31)[policies.NUMBER[name]]
     magnitude = table[torch.arange(N) % 31] * (sign if policies.NUMBER[name] in policies.SIGNED else 1)
     ours = policies.apply_operation(planes.float(), torch.full((N,), policies.NUMBER[name]), magnitude)
-    peer = T.RandAugment()
+    baseline = T.RandAugment()
 
     def theirs(x, i):
-        return peer._apply_image_or_video_transform(
+        return baseline._apply_image_or_video_transform(
             x, name, float(magnitude[i]), T.InterpolationMode.NEAREST, {torch.Tensor: None}
         )
 
@@ -326,11 +326,11 @@ def test_policies_draw_what_torchvision_documents():
 
 @pytest.mark.parametrize(("name", "torchvisions"), [("auto_augment", "CIFAR10"), ("auto_augment_imagenet", "IMAGENET")])
 def test_auto_augment_has_torchvisions_policies_and_probabilities(name, torchvisions):
-    peer = T.AutoAugment(T.AutoAugmentPolicy[torchvisions])
-    theirs = [tuple((operation, chance, size or 0) for operation, chance, size in pair) for pair in peer._policies]
+    baseline = T.AutoAugment(T.AutoAugmentPolicy[torchvisions])
+    theirs = [tuple((operation, chance, size or 0) for operation, chance, size in pair) for pair in baseline._policies]
     assert theirs == list(policies.AUTO_AUGMENT[name])
     table = policies.magnitude_table(policies.USUAL, 10)
-    for operation, (magnitudes, signed) in peer._AUGMENTATION_SPACE.items():
+    for operation, (magnitudes, signed) in baseline._AUGMENTATION_SPACE.items():
         expected = magnitudes(10, 32, 32)
         expected = torch.zeros(10) if expected is None else expected.float()
         torch.testing.assert_close(table[policies.NUMBER[operation]], expected)
@@ -350,9 +350,9 @@ def test_random_erasing_follows_torchvision(areas):
     assert (left >= 0).all()
     assert (bottom <= 32).all()
     assert (right <= 32).all()
-    peer = T.RandomErasing(p=1.0, value=0, scale=areas)
+    baseline = T.RandomErasing(p=1.0, value=0, scale=areas)
     torch.manual_seed(0)
-    theirs = [peer.make_params([torch.zeros(3, 32, 32)]) for _ in range(2000)]
+    theirs = [baseline.make_params([torch.zeros(3, 32, 32)]) for _ in range(2000)]
     for ours, key in ((bottom - top, "h"), (right - left, "w"), (top, "i"), (left, "j")):
         a, b = np.sort(ours.numpy()), np.sort([p[key] for p in theirs])
         gap = np.abs(np.searchsorted(a, range(33), "right") / len(a) - np.searchsorted(b, range(33), "right") / len(b)).max()
@@ -376,8 +376,8 @@ def test_erasing_puts_in_the_mean_colour_black_or_torchvisions_noise(images):
     assert torch.equal(x[inside], normalise(torch.zeros_like(images), MEAN, STD)[inside])
     x, inside = found["noise"]
     torch.manual_seed(0)
-    peer = T.RandomErasing(p=1.0, value="random")
-    erased = torch.cat([peer(torch.full((3, 32, 32), math.nan)) for _ in range(60)])
+    baseline = T.RandomErasing(p=1.0, value="random")
+    erased = torch.cat([baseline(torch.full((3, 32, 32), math.nan)) for _ in range(60)])
     theirs = erased[erased.isfinite()]
     a, b = x[inside].sort().values, theirs.sort().values
     assert min(len(a), len(b)) > 20_000

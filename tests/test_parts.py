@@ -62,38 +62,38 @@ def test_optimizers_are_what_they_say():
     assert [p.ndim for p in nesterov.param_groups[0]["params"]] == [2]
     assert [p.ndim for p in nesterov.param_groups[1]["params"]] == [1, 1, 1]
     assert [g["weight_decay"] for g in nesterov.param_groups] == [0.1, 0.0]
-    for kind, peer in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+    for kind, baseline in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         built = build_optimizer(model, kind, momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
-        assert type(built) is peer
+        assert type(built) is baseline
         assert built.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam", "adamw"])
 def test_optimizers_take_pytorchs_steps_with_moving_rate_and_momentum(kind):
-    """Coupled decay for Adam, a first beta that changes from step to step: PyTorch's unfused optimizers as peers."""
+    """Coupled decay for Adam, a first beta that changes from step to step: PyTorch's unfused optimizers as baselines."""
     torch.manual_seed(0)
     start = torch.randn(20)
     theirs = start.clone().requires_grad_()
     model = nn.Module()
     model.weight = nn.Parameter(start)
     built = build_optimizer(model, kind, momentum=0.95, weight_decay=0.1, decay_norm_and_bias=True)
-    peers = {
+    baselines = {
         "sgd": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, foreach=False),
         "nesterov": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, nesterov=True, foreach=False),
         "adam": lambda: torch.optim.Adam([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
         "adamw": lambda: torch.optim.AdamW([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
     }
-    peer = peers[kind]()
+    baseline = baselines[kind]()
     for step in range(6):
         rate, momentum = 0.1 / (step + 1), 0.95 - 0.02 * step
         model.weight.grad = torch.sin(model.weight.detach() * 3)
         theirs.grad = torch.sin(theirs.detach() * 3)
         set_step(built, rate, momentum)
         built.step()
-        for group in peer.param_groups:
+        for group in baseline.param_groups:
             group["lr"] = rate
             group |= {"momentum": momentum} if "momentum" in group else {"betas": (momentum, 0.999)}
-        peer.step()
+        baseline.step()
     torch.testing.assert_close(model.weight.detach(), theirs.detach())
 
 
