@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.results import Ablation, Arm
 from bench.run import Common, Job, current_names, finish, new_console, open_bench, resumable, training
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
 
@@ -82,7 +82,7 @@ class Options(Common):
 
 def main() -> None:
     """Parse, plan, train, compare."""
-    options = tyro.cli(Options, prog=PROGRAM, args=current_names(sys.argv[1:]))
+    options = parse_arguments(Options, PROGRAM, current_names(sys.argv[1:]))
     study, out = chosen_study(options), options.out or Path("runs") / "ablate"
     with resumable(out):
         finish(out, ablate(options, study, out, new_console()))

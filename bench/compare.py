@@ -22,6 +22,7 @@ from bench import stats
 from bench.report import between, points, significant
 from bench.results import Results, Run, read_results
 from bench.stats import Estimate
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
 
 SPEED, ACCURACY = "images/s", "top-1"
@@ -77,7 +78,7 @@ class Row:
 
 def main() -> None:
     """Read both, print warnings and the table, end with exit code 1 when something got worse."""
-    options = tyro.cli(Options, prog="python bench/compare.py")
+    options = parse_arguments(Options, "python bench/compare.py")
     (before_path, before), (after_path, after) = read_results(options.a), read_results(options.b)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for line in warnings(before, after):

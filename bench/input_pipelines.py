@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from torchvision.transforms import v2
 
@@ -30,6 +29,7 @@ from bench import baselines
 from bench.baselines import WORKERS, Call, Loop, Task, own_threads
 from bench.results import Timing
 from bench.stats import ratio
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import Splits, epoch_order
 from fastcifar.device import choose_device, set_up_process
@@ -273,7 +273,7 @@ def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    options = tyro.cli(Options, prog=f"python bench/{Path(sys.argv[0]).name}")
+    options = parse_arguments(Options, f"python bench/{Path(sys.argv[0]).name}")
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=True)

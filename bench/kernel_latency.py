@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
 from fastcifar import augmentation
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
 from fastcifar.device import choose_device, set_up_process
@@ -505,7 +505,7 @@ class Options:
 
 def main() -> None:
     """Measure, print, write."""
-    options = tyro.cli(Options, prog="python bench/kernel_latency.py")
+    options = parse_arguments(Options, "python bench/kernel_latency.py")
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=False)

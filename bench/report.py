@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from bench import stats
 from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results
 from bench.stats import Estimate
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import run_command
 from fastcifar.files import write_bytes
 from fastcifar.plots import COLOURS, STYLE
@@ -93,11 +94,16 @@ class Row:
         return self.speed.estimate / ceiling if ceiling else None
 
 
+@dataclass(frozen=True)
+class Options:
+    """Write report.html and report.md beside a results.json."""
+
+    results: tyro.conf.Positional[Path]  # results.json, or the folder it is in
+
+
 def main() -> None:
     """Read, write, name what was written."""
-    given = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="results", help="results.json, or the folder it is in")]
-    about = "Write report.html and report.md beside a results.json."
-    file, results = read_results(tyro.cli(given, prog="python bench/report.py", description=about))
+    file, results = read_results(parse_arguments(Options, "python bench/report.py").results)
     for path in write_reports(file.parent, results):
         print(path)
 

@@ -18,11 +18,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from bench.run import OWN_FLAGS, Job, new_console, require_free, resumable
 from fastcifar import files
+from fastcifar.arguments import parse_arguments
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
@@ -91,7 +91,7 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags = sys.argv[split + 1 :]
     require_free(flags, *OWN_FLAGS, "--arch")
-    options = tyro.cli(Options, prog=PROGRAM, args=sys.argv[1:split])
+    options = parse_arguments(Options, PROGRAM, sys.argv[1:split])
     curves, console = read_curves(options.curves), new_console()
     for arch in options.archs:
         if arch not in curves:

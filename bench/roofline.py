@@ -26,12 +26,12 @@ from functools import cache
 from math import prod
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
 from bench.baselines import synchronise, wall_clock
+from fastcifar.arguments import parse_arguments
 from fastcifar.device import choose_device, computes_bf16, device_name
 from fastcifar.errors import require, run_command
 from fastcifar.models import ARCHITECTURES, build_model
@@ -161,7 +161,7 @@ class Options:
 
 def main() -> None:
     """Measure what is not stated, print the table."""
-    options = tyro.cli(Options, prog="python bench/roofline.py")
+    options = parse_arguments(Options, "python bench/roofline.py")
     device = choose_device("auto")
     rates, where = Rates(options.flops, options.bandwidth), "stated"
     if not (options.flops and options.bandwidth):

@@ -35,6 +35,7 @@ from rich.text import Text
 from bench.results import FAILED, Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
+from fastcifar.arguments import parse_arguments
 from fastcifar.command import Command, differences, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
@@ -348,7 +349,7 @@ def require_free(flags: Sequence[str], *own: str) -> None:
 def main() -> None:
     """Parse, plan, measure."""
     default = QUICK if "--quick" in sys.argv[1:] else Options()
-    options = tyro.cli(Options, prog=PROGRAM, default=default, args=current_names(sys.argv[1:]))
+    options = parse_arguments(Options, PROGRAM, current_names(sys.argv[1:]), default=default, repeatable="--baseline")
     out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
     with resumable(out):
         finish(out, measure(options, out, new_console()))

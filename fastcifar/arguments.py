@@ -37,17 +37,16 @@ PLAINER = (
 
 
 def parse_arguments(
-    kind: type[Options], program: str, arguments: Sequence[str] | None = None, *, default: Any = None, description: str = ""
+    kind: type[Options], program: str, arguments: Sequence[str] | None = None, *, default: Any = None, repeatable: str = ""
 ) -> Options:
     """Return `kind` filled from `arguments` (default: this process's); `--help` prints and exits as usual.
 
-    default: an instance to start from. Raises InputError for options that are unknown, repeated, empty, out of range or not of
-    their type.
+    default: an instance to start from. repeatable: the option that may be given more than once. Raises InputError for options
+    that are unknown, repeated, empty, out of range or not of their type.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _require_plain(given)
+    _require_plain(given, repeatable)
     extra: dict[str, Any] = {"default": default} if default is not None else {}
-    extra |= {"description": description} if description else {}
     if {"-h", "--help"} & set(given):
         return tyro.cli(kind, prog=program, args=given, **extra)
     complaint, columns = io.StringIO(), os.environ.get("COLUMNS")
@@ -68,7 +67,7 @@ def parse_arguments(
     return options
 
 
-def _require_plain(arguments: list[str]) -> None:
+def _require_plain(arguments: list[str], repeatable: str) -> None:
     """Refuse what tyro would take without a word: an option given twice, an empty value, a name that is not UTF-8."""
     seen: set[str] = set()
     for argument in arguments:
@@ -80,7 +79,7 @@ def _require_plain(arguments: list[str]) -> None:
         if not name.startswith("--"):
             continue
         option = name.replace("_", "-").replace("--no-", "--", 1)
-        if option in seen:
+        if option in seen and option != repeatable:
             raise InputError(f"{option} is given more than once: keep one of them")
         seen.add(option)
 

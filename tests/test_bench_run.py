@@ -113,8 +113,8 @@ def test_a_run_folder_is_read_as_training_recorded_it(undisturbed, tmp_path):
     assert read.peak_memory_bytes == summary["peak_memory_bytes"] > 50 * 2**20
     assert read.energy_joules is None  # a CPU has no counter
     broken = shutil.copytree(undisturbed.path, tmp_path / "a")
-    (broken / "summary.json").write_text("{}")
-    with pytest.raises(InputError, match=r"a is not a finished run \(KeyError\('final'\)\): delete it"):
+    (broken / "summary.json").write_text(json.dumps({key: value for key, value in summary.items() if key != "seed"}))
+    with pytest.raises(InputError, match=r"a is not a finished run \(KeyError\('seed'\)\): delete it"):
         read_run(tmp_path, "a")
 
 
