@@ -12,7 +12,7 @@ import torchvision.transforms.v2.functional as V
 from fastcifar import augmentation
 from fastcifar.augmentation import Augmentation, augment, colour, draw, geometry, numba_serves, policies
 from fastcifar.augmentation.draws import ORDERS, draw_erasing, draw_noise_seed
-from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order
+from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, epoch_order
 from fastcifar.errors import InputError
 from fastcifar.recipes import RECIPES
 from kernels.augment.reference import clear_box, crop_and_flip, noise, noise_quantiles, normalise
@@ -29,6 +29,12 @@ OWN_AUGMENTATION = (
 )  # fmt: skip
 NEAREST = replace(EVERYTHING, rotation_interpolation="nearest")
 SAMPLES = torch.arange(20_000)
+
+
+def shown(settings, images, positions, drawn, mean=MEAN, std=STD, backend="torch"):
+    """The images of `augment`."""
+    numbers = torch.arange(len(images))
+    return augment(settings, ResidentSet(images, numbers, numbers), positions, drawn, mean, std, backend=backend)[0]
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +189,10 @@ def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeyp
     for policy in ("rand_augment", "auto_augment", "trivial_augment"):
         settings = Augmentation(**{**vars(EVERYTHING), "policy": policy})
         arguments = (settings, images, index, draw(settings, index, 3, 1), MEAN, STD)
-        grouped = augment(*arguments)
+        grouped = shown(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            assert torch.equal(augment(*arguments), grouped)
+            assert torch.equal(shown(*arguments), grouped)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +208,12 @@ def test_the_static_form_for_gpus_gives_the_grouped_forms_pixels(images, monkeyp
 )
 def test_numba_shows_pytorchs_pixels_to_the_bit(images, settings):
     nobody = torch.arange(0)
-    assert augment(settings, images, nobody, draw(settings, torch.arange(N), 0, 0), MEAN, STD, "numba").shape == (0, 3, 32, 32)
+    assert shown(settings, images, nobody, draw(settings, torch.arange(N), 0, 0), MEAN, STD, "numba").shape == (0, 3, 32, 32)
     index = torch.arange(N) * 1000 + 7
     for epoch in range(2):
         arguments = (settings, images, torch.arange(N).flip(0), draw(settings, index, 2**63 - 1, epoch), MEAN, STD)
         assert numba_serves(settings, images.device)
-        ours, expected = augment(*arguments, "numba"), augment(*arguments)
+        ours, expected = shown(*arguments, "numba"), shown(*arguments)
         assert torch.equal(ours, expected)
         assert ours.stride() == expected.stride()
 
@@ -220,7 +226,7 @@ def test_numba_computes_every_policy_operation_as_pytorch_does(images):
         sign = torch.where((torch.arange(N) % 2 == 1) & (number in policies.SIGNED), -1, 1)
         drawn = replace(drawn, operations=torch.full((N, 1), number), magnitudes=(table[torch.arange(N) % 31] * sign)[:, None])
         arguments = (settings, images, torch.arange(N), drawn, MEAN, STD)
-        assert torch.equal(augment(*arguments, "numba"), augment(*arguments)), name
+        assert torch.equal(shown(*arguments, "numba"), shown(*arguments)), name
 
 
 def test_matrices_follow_their_samples():
@@ -236,15 +242,15 @@ def test_bilinear_rotation_is_left_to_pytorch(images):
     assert not numba_serves(EVERYTHING, images.device)
     drawn = draw(EVERYTHING, torch.arange(N), 0, 0)
     arguments = (EVERYTHING, images, torch.arange(N), drawn, MEAN, STD)
-    assert torch.equal(augment(*arguments, "numba"), augment(*arguments))
+    assert torch.equal(shown(*arguments, "numba"), shown(*arguments))
 
 
 @pytest.mark.slow
 def test_everything_compiles_into_one_graph(images):
     index = torch.arange(N)
     arguments = (EVERYTHING, images, index, draw(EVERYTHING, index, 3, 1), MEAN, STD)
-    compiled = torch.compile(augment, fullgraph=True, dynamic=False)(*arguments)
-    levels = (compiled - augment(*arguments)).abs() * 255 * STD.max()
+    compiled = torch.compile(shown, fullgraph=True, dynamic=False)(*arguments)
+    levels = (compiled - shown(*arguments)).abs() * 255 * STD.max()
     assert (levels <= 1.5).float().mean() > 0.999  # the compiler fuses multiply and add, which rounds otherwise
 
 
@@ -256,7 +262,7 @@ def test_pixels_depend_on_seed_epoch_and_sample_alone(images, settings, backend)
     index = torch.arange(N) + 7
 
     def pixels(positions, index=index, seed=1, epoch=5, images=images):
-        return augment(settings, images, positions, draw(settings, index, seed, epoch), MEAN, STD, backend)
+        return shown(settings, images, positions, draw(settings, index, seed, epoch), MEAN, STD, backend)
 
     everyone = torch.arange(N)
     whole = pixels(everyone)
@@ -366,7 +372,7 @@ def test_erasing_puts_in_the_mean_colour_black_or_torchvisions_noise(images):
     for value in ("mean", "black", "noise"):
         settings = Augmentation(crop_padding=0, flip="off", random_erasing=1.0, erasing_value=value)
         drawn = draw(settings, index, 0, 0)
-        x = augment(settings, images, everyone, drawn, MEAN, STD)
+        x = shown(settings, images, everyone, drawn, MEAN, STD)
         inside = (clear_box(torch.ones(N, 32, 32, 3), drawn.erased) == 0).permute(0, 3, 1, 2)
         assert torch.equal(x[~inside], normalise(images, MEAN, STD)[~inside])
         found[value] = x, inside
@@ -407,10 +413,10 @@ def test_jitter_before_the_crop_leaves_the_padding_black(images):
     whole = Augmentation(crop_padding=0, contrast=1.0, brightness=0.5, hue=0.2, flip="off")
     mean, std = torch.zeros(3), torch.full((3,), 1 / 255)
     still = replace(drawn, down=torch.zeros_like(drawn.down), right=torch.zeros_like(drawn.right))
-    jittered = augment(whole, images, everyone, still, mean, std).permute(0, 2, 3, 1).round().to(torch.uint8)
-    cropped = augment(Augmentation(flip="off"), jittered, everyone, drawn, mean, std)
-    assert torch.equal(augment(settings, images, everyone, drawn, mean, std), cropped)
-    outside = augment(Augmentation(flip="off"), torch.ones_like(images), everyone, drawn, mean, std) == 0
+    jittered = shown(whole, images, everyone, still, mean, std).permute(0, 2, 3, 1).round().to(torch.uint8)
+    cropped = shown(Augmentation(flip="off"), jittered, everyone, drawn, mean, std)
+    assert torch.equal(shown(settings, images, everyone, drawn, mean, std), cropped)
+    outside = shown(Augmentation(flip="off"), torch.ones_like(images), everyone, drawn, mean, std) == 0
     assert outside.any()
     assert not cropped[outside].any()
 

@@ -13,7 +13,7 @@ from torch import nn
 from fastcifar.models import build_model, place
 from kernels import backends
 from kernels import residual_tail as tail
-from kernels.residual_tail import fusable, reference, residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail import fusable, reference, residual_tail, variant
 from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile
 from tests.kernel_checks import DEVICE, SLACK, poisoned_buffers, sample
 from tests.tail_cases import FORMS, TRITON, Case
@@ -174,7 +174,7 @@ def test_gradcheck(activation, linear, shortcut, training):
 
     def function(*tensors):
         given = dict(zip(names, tensors, strict=True))
-        return residual_tail_fusable(
+        return FORMS["fusable"](
             given["conv_out"], given.get("shortcut"), given["bn_weight"], given["bn_bias"],
             *(drawn[name].double().cpu() for name in ("running_mean", "running_var")),
             training=training, momentum=0.1, eps=1e-5, se=tuple(given[name] for name in linear) or None, se_activation="mish",

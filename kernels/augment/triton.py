@@ -76,7 +76,7 @@ def launch(
     images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
     mean: Tensor, std: Tensor, padding: int, reflect: bool, flip: int, cutout: int, out: Tensor, out_labels: Tensor,
 ) -> None:  # fmt: skip
-    """Fill out [B, 32, 32, 3] and out_labels [B]; arguments as `kernels.augment`, checked there. No host sync."""
+    """Fill out [B, 32, 32, 3] and out_labels [B]; arguments as `augment_fused`. No host sync."""
     with torch.cuda.device_of(images):
         augment_kernel[(len(out_labels),)](
             images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
