@@ -76,7 +76,8 @@ def test_a_captured_augmentation_replays_with_the_cursor_and_epoch_of_the_moment
     order = epoch_order(data.index, 0, 0)
     cursor, epoch, seed = (torch.zeros((), dtype=torch.int64, device=CUDA) for _ in range(3))
 
-    def batch(cursor, epoch):
+    def batch(*keys):
+        cursor, epoch = (torch.as_tensor(key, device=CUDA) for key in keys)
         return augment_fused(
             data.images, data.labels, data.index, order, cursor, epoch, seed, mean, std,
             batch_size=50, padding=4, reflect=False, flip="random", cutout=8, dtype=torch.bfloat16,
@@ -90,13 +91,13 @@ def test_a_captured_augmentation_replays_with_the_cursor_and_epoch_of_the_moment
         cursor.add_(50)
     for number in range(4):
         graph.replay()
-        expected, own = batch(torch.tensor(50 * number, device=CUDA), seed)  # epoch 0
+        expected, own = batch(50 * number, 0)
         assert torch.equal(images, expected)
         assert torch.equal(labels, own)
     cursor.zero_()
     epoch.fill_(9)
     graph.replay()
-    assert torch.equal(images, batch(seed, torch.tensor(9, device=CUDA))[0])  # from the first on, epoch 9
+    assert torch.equal(images, batch(0, 9)[0])
 
 
 @pytest.mark.parametrize("arch", ["dropout_resnet24", "mish_se_resnet18"])

@@ -8,10 +8,11 @@ it stands in one file because Numba's cache notices only changes in the file of 
 # mypy: disable-error-code="no-untyped-def"
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,7 @@ M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
 NOISE = u64(keyed.Purpose.NOISE)
 RED, GREEN, BLUE = (f32(weight) for weight in LUMA)
 FIRST_MOVE, LAST_MOVE = MOVES[0], MOVES[-1]
-BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = (
-    NUMBER[name]
-    for name in (
-        "Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-    )
-)  # fmt: skip
+BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = range(LAST_MOVE + 1, len(NUMBER))
 THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
 
 
@@ -50,17 +46,9 @@ KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "nu
 ANY_ORDER: dict[str, Any] = {**KEPT, "fastmath": {"reassoc", "nnan", "nsz"}}
 
 
-class BatchLoop(Protocol):
-    """A compiled loop over images first..last-1 of a batch."""
-
-    def __call__(self, *arguments: Any) -> None: ...
-
-
-def in_threads(loop: BatchLoop, count: int, *arguments: Any) -> None:
-    """Run `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
-    if count == 0:
-        return
-    parts = min(torch.get_num_threads(), count)
+def in_threads(loop: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run a compiled `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
+    parts = max(min(torch.get_num_threads(), count), 1)
     edges = [count * part // parts for part in range(parts + 1)]
     others = [_pool(parts - 1, os.getpid()).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
     loop(edges[0], edges[1], *arguments)
@@ -381,9 +369,7 @@ def recipe_batch(
             if jitters:
                 jitter(x, factors[position], order[position], turns_hue, spare[0])
             if len(grey) > 0 and grey[position]:
-                grey_plane(x, spare[0])
-                for channel in range(3):
-                    x[channel] = spare[0]
+                saturation(x, ZERO, spare[0])
             for k in range(operations.shape[1]):
                 apply_operation(x, operations[position, k], magnitudes[position, k], moves[position, k], spare)
             if len(rotations) > 0:
