@@ -12,7 +12,7 @@ from kernels.mish import _mish, _mish_backward, mish
 from kernels.mish.reference import mish as eager_mish
 from kernels.squeeze_excite import _squeeze_excite, _squeeze_excite_backward, squeeze_excite
 from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
-from tests.kernel_checks import DEVICE, poisoned_buffers, sample
+from tests.kernel_checks import DEVICE, captured, poisoned_buffers, sample
 from tests.test_squeeze_excite import CHANNELS_LAST, call, inputs
 
 LAYOUTS = [CHANNELS_LAST, torch.contiguous_format]
@@ -116,20 +116,12 @@ def test_a_captured_graph_replays_forward_and_backward():
         y = both(*leaves)
         return y, *torch.autograd.grad(y.float().square().sum(), leaves)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     with torch.no_grad():
         for leaf, value in zip(leaves, second, strict=True):
             leaf.copy_(value)
     graph.replay()
-    for replayed, expected in zip(captured, step(), strict=True):
+    for replayed, expected in zip(results, step(), strict=True):
         assert torch.equal(replayed, expected)
 
 
