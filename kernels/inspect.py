@@ -89,8 +89,8 @@ def augment(dtype: torch.dtype) -> None:
     images = torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device=META)
     numbers, scalar = (torch.empty(shape, dtype=torch.int64, device=META) for shape in ((50_000,), ()))
     constants, out = torch.empty(3, device=META), torch.empty(BATCH, 32, 32, 3, dtype=dtype, device=META)
-    given = (images, numbers, numbers, numbers, scalar, scalar, scalar, constants, constants)
-    launch(*given, padding=4, reflect=True, flip=1, cutout=8, out=out, out_labels=numbers[:BATCH])
+    tensors = (images, numbers, numbers, numbers, scalar, scalar, scalar, constants, constants, out, numbers[:BATCH])
+    launch(*tensors, padding=4, reflect=True, flip=1, cutout=8)
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,16 @@ def _augment(
     if backend == "triton":
         from kernels.augment.triton import launch
 
-        launch(
-            images, labels, index, permutation, cursor, epoch, seed, mean, std,
-            padding, reflect, flip, cutout, out.permute(0, 2, 3, 1), out_labels,
+        tensors = (images, labels, index, permutation, cursor, epoch, seed, mean, std, out.permute(0, 2, 3, 1), out_labels)
+        launch(*tensors, padding=padding, reflect=reflect, flip=flip, cutout=cutout)
+    else:
+        positions = permutation[cursor + torch.arange(len(out_labels), device=images.device)]
+        x, own_labels = augment_torch(
+            images, labels, index, positions, epoch, seed, padding=padding, reflect=reflect, flip=FLIPS[flip],
+            cutout=cutout, mean=mean, std=std, dtype=out.dtype,
         )  # fmt: skip
-        return
-    positions = permutation[cursor + torch.arange(len(out_labels), device=images.device)]
-    x, own_labels = augment_torch(
-        images, labels, index, positions, epoch, seed, padding=padding, reflect=reflect, flip=FLIPS[flip], cutout=cutout,
-        mean=mean, std=std, dtype=out.dtype,
-    )  # fmt: skip
-    out.copy_(x)
-    out_labels.copy_(own_labels)
+        out.copy_(x)
+        out_labels.copy_(own_labels)
 
 
 _augment.register_fake(lambda *_: None)

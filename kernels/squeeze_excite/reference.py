@@ -11,13 +11,9 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def squeeze_excite(
-    x: Tensor,
-    w_reduce: Tensor,
-    w_expand: Tensor,
-    activation: Activation = "relu",
-    b_reduce: Tensor | None = None,
-    b_expand: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: Activation = "relu",
+    b_reduce: Tensor | None = None, b_expand: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x * sigmoid(w_expand act(w_reduce mean_hw(x) + b_reduce) + b_expand) (Hu et al., CVPR 2018).
 
     x [N, C, H, W], w_reduce [R, C], w_expand [C, R], b_reduce [R], b_expand [C]; the result has x's shape and dtype.
