@@ -595,7 +595,7 @@ def record(path: Path, device_name: str, measurements: Iterable[Measurement]) ->
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
-    """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
+    """The augmentation on the CPU: our loop beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
     data = load(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
