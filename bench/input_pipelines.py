@@ -4,7 +4,7 @@
 python bench/input_pipelines.py --data data/beton --out bench/results/cpu/pipeline.json
 
 Every pipeline delivers whole batches of a set of just that size. All normalise to float32, but for FFCV's own, which stops at
-uint8, and `kernels.augment`, which rounds to bfloat16. Mixing is left out: all would do it alike, on the batch.
+uint8. Mixing is left out: all would do it alike, on the batch.
 """
 
 import itertools
@@ -38,7 +38,6 @@ from fastcifar.files import write_json
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
-from kernels.augment import augment
 
 CPU = torch.device("cpu")
 LOADER, FFCV = "torchvision DataLoader", "FFCV"
@@ -112,7 +111,6 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
     rows: list[tuple[str, str, Task, Callable[[Task], Call], bool]] = [
         ("fastcifar", "as training prepares its batches; JIT not counted", task, partial(_prepare, kernels="auto"), True),
         ("fastcifar in PyTorch", "the same pixels, eager", task, partial(_prepare, kernels="torch"), True),
-        ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
             lambda task: partial(deque, baselines.torchvision_loader(task), maxlen=0), True,
@@ -146,28 +144,6 @@ def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
             step.prepare(train, positions, plan, plan.mixing.blend[number], plan.mixing.box[number])
 
     return call
-
-
-def _fused(task: Task) -> Call:
-    """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
-    data, epochs = task.resident, itertools.count()
-
-    def call() -> None:
-        epoch, batch = next(epochs), None
-        order = epoch_order(data.index, 0, epoch)
-        for cursor in range(0, task.images, task.recipe.batch_size):
-            batch = augment(
-                data.images, data.labels, order, cursor, epoch, 0, batch_size=task.recipe.batch_size, index=data.index,
-                mean=task.data.mean, std=task.data.std, out=batch, **keyed_settings(task.recipe.augmentation),
-            )  # fmt: skip
-
-    return call
-
-
-def keyed_settings(recipe: Augmentation) -> dict[str, Any]:
-    """A recipe's crop, flip and cutout as `kernels.augment` names them."""
-    reflect = recipe.crop_mode == "reflect"
-    return {"padding": recipe.crop_padding, "flip": recipe.flip, "reflect": reflect, "cutout": recipe.cutout}
 
 
 def _torchvision_batches(task: Task) -> Call:

@@ -30,7 +30,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 
 from bench.baselines import compile_tuned, load_all, one_line, take_turns
-from bench.input_pipelines import CPU, PIPELINES, keyed_settings
+from bench.input_pipelines import CPU, PIPELINES
 from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
@@ -43,13 +43,13 @@ from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
-from kernels.augment import augment
+from kernels.augment import augment_fused
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import augment_numpy, augment_torch
 from kernels.backends import DTYPE_NAMES, MEASURED
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
-from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail import residual_tail, variant
 from kernels.residual_tail.reference import residual_tail as eager_residual_tail
 from kernels.squeeze_excite import squeeze_excite
 from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
@@ -134,7 +134,8 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, s
         form(partial(residual_tail, backend="triton")), form(eager_residual_tail),
         # Statistics 1 read; result 1 read, 1 write. Backward: 2 reads, then 2 reads, 1 write. With a shortcut: one more read
         # forward, one more read and one more write backward.
-        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5, same_algebra=form(residual_tail_fusable),
+        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5,
+        same_algebra=form(partial(residual_tail, backend="fusable")),
     )  # fmt: skip
 
 
@@ -162,12 +163,9 @@ def augment_inputs(shape: Shape, batch: int, dtype: torch.dtype, generator: torc
     return [*resident_set(count, device), *scalars, *constants, torch.empty(batch, 0, dtype=dtype, device=device)]
 
 
-def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
-    return augment(
-        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index,
-        dtype=like.dtype, backend="triton", **AUGMENTATION,
-    )  # fmt: skip
+def augment_ours(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    *given, like = tensors
+    return augment_fused(*given, batch_size=len(like), dtype=like.dtype, **AUGMENTATION)
 
 
 def augment_eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +199,7 @@ KERNELS: dict[str, KernelRow] = {
         tail_row("relu", shortcut=True, se=True),
         tail_row("mish", shortcut=True, se=True, se_bias=True),
         KernelRow(  # the batch is written once; 3,072 bytes of an image are read
-            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_fused, augment_eager,
+            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_ours, augment_eager,
             forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,
         ),
     )
@@ -470,7 +468,7 @@ def timed(work: Work, rounds: int, *, keep: bool) -> dict[str, list[float]]:
 
 # ---- The command.
 
-CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what kernels.augment does
+CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what the Triton kernel does
 CHECKED = 512  # images compared with NumPy's before anything is timed
 
 
@@ -580,7 +578,7 @@ def record(path: Path, device_name: str, measurements: Iterable[Measurement]) ->
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
-    """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
+    """The augmentation on the CPU: our loop beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
     data = load_all(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
@@ -588,24 +586,23 @@ def cpu_part(options: Options, console: Console) -> dict[str, Any]:
 
 
 def check_pixels(recipe: Augmentation, data: Splits) -> None:
-    """Raise InputError unless both forms that are timed show the pixels expected, into new memory and into used."""
+    """Raise InputError unless both forms that are timed show NumPy's pixels and labels, into new memory and into used."""
     positions, mean, std = torch.arange(min(CHECKED, len(data.train))), data.mean, data.std
     train = data.train.subset(positions)
     assert isinstance(train, ResidentSet)
-    settings, batch, loop = keyed_settings(recipe) | {"mean": mean, "std": std}, None, None
-    arrays = train.images.numpy(), train.labels.numpy(), train.index.numpy(), positions.numpy()
+    images, labels, index = (tensor.numpy() for tensor in (train.images, train.labels, train.index))
+    batch = None
     for epoch in range(2):  # the second overwrites the first
-        expected, _ = augment_numpy(*arrays, epoch, 0, **settings | {"mean": mean.numpy(), "std": std.numpy()})
-        batch = augment(
-            train.images, train.labels, positions, 0, epoch, 0, batch_size=len(train), index=train.index, out=batch, **settings
-        )
-        drawn = augmentation.draw(recipe, train.index, 0, epoch)
-        plain = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "torch")
-        loop = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "numba", loop)
-        same = torch.equal(batch[0], torch.from_numpy(expected).bfloat16()) and torch.equal(batch[1], train.labels)
-        for name, whose, right in (("kernels.augment", "NumPy", same), ("Numba's loop", "PyTorch", torch.equal(loop, plain))):
-            if not right:
-                raise InputError(f"{name} does not show {whose}'s pixels on this machine: not timed; please report it")
+        expected = augment_numpy(
+            images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), flip=recipe.flip,
+            padding=recipe.crop_padding, reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
+        )  # fmt: skip
+        given = recipe, train, positions, augmentation.draw(recipe, train.index, 0, epoch), mean, std
+        plain = augmentation.augment(*given, backend="torch")
+        batch = augmentation.augment(*given, backend="numba", reuse=None if batch is None else batch[0])
+        for name, found in (("PyTorch's form", plain), ("Numba's loop", batch)):
+            if not all(torch.equal(ours, torch.from_numpy(theirs)) for ours, theirs in zip(found, expected, strict=True)):
+                raise InputError(f"{name} does not show NumPy's pixels on this machine: not timed; please report it")
 
 
 if __name__ == "__main__":

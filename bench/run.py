@@ -13,7 +13,6 @@ same command again repeats no finished one, goes on with an interrupted one from
 import argparse
 import contextlib
 import ctypes
-import io
 import shlex
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -134,14 +133,10 @@ class Job:
     @cached_property
     def command(self) -> Command:
         """The run those flags describe. Raises InputError for what training would refuse."""
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
-                return parse_command(list(self.flags))
-        except SystemExit:
-            lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines() if line.strip(" │╭╮╰╯─-")]
-            hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
-            raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
+            return parse_command(list(self.flags))
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
 
     def finished(self, hardware: str | None = None, sha256: Sequence[str] | None = None) -> bool:
         """Whether its run folder has all epochs wanted. Raises InputError when that was begun as another run than this.
@@ -323,20 +318,31 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
 def training(
     options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
 ) -> Job:
-    """One training; `flags` are its own, and come last since the last one counts. Raises InputError for what it refuses."""
+    """One training; `flags` are its own, which count instead of those given to all. Raises InputError for what it refuses."""
     own = [*shlex.split(options.flags), *flags]
     require_free(own, *OWN_FLAGS, "--epochs", "--device")
-    archs = [arch, *(value for flag, value in pairwise(own) if flag == "--arch")]
-    job = Job(out / "runs", name, (
-        "--arch", archs[-1],  # training looks at the first --arch for its recipe
+    job = Job(out / "runs", name, latest((
+        "--arch", arch,
         "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
         "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
         "--max-parameters", "0", "--no-plots",
         "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
         *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
-    ))  # fmt: skip
+    )))  # fmt: skip
     assert job.command.run.seed == seed  # its flags are checked before anything is trained
     return job
+
+
+def latest(flags: Sequence[str]) -> tuple[str, ...]:
+    """The flags with each option once, as it is given last: training refuses one that is repeated."""
+    options: dict[str, list[str]] = {}
+    name = ""
+    for flag in flags:
+        if flag.startswith("--"):
+            name = flag.split("=")[0].replace("_", "-").replace("--no-", "--", 1)
+            options[name] = []
+        options.setdefault(name, []).append(flag)
+    return tuple(part for parts in options.values() for part in parts)
 
 
 def require_free(flags: Sequence[str], *own: str) -> None:

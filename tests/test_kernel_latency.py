@@ -242,19 +242,20 @@ def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch
     monkeypatch.setattr(kernel_latency, "pipeline", lambda name, data, folder, *sizes_and_console: sizes_and_console[:2])
     given = Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
     assert kernel_latency.cpu_part(*given) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
-    fused, loop = kernel_latency.augment, augmentation.augment
+    right = augmentation.augment
 
-    def wrong_when_it_overwrites(*arguments, out=None, **named):
-        x, labels = fused(*arguments, out=out, **named)
-        return (x if out is None else x.flip(3)), labels
+    def wrong_when_it_overwrites(*arguments, reuse=None, **named):
+        x, labels = right(*arguments, reuse=reuse, **named)
+        return (x if reuse is None else x.flip(3)), labels
 
-    for module, wrong, whose in (
-        (kernel_latency, wrong_when_it_overwrites, "NumPy's"),
-        (augmentation, lambda *given: loop(*given) + (1e-7 if "numba" in given else 0), "PyTorch's"),
-    ):
+    def wrong_by_pytorch(*arguments, backend, **named):
+        x, labels = right(*arguments, backend=backend, **named)
+        return x, labels + (backend == "torch")
+
+    for wrong, whose in ((wrong_when_it_overwrites, "Numba's loop"), (wrong_by_pytorch, "PyTorch's form")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "augment", wrong)
-            with pytest.raises(InputError, match=f"{whose} pixels on this machine: not timed"):
+            patch.setattr(augmentation, "augment", wrong)
+            with pytest.raises(InputError, match=f"{whose} does not show NumPy's pixels on this machine: not timed"):
                 kernel_latency.cpu_part(*given)
 
 
