@@ -173,6 +173,8 @@ def load_splits(
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
         select_name = "held-out"
         select = held_out.fetch(torch.arange(len(held_out))) if isinstance(held_out, StreamedSet) else held_out
+    if len(full) < 2:
+        raise InputError(f"{folder}/train.beton: one image is too few to train on (batch norm needs two): give it more")
     statistics = normalisation(manifest, std, everywhere=std_everywhere)
     mean, deviation = (torch.tensor(values, device=device) for values in statistics)
     sha256 = manifest.sha256, test_manifest.sha256

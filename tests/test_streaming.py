@@ -146,3 +146,10 @@ def test_images_without_variance_are_refused_unless_the_recipe_has_its_own_devia
     with pytest.raises(InputError, match="a channel is the same in every pixel, which cannot be normalised"):
         splits(small, stream)
     assert splits(small, stream, std=(0.2, 0.2, 0.2), std_everywhere=True).mean.tolist() == pytest.approx([7 / 255] * 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_image_is_too_few(small, stream):
+    with pytest.raises(InputError, match="one image is too few to train on"):
+        splits(small, stream, limit_train=1)
+    assert len(splits(small, stream, limit_train=2).train) == 2

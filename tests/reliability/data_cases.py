@@ -97,7 +97,7 @@ SNIPPETS: list[Callable[[random.Random], bytes]] = [
         + b"\x85U\x01CtR"
     ),
     lambda rng: b"X" + struct.pack("<I", 70_003) + "\u20ac".encode() + b"x" * 70_000,
-    lambda rng: rng.choice([b"(", b"]", b"}", b")\x85", b"0", b"2", b"N", b"\x94"]) * rng.choice([10, 5000, 60_000]),
+    lambda rng: rng.choice([b"(", b"]", b"}", b")\x85", b"0", b"2", b"N", b"\x94"]) * rng.choice([10, 5000, 60_000, 2_000_000]),
 ]
 
 
