@@ -32,7 +32,9 @@ data: setup  ## write data/beton from CIFAR_DIR, data/, a download, or a synthet
 	@$(BIN)/python data_prep/write_beton.py
 
 train: data  ## train (ARCH=..., RUN=..., OPTIONS='--seed 1'): a real run that ends with plots in runs/
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then options=; else options='$(CPU_OPTIONS)'; fi; \
+	@options=; if ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	set -- $(CPU_OPTIONS); while [ $$# -gt 1 ]; do \
+	case ' $(OPTIONS) ' in *" $$1 "*|*" $$1="*) ;; *) options="$$options $$1 $$2" ;; esac; shift 2; done; fi; \
 	$(BIN)/python -m fastcifar.train --arch $(ARCH) --out $(RUN) $$options $(OPTIONS)
 
 demo: data  ## fifteen seconds of training on two CPU cores, and one picture of what came of it: demo.png

@@ -18,76 +18,51 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.results import Ablation, Arm
 from bench.run import Common, Job, current_names, finish, new_console, open_bench, resumable, training
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
 
 PROGRAM = "python bench/ablate.py"
 
 
-@dataclass(frozen=True)
-class Study:
-    """Arms of one architecture; the first is what the others are compared with."""
-
-    arch: str
-    title: str
-    arms: tuple[Arm, ...]
-
-
 _TEXT_E = "--recipe mish_se_resnet18_text"
 _PLAIN_E = f"{_TEXT_E} --weight-decay 5e-4 --head-dropout 0"
+_NO_JITTER = "--brightness 0 --contrast 0 --saturation 0 --hue 0"
 _NO_MIXUP = "--mixup-alpha 0 --mixup-alpha-end None --mixup-alpha-floor 0"
 
-STUDIES: dict[str, Study] = {
-    # Report D's bar chart; it gives the order of the bars and 85.574 % (Kaggle) for its final model, which is the fourth.
-    # The probability of grayscale is not stated.
-    "report_d": Study(
-        "se_resnet18",
-        "Report D: five models",
-        (
+STUDIES: dict[str, Ablation] = {
+    study.name: study
+    for study in (
+        # Report D's bar chart; it gives the order of the bars and 85.574 % (Kaggle) for its final model, which is the fourth.
+        # The probability of grayscale is not stated.
+        Ablation("report_d", "Report D: five models", "se_resnet18", arms=[
             Arm("1 everything", "--grayscale 0.1", "best of those with grayscale"),
-            Arm(
-                "2 without mixup and cutout",
-                f"--grayscale 0.1 {_NO_MIXUP} --cutout 0",
-                "loses most",
-            ),
-            Arm(
-                "3 without colour jitter",
-                "--grayscale 0.1 --brightness 0 --contrast 0 --saturation 0 --hue 0",
-                "loses little",
-            ),
+            Arm("2 without mixup and cutout", f"--grayscale 0.1 {_NO_MIXUP} --cutout 0", "loses most"),
+            Arm("3 without colour jitter", f"--grayscale 0.1 {_NO_JITTER}", "loses little"),
             Arm("4 without grayscale", "", "gains: grayscale hurts; 85.574 % Kaggle"),
             Arm("5 without squeeze-excitation", "--grayscale 0.1 --no-squeeze-excitation", "loses little"),
-        ),
-    ),
-    # Report C's table of configurations: parameters, stages N, blocks per stage B, channels C, validation accuracy.
-    "report_c": Study(
-        "light_resnet18",
-        "Report C: table of configurations",
-        (
+        ]),
+        # Report C's table of configurations: parameters, stages N, blocks per stage B, channels C, validation accuracy.
+        Ablation("report_c", "Report C: table of configurations", "light_resnet18", arms=[
             Arm("LightResNet18 (2.81 M, N 4, B 2, C 32)", "", "93.12 % validation"),
             Arm("LightResNet18_v2 (4.39 M, N 4, B 2, C 40)", "--arch light_resnet18_v2_40", "94.35 % validation"),
             Arm("LightResNet18_v2 (5.00 M, N 4, B 2, C 45)", "--arch light_resnet18_v2_45", "94.88 % validation"),
             Arm("RobustResNet64 (3.80 M, N 3, B 10, C 32)", "--arch robust_resnet64", "96.93 % test, without TTA"),
-        ),
-    ),
-    # Report E's comparison of optimizers, by its text's training, before dropout and more decay were added. Adam's rate is not
-    # stated: PyTorch's default.
-    "report_e": Study(
-        "mish_se_resnet18",
-        "Report E: optimizers",
-        (
+        ]),
+        # Report E's comparison of optimizers, by its text's training, before dropout and more decay were added. Adam's rate is
+        # not stated: PyTorch's default.
+        Ablation("report_e", "Report E: optimizers", "mish_se_resnet18", arms=[
             Arm("SGD 0.05, dropout, decay 1e-3", _TEXT_E, "82.417 % Kaggle"),
             Arm("Adam", f"{_PLAIN_E} --optimizer adam --peak-lr 1e-3 --weight-decay 0", "74 % Kaggle"),
             Arm("SGD 0.1, decay 5e-4", f"{_PLAIN_E} --peak-lr 0.1", "77 % Kaggle"),
             Arm("SGD 0.05, decay 5e-4", _PLAIN_E, "78 % Kaggle"),
-        ),
-    ),
-}
+        ]),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,24 +82,23 @@ class Options(Common):
 
 def main() -> None:
     """Parse, plan, train, compare."""
-    options = tyro.cli(Options, prog=PROGRAM, args=current_names(sys.argv[1:]))
-    name, study = chosen_study(options)
-    out = options.out or Path("runs") / "ablate"
+    options = parse_arguments(Options, PROGRAM, current_names(sys.argv[1:]))
+    study, out = chosen_study(options), options.out or Path("runs") / "ablate"
     with resumable(out):
-        finish(out, ablate(options, name, study, out, new_console()))
+        finish(out, ablate(options, study, out, new_console()))
 
 
-def chosen_study(options: Options) -> tuple[str, Study]:
-    """The study's name and rows. Raises InputError unless exactly one of --study and --arms is given."""
+def chosen_study(options: Options) -> Ablation:
+    """The arms to train. Raises InputError unless exactly one of --study and --arms is given."""
     if (options.study is None) == (not options.arms):
         raise InputError(f"give either --study ({', '.join(STUDIES)}) or --arms, not {'both' if options.arms else 'neither'}")
     if options.study is not None:
-        return options.study, STUDIES[options.study]
-    arms = tuple(map(parse_arm, options.arms))
-    names = [arm.name for arm in arms]
-    if len(set(map(file_name, names))) < len(names):
-        raise InputError(f"--arms has two of the same name ({', '.join(names)}): give each its own")
-    return options.name, Study(options.arch, options.name, arms)
+        return STUDIES[options.study]
+    arms = list(map(parse_arm, options.arms))
+    if len({file_name(arm.name) for arm in arms}) < len(arms):
+        names = ", ".join(arm.name for arm in arms)
+        raise InputError(f"--arms has two of the same name ({names}): give each its own")
+    return Ablation(options.name, options.name, options.arch, arms=arms)
 
 
 def parse_arm(text: str) -> Arm:
@@ -152,26 +126,24 @@ def flag_of(field: str, value: str) -> str:
     return shlex.join([f"--{flag}", *map(str, values)])
 
 
-def ablate(options: Options, name: str, study: Study, out: Path, console: Console) -> list[str]:
+def ablate(options: Options, study: Ablation, out: Path, console: Console) -> list[str]:
     """Train what is left of a study; return the names of the trainings that failed. Raises InputError."""
     seeds = list(dict.fromkeys(options.seeds))
-    settings = {f"ablation {name}": {"epochs": options.epochs, "seeds": seeds, "flags": options.flags}}
+    settings = {f"ablation {study.name}": {"epochs": options.epochs, "seeds": seeds, "flags": options.flags}}
     bench = open_bench(options, out, [study.arch], settings, console)
-    groups = {arm.name: training_of(options, out, name, study, arm, bench.device) for arm in study.arms}
+    groups = {arm.name: trainings_of(options, out, study, arm, bench.device) for arm in study.arms}
     bench.show_plan(groups, study.title, options.flags)
     arms = [replace(arm, runs=[job.name for job in groups[arm.name]]) for arm in study.arms]
-    ablation = Ablation(name, study.title, study.arch, options.epochs, seeds, arms)
-    bench.save(ablations=[*(other for other in bench.results.ablations if other.name != name), ablation])
+    ablation = replace(study, epochs=options.epochs, seeds=seeds, arms=arms)
+    bench.save(ablations=[*(other for other in bench.results.ablations if other.name != study.name), ablation])
     return bench.train(chain.from_iterable(groups.values()))
 
 
-def training_of(options: Options, out: Path, name: str, study: Study, arm: Arm, device: torch.device) -> list[Job]:
+def trainings_of(options: Options, out: Path, study: Ablation, arm: Arm, device: torch.device) -> list[Job]:
     """An arm's trainings, one for each seed. Raises InputError for flags that training does not take."""
-    flags = shlex.split(arm.flags)
-    return [
-        training(options, out, f"{name}/{file_name(arm.name)}-seed{seed}", study.arch, seed, device, flags)
-        for seed in dict.fromkeys(options.seeds)
-    ]
+    flags, folder = shlex.split(arm.flags), f"{study.name}/{file_name(arm.name)}"
+    seeds = dict.fromkeys(options.seeds)
+    return [training(options, out, f"{folder}-seed{seed}", study.arch, seed, device, flags) for seed in seeds]
 
 
 def file_name(name: str) -> str:

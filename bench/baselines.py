@@ -1,11 +1,11 @@
 """Training loops timed in turns in one process, so that a shared machine's drift falls on all of them alike.
 
-    time_steps          the optimization ladder: each step added to those before it, from a plain DataLoader loop on
-    time_baselines      fastcifar's training beside other people's loops
-    time_architectures  every architecture's training, each by its own recipe
+    ladder         the optimization ladder: each step added to those before it, from a plain DataLoader loop on
+    baselines      fastcifar's training beside other people's loops
+    architectures  every architecture's training, each by its own recipe
 
-Each loop is a row of a table; a call of it trains a fixed number of batches on a set of just those images (so that no loader
-works ahead during another's turn), and `time_loops` times all of them.
+These make the rows of a table; a call of a row trains a fixed number of batches on a set of just those images (so that no
+loader works ahead during another's turn), and `time_loops` times all of them.
 """
 
 import itertools
@@ -46,7 +46,6 @@ SHARED = Augmentation()  # crop with padding 4 and flip: what every baseline can
 TUNED = {"realize_opcount_threshold": 200, "realize_reads_threshold": 32}
 
 Call = Callable[[], object]
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,13 @@ class Task:
             raise InputError(f"{self.steps} batches of {self.recipe.batch_size} are more than {len(self.data.train):,} images")
         return replace(self.data, train=self.data.train.subset(torch.arange(self.images, device=self.device)))
 
+    @property
+    def resident(self) -> ResidentSet:
+        """Those images."""
+        train = self.part.train
+        assert isinstance(train, ResidentSet)
+        return train
+
 
 # ---- One function times them all.
 
@@ -91,21 +97,25 @@ class Loop:
     absent: str = ""  # why it is not even tried
 
 
-def time_loops(loops: Iterable[Loop], *, rounds: int, kind: str, say: Say) -> list[Timing]:
+def time_loops(loops: Sequence[Loop], *, rounds: int, kind: str, say: Callable[[str], object] = print) -> list[Timing]:
     """Build every loop, call it once, then time all that work in turns; one that fails at any time is a line, not an end."""
-    loops, errors = list(loops), {}
+    import torch._dynamo  # here, since importing the compiler takes a second
+
+    errors: dict[str, str] = {}
     clocks: dict[str, Callable[[], float]] = {}
-    for loop in loops:
-        errors[loop.name] = loop.absent
-        if not loop.absent:
-            try:
-                call = loop.build(list(clocks))
-                call()  # compiles, starts workers; and shows whether it works at all
-                clocks[loop.name] = wall_clock(call)
-            except Exception as error:  # whatever a compiler or a device raises, the other loops go on
-                errors[loop.name] = one_line(error)
-        say(f"{kind}: {loop.title}: {errors[loop.name] or 'ready'}")
-    seconds, dropped = take_turns(clocks, rounds=rounds, warmup=WARMUP)
+    # All of them compile the one method TrainStep.loss; past the limit, 8 by default, the next one would silently run eagerly.
+    with torch._dynamo.config.patch(recompile_limit=8 * (len(loops) + 1)):
+        for loop in loops:
+            errors[loop.name] = loop.absent
+            if not loop.absent:
+                try:
+                    call = loop.build(list(clocks))
+                    call()  # compiles, starts workers; and shows whether it works at all
+                    clocks[loop.name] = wall_clock(call)
+                except Exception as error:  # whatever a compiler or a device raises, the other loops go on
+                    errors[loop.name] = one_line(error)
+            say(f"{kind}: {loop.title}: {errors[loop.name] or 'ready'}")
+        seconds, dropped = take_turns(clocks, rounds=rounds, warmup=WARMUP)
     for loop in loops:
         if loop.name in dropped:
             errors[loop.name] = one_line(dropped[loop.name])
@@ -127,9 +137,7 @@ def take_turns(
     order, shuffle = sorted(clocks), random.Random(0)
     for number in range(warmup + rounds):
         shuffle.shuffle(order)
-        for name in order:
-            if name in errors:
-                continue
+        for name in (name for name in order if name not in errors):
             try:
                 taken = clocks[name]()
                 if number >= warmup:
@@ -166,31 +174,23 @@ def synchronise(device: torch.device) -> None:
 # ---- The optimization ladder.
 
 
-@dataclass(frozen=True)
-class OptimizationStep:
-    """What makes training faster and leaves what is learned alone (but for rounding)."""
-
-    title: str
-    note: str
-    cpu: str = ""  # why a CPU does not have it; "" = it has
-    cuda: str = ""  # why CUDA does not have it
-
-
+# What makes training faster and leaves what is learned alone (but for rounding).
+# {name: (title, note, why a CPU does not have it, why CUDA does not)}, "" = it has
 STEPS = {
-    "loader": OptimizationStep("eager fp32 NCHW, DataLoader", f"{WORKERS} workers"),
-    "resident": OptimizationStep("resident data", "uint8 set on the device, whole batches augmented there"),
-    "channels_last": OptimizationStep("channels_last", "weights and feature maps NHWC"),
-    "bf16": OptimizationStep("bf16 autocast", "convolutions and linear layers in bfloat16 by autocast"),
-    "compile": OptimizationStep("torch.compile", "torch.compile of augmentation, network and loss"),
-    "tuned": OptimizationStep(
-        "tuned compile", "compiler thresholds that move fewer bytes", cpu="the thresholds are made for a GPU's memory traffic"
+    "loader": ("eager fp32 NCHW, DataLoader", f"{WORKERS} workers", "", ""),
+    "resident": ("resident data", "uint8 set on the device, whole batches augmented there", "", ""),
+    "channels_last": ("channels_last", "weights and feature maps NHWC", "", ""),
+    "bf16": ("bf16 autocast", "convolutions and linear layers in bfloat16 by autocast", "", ""),
+    "compile": ("torch.compile", "torch.compile of augmentation, network and loss", "", ""),
+    "tuned": (
+        "tuned compile", "compiler thresholds that move fewer bytes", "the thresholds are made for a GPU's memory traffic", "",
     ),
-    "kernels": OptimizationStep(
-        "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU"
+    "kernels": (
+        "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU", "", "",
     ),
-    "captured": OptimizationStep(
-        "whole step captured", "the whole step one CUDA graph",
-        cpu="CUDA graphs need a GPU", cuda="fastcifar/step.py does not capture the step yet",
+    "captured": (
+        "whole step captured", "the whole step one CUDA graph", "CUDA graphs need a GPU",
+        "fastcifar/step.py does not capture the step yet",
     ),
 }  # fmt: skip
 
@@ -199,21 +199,18 @@ def why_not(name: str, device: torch.device) -> str:
     """Why `device` does not have an optimization step; "" when it has."""
     if name == "bf16" and not computes_bf16(device):
         return f"this {device.type} has no bf16 arithmetic: emulated, it is slower"
-    return STEPS[name].cuda if device.type == "cuda" else STEPS[name].cpu
+    return STEPS[name][3 if device.type == "cuda" else 2]
 
 
-def time_steps(task: Task, *, rounds: int, left_out: Collection[str] = (), say: Say = print) -> list[Timing]:
-    """Time the optimization ladder, each step added to those before it that work, from a plain DataLoader loop on.
+def ladder(task: Task, left_out: Collection[str] = ()) -> list[Loop]:
+    """The optimization ladder, each step added to those before it that work. left_out: steps to do without."""
 
-    left_out: names of steps to do without, though the device has them.
-    """
-
-    def loop(name: str, step: OptimizationStep) -> Loop:
+    def loop(name: str) -> Loop:
         reason = why_not(name, task.device)
         absent = f"not applicable: {reason}" if reason else "left out of this run" if name in left_out else ""
-        return Loop(name, step.title, step.note, task.images, lambda working: stepped_loop(task, [*working, name]), absent)
+        return Loop(name, *STEPS[name][:2], task.images, lambda working: stepped_loop(task, [*working, name]), absent)
 
-    return time_loops(itertools.starmap(loop, STEPS.items()), rounds=rounds, kind="optimization step", say=say)
+    return [loop(name) for name in STEPS]
 
 
 def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
@@ -223,12 +220,9 @@ def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
     if "tuned" in steps and "compile" not in steps:
         raise InputError("needs torch.compile, which this ladder does without")
     run = RunOptions(
-        data=task.folder,
-        max_parameters=0,
-        precision="bf16" if "bf16" in steps else "fp32",
-        compile="compile" in steps,
+        data=task.folder, max_parameters=0, precision="bf16" if "bf16" in steps else "fp32", compile="compile" in steps,
         kernels="auto" if "kernels" in steps else "torch",
-    )
+    )  # fmt: skip
     return fastcifar_loop(task, run, channels_last="channels_last" in steps, tuned="tuned" in steps)
 
 
@@ -258,48 +252,31 @@ LOOPS: dict[str, tuple[str, str, Callable[[Task, RunOptions], Call]]] = {
 BASELINES = ("fastcifar", "ordinary", "built_in", "ffcv")
 
 
-def time_baselines(
-    task: Task,
-    *,
-    rounds: int,
-    names: Iterable[str] = BASELINES,
-    augmentation: Augmentation = SHARED,
-    options: RunOptions | None = None,
-    say: Say = print,
-) -> list[Timing]:
-    """Time rows of `LOOPS` on the task's model, by default fastcifar's training beside three others.
+def baselines(task: Task, names: Iterable[str] = BASELINES, augmentation: Augmentation = SHARED) -> list[Loop]:
+    """Rows of `LOOPS` on the task's model, by default fastcifar's training and three others.
 
-    augmentation: of all of them; default: crop and flip, which all can do. options: of fastcifar's run; default: the training
-    command's own.
+    augmentation: of all of them; default: crop and flip, which all can do.
     """
     task = replace(task, recipe=replace(task.recipe, augmentation=augmentation))
-    run = replace(options or RunOptions(), data=task.folder, max_parameters=0)
+    run = RunOptions(data=task.folder, max_parameters=0)
 
     def loop(name: str) -> Loop:
         title, note, build = LOOPS[name]
         return Loop(name, title, note, task.images, lambda _: build(task, run))
 
-    return time_loops(map(loop, names), rounds=rounds, kind="baseline", say=say)
+    return [loop(name) for name in names]
 
 
-def time_architectures(
-    archs: Iterable[str],
-    folder: Path,
-    *,
-    rounds: int,
-    images: int,
-    batch_size: int = 0,
-    device: torch.device,
-    options: RunOptions | None = None,
-    say: Say = print,
-) -> list[Timing]:
-    """Time the real training of every architecture, each by its own recipe, in turns in this process.
+def architectures(
+    archs: Iterable[str], folder: Path, *, images: int, batch_size: int, device: torch.device, options: RunOptions
+) -> list[Loop]:
+    """The real training of every architecture, each by its own recipe.
 
     folder: of the betons. images: about how many a call trains on; whole batches, at least one. batch_size: 0 = each recipe's
-    own. options: of the runs (seed, precision, compile, kernels, what to verify); default: the training command's own.
+    own. options: of the runs (seed, precision, compile, kernels, what to verify).
     """
-    run = replace(options or RunOptions(), data=folder, max_parameters=0)
-    data = load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=run.seed, verify=run.verify)
+    run = replace(options, data=folder, max_parameters=0)
+    data = load_all(folder, device, seed=run.seed, verify=run.verify)
 
     def loop(arch: str) -> Loop:
         recipe = reported(arch).recipe
@@ -309,14 +286,12 @@ def time_architectures(
         note = f"{steps} x {recipe.batch_size} images a turn, by its own recipe"
         return Loop(arch, arch, note, task.images, lambda _: fastcifar_loop(task, run))
 
-    loops = [loop(arch) for arch in dict.fromkeys(archs)]
-    if not run.compile:
-        return time_loops(loops, rounds=rounds, kind="architecture", say=say)
-    import torch._dynamo  # here, since importing the compiler takes a second
+    return [loop(arch) for arch in dict.fromkeys(archs)]
 
-    # All of them compile the one method TrainStep.loss; past the limit, 8 by default, the next one would silently run eagerly.
-    with torch._dynamo.config.patch(recompile_limit=8 * (len(loops) + 1)):
-        return time_loops(loops, rounds=rounds, kind="architecture", say=say)
+
+def load_all(folder: Path, device: torch.device, *, seed: int = 0, verify: bool = True) -> Splits:
+    """All of both splits."""
+    return load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=seed, verify=verify)
 
 
 # ---- The loops.
@@ -492,11 +467,10 @@ def torchvision_loader(task: Task, *, workers: int = WORKERS, pin_memory: bool =
     """PyTorch's DataLoader with the recipe's PIL transforms, on the images of one call."""
     before, after = transforms_of(task.recipe.augmentation, transforms)
     normalise = transforms.Normalize(task.data.mean.tolist(), task.data.std.tolist())
-    train = task.part.train
-    assert isinstance(train, ResidentSet)
+    pictures = Pictures(task.resident, transforms.Compose([*before, transforms.ToTensor(), normalise, *after]))
     return DataLoader(
-        Pictures(train, transforms.Compose([*before, transforms.ToTensor(), normalise, *after])), task.recipe.batch_size,
-        shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory,
+        pictures, task.recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0,
+        pin_memory=pin_memory,
     )  # fmt: skip
 
 
@@ -517,15 +491,9 @@ def ffcv_loader(task: Task, device: torch.device | None) -> Any:
             image += [*to_device, T.ToTorchImage(), T.Convert(torch.float32), normalise]
             label += [*to_device, T.Squeeze()]
         return Loader(
-            str(task.folder / "train.beton"),
-            batch_size=task.recipe.batch_size,
-            num_workers=WORKERS,
-            order=OrderOption.RANDOM,
-            os_cache=True,
-            drop_last=True,
-            indices=range(task.images),
-            pipelines={"image": image, "label": label, "index": None},
-        )
+            str(task.folder / "train.beton"), task.recipe.batch_size, WORKERS, os_cache=True, order=OrderOption.RANDOM,
+            drop_last=True, indices=range(task.images), pipelines={"image": image, "label": label, "index": None},
+        )  # fmt: skip
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bench import stats
 from bench.report import between, points, significant
 from bench.results import Results, Run, read_results
 from bench.stats import Estimate
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
 
 SPEED, ACCURACY = "images/s", "top-1"
@@ -65,7 +66,7 @@ class Row:
         change, shown = self.change.estimate, self.change.excludes(0)
         if not self.chance and ((shown and change < -allowed) or (self.below and change < -LARGE * allowed)):
             return "WORSE"
-        if self.change.low is None:
+        if not self.change.interval:
             return "no interval: not judged"
         if not shown or self.chance:
             return "no change shown"
@@ -77,7 +78,7 @@ class Row:
 
 def main() -> None:
     """Read both, print warnings and the table, end with exit code 1 when something got worse."""
-    options = tyro.cli(Options, prog="python bench/compare.py")
+    options = parse_arguments(Options, "python bench/compare.py")
     (before_path, before), (after_path, after) = read_results(options.a), read_results(options.b)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for line in warnings(before, after):
@@ -106,16 +107,13 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
         new = after.comparisons().get(what)
         if new is None or what == "baselines" or old.settings.get("arch") != new.settings.get("arch"):
             continue
-        found = {timing.name: timing for timing in new.timings}
+        found = {timing.name: timing.images_per_second for timing in new.timings}
         for timing in (timing for timing in old.measured() if timing.name in found):
             timed.add(timing.name)
             name = timing.name if what == "speeds" else f"{what}: {timing.title}"
-            if found[timing.name].images_per_second:
-                yield speed(name, timing.images_per_second, found[timing.name].images_per_second, "rounds")
-            else:
-                yield Row(name, SPEED, significant(geometric_mean(timing.images_per_second)), "failed", None)
-    groups, failed = groups_of(after), {run.name for run in after.runs if run.error}
-    for name, runs in groups_of(before).items():
+            yield speed(name, timing.images_per_second, found[timing.name], "rounds")
+    groups, failed = after.groups(), {run.name for run in after.runs if run.error}
+    for name, runs in before.groups().items():
         others = groups.get(name, [])
         if others and name not in timed and "/" not in name:
             rates, other_rates = ([rate for run in side for rate in run.rates] for side in (runs, others))
@@ -127,20 +125,14 @@ def compare(before: Results, after: Results) -> Iterator[Row]:
                 yield Row(run.name, ACCURACY, f"{run.top1:.2%}", "failed", None)
 
 
-def groups_of(results: Results) -> dict[str, list[Run]]:
-    """Finished trainings that differ in their seed alone: by architecture, an ablation's by STUDY/ARM."""
-    groups: dict[str, list[Run]] = {}
-    for run in (run for run in results.runs if not run.error):
-        groups.setdefault(run.name.rpartition("-seed")[0], []).append(run)
-    return groups
-
-
 def recipe_of(runs: list[Run]) -> set[tuple[int, ...]]:
     """What accuracies must share to be compared: epochs, batch size, training images, test images."""
     return {(len(run.train_seconds), run.batch_size, run.images_per_epoch, run.test_images) for run in runs}
 
 
 def speed(name: str, before: Sequence[float], after: Sequence[float], unit: str) -> Row:
+    if not after:
+        return Row(name, SPEED, significant(geometric_mean(before)), "failed", None)
     change = stats.ratio_apart(after, before).through(lambda ratio: ratio - 1)
     old, new = (significant(geometric_mean(side)) for side in (before, after))
     repetitions = f"{len(before)}, {len(after)} {unit}"
@@ -171,8 +163,8 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
     names = [(side.data.get("name"), side.data.get("sha256")) for side in (before, after)]
     if names[0] != names[1]:
         yield f"data differ: {names[0]} in A, {names[1]} in B"
-    groups_a, groups_b = groups_of(before), groups_of(after)
-    for name in groups_a.keys() & groups_b.keys():
+    groups_a, groups_b = before.groups(), after.groups()
+    for name in sorted(groups_a.keys() & groups_b.keys()):
         seeds = [", ".join(str(run.seed) for run in groups[name]) for groups in (groups_a, groups_b)]
         if seeds[0] != seeds[1]:
             yield f"{name}: finished seeds differ: {seeds[0]} in A, {seeds[1]} in B"
@@ -191,9 +183,10 @@ def warnings(before: Results, after: Results) -> Iterator[str]:
 
 def table(rows: list[Row], options: Options) -> Table:
     """All rows for people; as Text, in which nothing is markup."""
-    shown = Table(box=None, pad_edge=False)
-    for title in ("what", "", "A", "B", "change", "95 % interval", "n", "verdict"):
-        shown.add_column(title, justify="right" if title in ("A", "B", "change") else "left", overflow="fold")
+    titles = ("what", "", "A", "B", "change", "95 % interval", "n", "verdict")
+    right = ("A", "B", "change")
+    columns = (Column(each, justify="right" if each in right else "left", overflow="fold") for each in titles)
+    shown = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         verdict, change, interval = row.verdict(options), "", ""
         if row.change is not None:
@@ -207,7 +200,7 @@ def table(rows: list[Row], options: Options) -> Table:
 
 def plain(text: str) -> str:
     """The text of a strange file without what would steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else "?" for c in text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 python bench/input_pipelines.py --data data/beton --out bench/results/cpu/pipeline.json
 
 Every pipeline delivers whole batches of a set of just that size. All normalise to float32, but for FFCV's own, which stops at
-uint8, and `kernels.augment`, which rounds to bfloat16. Mixing is left out: all would do it alike, on the batch.
+uint8. Mixing is left out: all would do it alike, on the batch.
 """
 
 import itertools
@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from torchvision.transforms import v2
 
@@ -30,15 +29,15 @@ from bench import baselines
 from bench.baselines import WORKERS, Call, Loop, Task, own_threads
 from bench.results import Timing
 from bench.stats import ratio
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation
-from fastcifar.dataset import ResidentSet, Splits, epoch_order, load_splits
+from fastcifar.dataset import Splits, epoch_order
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
-from kernels.augment import augment
 
 CPU = torch.device("cpu")
 LOADER, FFCV = "torchvision DataLoader", "FFCV"
@@ -93,14 +92,14 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
             console.print(f"{timing.name:>26}: {timing.error}", style="yellow")
     measured = {timing.name: timing for timing in timings if not timing.error}
     results: dict[str, Any] = {}
-    for each, timing in measured.items():
-        results[each], told = {"images_per_second": spread(timing)}, [rate_text(timing)]
+    for name, timing in measured.items():
+        results[name], told = {"images_per_second": spread(timing)}, [rate_text(timing)]
         for key, other in (("times_dataloader", LOADER), ("times_ffcv", FFCV)):
-            if other != each and other in measured:
-                results[each][key], text = compared(timing, measured[other])
+            if other != name and other in measured:
+                results[name][key], text = compared(timing, measured[other])
                 told.append(f"{text} {other}")
-        results[each]["note"] = timing.note
-        console.print(f"{each:>26}: {'; '.join([*told, timing.note])}")
+        results[name]["note"] = timing.note
+        console.print(f"{name:>26}: {'; '.join([*told, timing.note])}")
     return results
 
 
@@ -112,7 +111,6 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
     rows: list[tuple[str, str, Task, Callable[[Task], Call], bool]] = [
         ("fastcifar", "as training prepares its batches; JIT not counted", task, partial(_prepare, kernels="auto"), True),
         ("fastcifar in PyTorch", "the same pixels, eager", task, partial(_prepare, kernels="torch"), True),
-        ("kernels.augment", "Numba, draws for itself, bf16", task, _fused, plain),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
             lambda task: partial(deque, baselines.torchvision_loader(task), maxlen=0), True,
@@ -135,10 +133,9 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
 def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
     """What training does before the network: drawing an epoch's parameters, then `TrainStep.prepare` for every batch."""
     run = RunOptions(data=task.folder, max_parameters=0, kernels=kernels, compile=False)
-    data = task.part
+    train, epochs = task.resident, itertools.count()
+    data = replace(task.data, train=train)
     step = build_step(build_state(task.arch, task.recipe, run, data, task.device), task.recipe, run, data)
-    assert isinstance(data.train, ResidentSet)
-    train, epochs = data.train, itertools.count()
 
     def call() -> None:
         epoch = next(epochs)
@@ -149,35 +146,10 @@ def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
     return call
 
 
-def _fused(task: Task) -> Call:
-    """The kernel that draws, gathers, augments, normalises and labels in one call, to bf16 channels_last."""
-    data, epochs = task.part.train, itertools.count()
-    assert isinstance(data, ResidentSet)
-
-    def call() -> None:
-        epoch, batch = next(epochs), None
-        order = epoch_order(data.index, 0, epoch)
-        for cursor in range(0, task.images, task.recipe.batch_size):
-            batch = augment(
-                data.images, data.labels, order, cursor, epoch, 0, batch_size=task.recipe.batch_size, index=data.index,
-                mean=task.data.mean, std=task.data.std, out=batch, **keyed_settings(task.recipe.augmentation),
-            )  # fmt: skip
-
-    return call
-
-
-def keyed_settings(recipe: Augmentation) -> dict[str, Any]:
-    """A recipe's crop, flip and cutout as `kernels.augment` names them."""
-    reflect = recipe.crop_mode == "reflect"
-    return {"padding": recipe.crop_padding, "flip": recipe.flip, "reflect": reflect, "cutout": recipe.cutout}
-
-
 def _torchvision_batches(task: Task) -> Call:
     before, after = baselines.transforms_of(task.recipe.augmentation, v2)
-    scale = v2.ToDtype(torch.float32, scale=True)
-    return _on_batches(
-        task, v2.Compose([*before, scale, v2.Normalize(task.data.mean.tolist(), task.data.std.tolist()), *after])
-    )
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(task.data.mean.tolist(), task.data.std.tolist())]
+    return _on_batches(task, v2.Compose([*before, *normalise, *after]))
 
 
 def _kornia(task: Task) -> Call:
@@ -196,9 +168,7 @@ def _kornia(task: Task) -> Call:
 
 def _on_batches(task: Task, chain: Callable[[torch.Tensor], object]) -> Call:
     """A call of a chain that takes uint8 batches [B, 3, 32, 32]."""
-    train = task.part.train
-    assert isinstance(train, ResidentSet)
-    planes = train.images.permute(0, 3, 1, 2).contiguous()
+    planes = task.resident.images.permute(0, 3, 1, 2).contiguous()
 
     def call() -> None:
         for positions in torch.randperm(task.images).split(task.recipe.batch_size):
@@ -239,32 +209,25 @@ def rate_text(timing: Timing) -> str:
 def training_step(options: Options, device: torch.device, console: Console) -> dict[str, Any]:
     """Time our step against the same model in eager float32 NCHW, which gets its batch for nothing."""
     recipe = replace(reported(options.arch).recipe, batch_size=options.batch_size)
-    task = Task(options.arch, recipe, load(options.data, device), options.data, steps=1)
-    timings = {}
-    for timing in baselines.time_baselines(
-        task, rounds=options.rounds, names=(OURS, TORCH, PLAIN), augmentation=task.recipe.augmentation, say=lambda line: None
-    ):
+    task = Task(options.arch, recipe, baselines.load_all(options.data, device), options.data, steps=1)
+    loops = baselines.baselines(task, (OURS, TORCH, PLAIN), recipe.augmentation)
+    timings = baselines.time_loops(loops, rounds=options.rounds, kind="step", say=lambda line: None)
+    for timing in timings:
         if timing.error:
             raise InputError(f"{timing.title}: {timing.error}")
-        timings[timing.name] = timing
-    speedup, text = compared(timings[OURS], timings[PLAIN])
-    over_torch, over_torch_text = compared(timings[OURS], timings[TORCH])
-    told = {timing.title: rate_text(timing) for timing in timings.values()}
+    ours, torchs, plain = timings
+    (speedup, text), (over_torch, over_torch_text) = compared(ours, plain), compared(ours, torchs)
+    told = {timing.title: rate_text(timing) for timing in timings}
     for name, words in (told | {"speed-up": text, "auto over torch": over_torch_text}).items():
         console.print(f"{name:>16}: {words}")
     return {
         "arch": options.arch,
         "batch_size": options.batch_size,
-        "images_per_second": {timing.title: spread(timing) for timing in timings.values()},
+        "images_per_second": {timing.title: spread(timing) for timing in timings},
         "speedup": speedup,
         "speedup_of_auto_over_torch": over_torch,
-        "seconds": {each.title: [task.images / rate for rate in each.images_per_second] for each in timings.values()},
+        "seconds": {timing.title: [task.images / rate for rate in timing.images_per_second] for timing in timings},
     }
-
-
-def load(folder: Path, device: torch.device) -> Splits:
-    """All of both splits, checked."""
-    return load_splits(folder, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=0, verify=True)
 
 
 def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
@@ -286,13 +249,13 @@ def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    options = tyro.cli(Options, prog=f"python bench/{Path(sys.argv[0]).name}")
+    options = parse_arguments(Options, f"python bench/{Path(sys.argv[0]).name}")
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=True)
     results: dict[str, Any] = {}
     if options.input:
-        data, rounds, batch_size = load(options.data, CPU), options.rounds, options.input_batch_size
+        data, rounds, batch_size = baselines.load_all(options.data, CPU), options.rounds, options.input_batch_size
         results["input"] = {name: measure(name, data, options.data, batch_size, rounds, console) for name in options.pipelines}
     if options.step:
         results["step"] = training_step(options, device, console)

@@ -25,17 +25,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
-from bench.baselines import compile_tuned, one_line, take_turns
-from bench.input_pipelines import CPU, PIPELINES, keyed_settings, load
+from bench.baselines import compile_tuned, load_all, one_line, take_turns
+from bench.input_pipelines import CPU, PIPELINES
 from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
 from fastcifar import augmentation
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
 from fastcifar.device import choose_device, set_up_process
@@ -43,13 +43,13 @@ from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import read_json, write_json
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
-from kernels.augment import augment
+from kernels.augment import augment_fused
 from kernels.augment.operations import SIDE
-from kernels.augment.reference import Flip, augment_numpy, augment_torch
+from kernels.augment.reference import augment_numpy, augment_torch
 from kernels.backends import DTYPE_NAMES, MEASURED
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
-from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail import residual_tail, variant
 from kernels.residual_tail.reference import residual_tail as eager_residual_tail
 from kernels.squeeze_excite import squeeze_excite
 from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
@@ -126,25 +126,20 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, s
         return [conv_out, added, vector(channels), vector(channels), *statistics, *excitation]
 
     def form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*tensors: Tensor | None) -> Tensor:
-            return function(
-                *tensors[:6], training=True, momentum=0.1, eps=1e-5,
-                se=tensors[6:] if se else None, se_activation=activation, activation=activation,
-            )  # fmt: skip
-
-        return call
+        given = {"training": True, "momentum": 0.1, "eps": 1e-5, "se_activation": activation, "activation": activation}
+        return lambda *tensors: function(*tensors[:6], se=tensors[6:] if se else None, **given)
 
     return KernelRow(
         variant(shortcut or None, se or None, activation), maps(uses), inputs,
         form(partial(residual_tail, backend="triton")), form(eager_residual_tail),
         # Statistics 1 read; result 1 read, 1 write. Backward: 2 reads, then 2 reads, 1 write. With a shortcut: one more read
         # forward, one more read and one more write backward.
-        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5, same_algebra=form(residual_tail_fusable),
+        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5,
+        same_algebra=form(partial(residual_tail, backend="fusable")),
     )  # fmt: skip
 
 
-AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8}
-FLIP: Flip = "random"
+AUGMENTATION: dict[str, Any] = {"padding": 4, "reflect": False, "cutout": 8, "flip": "random"}
 IMAGES = 50_000  # of the resident set, as CIFAR-10's
 
 
@@ -168,29 +163,22 @@ def augment_inputs(shape: Shape, batch: int, dtype: torch.dtype, generator: torc
     return [*resident_set(count, device), *scalars, *constants, torch.empty(batch, 0, dtype=dtype, device=device)]
 
 
-def augment_fused(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
-    return augment(
-        images, labels, permutation, cursor, epoch, seed, batch_size=len(like), mean=mean, std=std, index=index, flip=FLIP,
-        dtype=like.dtype, backend="triton", **AUGMENTATION,
-    )  # fmt: skip
+def augment_ours(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    *given, like = tensors
+    return augment_fused(*given, batch_size=len(like), dtype=like.dtype, **AUGMENTATION)
 
 
 def augment_eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     images, labels, index, permutation, cursor, epoch, seed, mean, std, like = tensors
     positions = permutation[cursor + torch.arange(len(like), device=images.device)]
-    return augment_torch(
-        images, labels, index, positions, epoch, seed, mean=mean, std=std, flip=FLIP, dtype=like.dtype, **AUGMENTATION
-    )
+    return augment_torch(images, labels, index, positions, epoch, seed, mean=mean, std=std, dtype=like.dtype, **AUGMENTATION)
 
 
 def augment_exact(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     """NumPy's pixels, on the inputs' device."""
     images, labels, index, permutation, cursor, epoch, seed, mean, std = (t.cpu().numpy() for t in tensors[:-1])
     positions, like = permutation[cursor : cursor + len(tensors[-1])], tensors[-1]
-    x, own_labels = augment_numpy(
-        images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, flip=FLIP, **AUGMENTATION
-    )
+    x, own_labels = augment_numpy(images, labels, index, positions, int(epoch), int(seed), mean=mean, std=std, **AUGMENTATION)
     return torch.from_numpy(x).to(like), torch.from_numpy(own_labels).to(like.device)
 
 
@@ -211,7 +199,7 @@ KERNELS: dict[str, KernelRow] = {
         tail_row("relu", shortcut=True, se=True),
         tail_row("mish", shortcut=True, se=True, se_bias=True),
         KernelRow(  # the batch is written once; 3,072 bytes of an image are read
-            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_fused, augment_eager,
+            "augment", ((3, SIDE, SIDE),), augment_inputs, augment_ours, augment_eager,
             forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,
         ),
     )
@@ -406,14 +394,8 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Every field, and the figures made of them."""
         spread = {name: [float(value) for value in np.percentile(times, [10, 50, 90])] for name, times in self.seconds.items()}
-        made = {
-            "p10_p50_p90": spread,
-            "best_baseline": self.best_baseline,
-            "speedup": None if self.speedup is None else vars(self.speedup),
-            "won": self.won,
-            "share_of_copy": self.share_of_copy,
-        }
-        return vars(self) | made
+        made = {name: getattr(self, name) for name in ("best_baseline", "won", "share_of_copy")}
+        return vars(self) | {"p10_p50_p90": spread, "speedup": self.speedup and vars(self.speedup)} | made
 
 
 def measure(
@@ -486,7 +468,7 @@ def timed(work: Work, rounds: int, *, keep: bool) -> dict[str, list[float]]:
 
 # ---- The command.
 
-CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what kernels.augment does
+CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what the Triton kernel does
 CHECKED = 512  # images compared with NumPy's before anything is timed
 
 
@@ -521,7 +503,7 @@ class Options:
 
 def main() -> None:
     """Measure, print, write."""
-    options = tyro.cli(Options, prog="python bench/kernel_latency.py")
+    options = parse_arguments(Options, "python bench/kernel_latency.py")
     console = Console(soft_wrap=True, highlight=False)
     device = choose_device("auto")
     set_up_process(device, deterministic=False)
@@ -561,11 +543,10 @@ def latency_table(measurements: list[Measurement]) -> Table:
     caption = (
         "one call, median of rounds (10-90 %); ratio: best baseline's time over ours, 95 % interval; green: beats every form"
     )
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
-    for heading in ("kernel", "map", "direction", "cache"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ours us", "best baseline", "its us", "ratio", "of copy", "launches", "peak MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    left, right = ("kernel", "map", "direction", "cache"), ("ours us", "best baseline", "its us", "ratio", "of copy")
+    columns = [Column(heading, no_wrap=True) for heading in left]
+    columns += [Column(heading, justify="right", no_wrap=True) for heading in (*right, "launches", "peak MB")]
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
 
     def microseconds(seconds: list[float]) -> str:
         low, middle, high = np.percentile(seconds, [10, 50, 90]) * 1e6
@@ -597,36 +578,31 @@ def record(path: Path, device_name: str, measurements: Iterable[Measurement]) ->
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
-    """The augmentation on the CPU: our loops beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
-    data = load(options.data, CPU)
+    """The augmentation on the CPU: our loop beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
+    data = load_all(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
     return {name: pipeline(name, data, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
 
 
 def check_pixels(recipe: Augmentation, data: Splits) -> None:
-    """Raise InputError unless both forms that are timed show the pixels expected, into new memory and into used."""
+    """Raise InputError unless both forms that are timed show NumPy's pixels and labels, into new memory and into used."""
     positions, mean, std = torch.arange(min(CHECKED, len(data.train))), data.mean, data.std
     train = data.train.subset(positions)
     assert isinstance(train, ResidentSet)
-    settings = keyed_settings(recipe)
     images, labels, index = (tensor.numpy() for tensor in (train.images, train.labels, train.index))
-    batch, loop = None, None
+    batch = None
     for epoch in range(2):  # the second overwrites the first
-        expected, _ = augment_numpy(
-            images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), **settings
-        )
-        batch = augment(
-            train.images, train.labels, positions, 0, epoch, 0, batch_size=len(train), index=train.index, mean=mean, std=std,
-            out=batch, **settings,
+        expected = augment_numpy(
+            images, labels, index, positions.numpy(), epoch, 0, mean=mean.numpy(), std=std.numpy(), flip=recipe.flip,
+            padding=recipe.crop_padding, reflect=recipe.crop_mode == "reflect", cutout=recipe.cutout,
         )  # fmt: skip
-        drawn = augmentation.draw(recipe, train.index, 0, epoch)
-        plain = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "torch")
-        loop = augmentation.augment(recipe, train.images, positions, drawn, mean, std, "numba", loop)
-        same = torch.equal(batch[0], torch.from_numpy(expected).bfloat16()) and torch.equal(batch[1], train.labels)
-        for name, whose, right in (("kernels.augment", "NumPy", same), ("Numba's loop", "PyTorch", torch.equal(loop, plain))):
-            if not right:
-                raise InputError(f"{name} does not show {whose}'s pixels on this machine: not timed; please report it")
+        given = recipe, train, positions, augmentation.draw(recipe, train.index, 0, epoch), mean, std
+        plain = augmentation.augment(*given, backend="torch")
+        batch = augmentation.augment(*given, backend="numba", reuse=None if batch is None else batch[0])
+        for name, found in (("PyTorch's form", plain), ("Numba's loop", batch)):
+            if not all(torch.equal(ours, torch.from_numpy(theirs)) for ours, theirs in zip(found, expected, strict=True)):
+                raise InputError(f"{name} does not show NumPy's pixels on this machine: not timed; please report it")
 
 
 if __name__ == "__main__":

@@ -70,15 +70,12 @@ def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, ta
     timing = Timing(name, name, f"{path}, by its own clock", in_turns=False)
     logs.mkdir(parents=True, exist_ok=True)
     out, err = logs / f"{name}.stdout.log", logs / f"{name}.stderr.log"
-    variables = {
-        "FASTCIFAR_DATA": str(task.folder.resolve()),
-        "FASTCIFAR_EPOCHS": str(epochs),
-        "FASTCIFAR_IMAGES": str(len(task.data.train)),
-        "FASTCIFAR_TARGET": f"{target:g}" if target else "",
-        "FASTCIFAR_BATCH_SIZE": str(task.recipe.batch_size),
-        "FASTCIFAR_ARCH": task.arch,
-        "FASTCIFAR_DEVICE": task.device.type,
-    }
+    told = {
+        "DATA": task.folder.resolve(), "EPOCHS": epochs, "IMAGES": len(task.data.train),
+        "TARGET": f"{target:g}" if target else "", "BATCH_SIZE": task.recipe.batch_size, "ARCH": task.arch,
+        "DEVICE": task.device.type,
+    }  # fmt: skip
+    variables = {f"FASTCIFAR_{name}": str(value) for name, value in told.items()}
     with tempfile.TemporaryDirectory() as folder, out.open("wb") as stdout, err.open("wb") as stderr:
         offer_data(Path(folder), task.data)
         with subprocess.Popen(

@@ -7,12 +7,12 @@ python bench/report.py runs/bench
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from bench import stats
 from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results
 from bench.stats import Estimate
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import run_command
 from fastcifar.files import write_bytes
 from fastcifar.plots import COLOURS, STYLE
@@ -36,6 +37,7 @@ NONE = "–"
 PAGES = ("report.html", "report.md")  # and their templates
 # What Markdown would take for markup in running text. An underscore within a word is none.
 MARKUP = re.compile(r"([\\`*~|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=\])\()")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,6 @@ class Section:
     rows: list[list[Entry]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def sortable(self) -> bool:
-        return bool(self.rows) and self.rows[0][0].sort is not None
-
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"\W+", "-", self.title.lower()).strip("-") or "section"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -85,18 +79,31 @@ class Report:
 class Row:
     """A variant with what was measured of it."""
 
-    arch: str
-    variant: Variant | None
+    variant: Variant
     runs: list[Run]
     speed: Estimate  # images per second
     accuracy: Estimate | None  # top-1 of the last epoch: over seeds, or of one seed's test images
 
+    @property
+    def arch(self) -> str:
+        return self.variant.arch
+
+    @property
+    def of_roofline(self) -> float | None:
+        ceiling = self.variant.roofline_images_per_second
+        return self.speed.estimate / ceiling if ceiling else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write report.html and report.md beside a results.json."""
+
+    results: tyro.conf.Positional[Path]  # results.json, or the folder it is in
+
 
 def main() -> None:
     """Read, write, name what was written."""
-    given = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="results", help="results.json, or the folder it is in")]
-    about = "Write report.html and report.md beside a results.json."
-    file, results = read_results(tyro.cli(given, prog="python bench/report.py", description=about))
+    file, results = read_results(parse_arguments(Options, "python bench/report.py").results)
     for path in write_reports(file.parent, results):
         print(path)
 
@@ -109,14 +116,31 @@ def write_reports(folder: Path, results: Results) -> list[Path]:
     return [folder / name for name in PAGES]
 
 
+def render(report: Report, template: str) -> str:
+    """A whole report by its template, which shows every text as it is: report.html with style and script inside, or
+    report.md, the same figures without the charts."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html"),
+        finalize=escape if template.endswith(".md") else None,
+    )  # fmt: skip
+    environment.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
+    return environment.get_template(template).render(report=report)
+
+
+def escape(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKUP.sub(r"\\\1", text)
+
+
 def build_report(results: Results) -> Report:
     """Compute everything the page lays out."""
     check(results)
     rows = variant_rows(results)
-    failed = [[Entry(run.name), Entry(run.error)] for run in results.runs if run.error]
+    failed = [(run.name, run.error) for run in results.runs if run.error]
     for what, comparison in results.comparisons().items():
-        failed += [[Entry(f"{what}: {timing.title}"), Entry(timing.error)] for timing in comparison.timings if timing.failed]
-    facts = [[Entry(name), Entry(value)] for name, value in environment(results)]
+        failed += [(f"{what}: {timing.title}", timing.error) for timing in comparison.timings if timing.failed]
     sections = [
         scatter(rows),
         *variant_tables(rows, results),
@@ -124,11 +148,11 @@ def build_report(results: Results) -> Report:
         optimizations(results.optimizations),
         baselines(results.baselines),
         *(ablation(each, results) for each in results.ablations),
-        Section("Failed", columns=["What", "Its last line"], rows=failed) if failed else None,
-        Section("Environment", columns=["Fact", "Value"], rows=facts) if facts else None,
+        plain_table("Failed", ["What", "Its last line"], failed),
+        plain_table("Environment", ["Fact", "Value"], environment(results)),
     ]
     return Report(
-        title=f"fastcifar benchmark: {results.environment.get('hardware') or 'unnamed hardware'}",
+        title=f"fastcifar benchmark: {hardware(results)}",
         banners=banners(results),
         lead=lead(results, rows),
         headlines=headlines(rows, results),
@@ -136,16 +160,22 @@ def build_report(results: Results) -> Report:
     )
 
 
+def hardware(results: Results) -> str:
+    return results.environment.get("hardware") or "unnamed hardware"
+
+
 def variant_rows(results: Results) -> list[Row]:
     """Every architecture that was timed or trained, in the order of the variants: no ranking."""
     timed = {timing.name: timing.images_per_second for timing in results.speeds.measured()} if results.speeds else {}
-    trained, costs = results.of_variants(), {variant.arch: variant for variant in results.variants}
+    trained = {arch: runs for arch, runs in results.groups().items() if "/" not in runs[0].name}
+    costs = {variant.arch: variant for variant in results.variants}
     rows = []
     for arch in dict.fromkeys([*costs, *timed, *trained]):
         runs = trained.get(arch, [])
         rates = timed.get(arch) or [rate for run in runs for rate in run.rates]
         if rates:
-            rows.append(Row(arch, costs.get(arch), runs, stats.rate(rates), accuracy(runs) if runs else None))
+            variant = costs.get(arch) or Variant(arch, "", 0, 0, "", 0.0)  # of unknown cost
+            rows.append(Row(variant, runs, stats.rate(rates), accuracy(runs) if runs else None))
     return rows
 
 
@@ -153,10 +183,7 @@ def accuracy(runs: Sequence[Run]) -> Estimate:
     """Top-1 over seeds; of one seed by Wilson's binomial interval of its test images."""
     if len(runs) == 1:
         return stats.proportion(runs[0].hits, runs[0].test_images)
-    mean = stats.mean([run.top1 for run in runs])
-    if mean.low is None or mean.high is None:
-        return mean
-    return replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))  # whatever t says
+    return stats.mean_share([run.top1 for run in runs])
 
 
 def banners(results: Results) -> list[str]:
@@ -179,29 +206,28 @@ def banners(results: Results) -> list[str]:
 
 def lead(results: Results, rows: list[Row]) -> str:
     """What was measured, on what, on which data."""
-    runs, hardware = [run for row in rows for run in row.runs], results.environment.get("hardware") or "unnamed hardware"
+    trained = [row.runs for row in rows if row.runs]
+    runs = [run for each in trained for run in each]
     data = results.data.get("name") or "a data set without a name"
     if not runs:
-        return f"Measured on {hardware}; no variant was trained. The data is {data}."
-    seeds = count([len(row.runs) for row in rows if row.runs], "seed")
-    epochs = count([len(run.train_seconds) for run in runs], "epoch")
+        return f"Measured on {hardware(results)}; no variant was trained. The data is {data}."
     return (
-        f"{count(sum(bool(row.runs) for row in rows), 'variant')} trained with {seeds} each for {epochs} of "
-        f"{span([run.images_per_epoch for run in runs])} images of {data} on {hardware}; accuracy is measured on "
-        f"{count([run.test_images for run in runs], 'image')} of the test set."
+        f"{count(len(trained), 'variant')} trained with {count(list(map(len, trained)), 'seed')} each for "
+        f"{count([len(run.train_seconds) for run in runs], 'epoch')} of {span([run.images_per_epoch for run in runs])} images "
+        f"of {data} on {hardware(results)}; accuracy is measured on {count([run.test_images for run in runs], 'image')} of the "
+        "test set."
     )
 
 
 def headlines(rows: list[Row], results: Results) -> list[tuple[str, str, str]]:
     """At most four figures to remember; nothing is called first whose interval overlaps another's."""
     lines = []
-    fastest = first([(row.arch, row.speed) for row in rows])
-    if fastest:
+    if fastest := first([(row.arch, row.speed) for row in rows]):
         arch, rate = fastest[0], fastest[1].estimate
         lines.append(("Fastest", f"{significant(minutes(rate))} min/epoch", f"{arch}, {significant(rate)} images/s"))
     best = first([(row.arch, row.accuracy) for row in rows])
     if best and not results.data.get("synthetic"):
-        lines.append(("Highest accuracy", f"{100 * best[1].estimate:.2f} %", f"{best[0]}, {between(best[1], share)}"))
+        lines.append(("Highest accuracy", f"{100 * best[1].estimate:.2f} %", f"{best[0]}, {between(best[1], percent)}"))
     steps = results.optimizations.measured() if results.optimizations else []
     if len(steps) > 1:
         gained = gain(steps[-1], steps[0])
@@ -240,7 +266,7 @@ def looks(number: int) -> Any:
 
 def reach(value: Estimate) -> Any:
     """How far the interval goes below and above the figure, [2, 1], as Matplotlib takes it."""
-    low, high = ends(value)
+    low, high = value.interval or (value.estimate, value.estimate)
     return np.array([[value.estimate - low], [high - value.estimate]])
 
 
@@ -329,53 +355,67 @@ def rate_bars(name: str, timings: list[Timing]) -> str:
 # ---- sections
 
 
+def table(
+    title: str, items: Sequence[Item], columns: Mapping[str, Callable[[Item], Entry]], notes: list[str], **given: Any
+) -> Section:
+    """A row for each item, an entry for each column; a column that no row fills and an empty note are left out."""
+    entries = {name: [make(item) for item in items] for name, make in columns.items()}
+    kept = {name: column for name, column in entries.items() if any(e.text != NONE or e.detail for e in column)}
+    rows = [list(row) for row in zip(*kept.values(), strict=True)]
+    return Section(title, columns=list(kept), rows=rows, notes=list(filter(None, notes)), **given)
+
+
+def plain_table(title: str, columns: list[str], pairs: list[tuple[str, str]]) -> Section | None:
+    return Section(title, columns=columns, rows=[list(map(Entry, pair)) for pair in pairs]) if pairs else None
+
+
 def variant_tables(rows: list[Row], results: Results) -> list[Section]:
-    """Speed and accuracy, then time and cost; a column that no variant fills is left out."""
+    """Speed and accuracy, then time and cost."""
     if not rows:
         return []
     target = target_top1(results, rows)
-    speed = [
-        ("Variant", [variant_name(row) for row in rows]),
-        ("Min/epoch", [entry(row.speed.through(minutes)) for row in rows]),
-        ("Top-1, %", [share_entry(row.accuracy) for row in rows]),
-        ("Images/s", [entry(row.speed) for row in rows]),
-        ("Epochs/s", [entry(row.speed.through(lambda rate: rate / EPOCH_IMAGES)) for row in rows]),
-        ("With flip, %", [share_entry(mean_of(run.flip_top1 for run in row.runs)) for row in rows]),
-        ("Best, %", [share_entry(mean_of(run.best_top1 for run in row.runs)) for row in rows]),
-        (f"To {100 * (target or 0):g} %", [time_to(row, target) for row in rows]),
-        ("Report claims", [Entry(row.variant.claim) if row.variant and row.variant.claim else NOTHING for row in rows]),
-    ]
-    costs = [row.variant for row in rows]
-    cost = [
-        ("Variant", [Entry(row.arch, sort=row.arch) for row in rows]),
-        (
-            "Training",
-            [spread((s for run in row.runs for s in run.steady_seconds), seconds) for row in rows],
-        ),
-        ("Evaluation", [spread((s for run in row.runs for s in run.eval_seconds), seconds) for row in rows]),
-        ("First step", [spread((run.first_step_seconds for run in row.runs), seconds) for row in rows]),
-        ("Compile", [spread((run.compile_seconds for run in row.runs), seconds) for row in rows]),
-        ("Peak memory", [spread((run.peak_memory_bytes for run in row.runs), size) for row in rows]),
-        ("Parameters", [spread([cost.parameters if cost else None], "{:,.0f}".format) for cost in costs]),
-        ("FLOPs/image", [spread([cost.flops_per_image / 1e6 if cost else None], "{:,.0f} M".format) for cost in costs]),
-        ("Of roofline", [spread([of_roofline(row)], lambda part: f"{100 * part:.0f} %") for row in rows]),
-        ("Energy/epoch", [spread(epoch_joules(row), lambda joules: f"{significant(joules / 1000)} kJ") for row in rows]),
+
+    def over_runs(form: Callable[[float], str], figures: Callable[[Run], Iterable[float | None]]) -> Callable[[Row], Entry]:
+        return lambda row: spread((figure for run in row.runs for figure in figures(run)), form)
+
+    speed: dict[str, Callable[[Row], Entry]] = {
+        "Variant": variant_name,
+        "Min/epoch": lambda row: entry(row.speed.through(minutes)),
+        "Top-1, %": lambda row: share_entry(row.accuracy) if row.accuracy else NOTHING,
+        "Images/s": lambda row: entry(row.speed),
+        "Epochs/s": lambda row: entry(row.speed.through(lambda rate: rate / EPOCH_IMAGES)),
+        "With flip, %": lambda row: shares_entry([run.flip_top1 for run in row.runs]),
+        "Best, %": lambda row: shares_entry([run.best_top1 for run in row.runs]),
+        f"To {100 * (target or 0):g} %": lambda row: time_to(row, target),
+        "Report claims": lambda row: Entry(row.variant.claim or NONE),
+    }
+    cost: dict[str, Callable[[Row], Entry]] = {
+        "Variant": lambda row: Entry(row.arch, sort=row.arch),
+        "Training": over_runs(seconds, lambda run: run.steady_seconds),
+        "Evaluation": over_runs(seconds, lambda run: run.eval_seconds),
+        "First step": over_runs(seconds, lambda run: [run.first_step_seconds]),
+        "Compile": over_runs(seconds, lambda run: [run.compile_seconds]),
+        "Peak memory": over_runs(size, lambda run: [run.peak_memory_bytes]),
+        "Parameters": lambda row: spread([row.variant.parameters or None], "{:,.0f}".format),
+        "FLOPs/image": lambda row: spread([row.variant.flops_per_image / 1e6 or None], "{:,.0f} M".format),
+        "Of roofline": lambda row: spread([row.of_roofline], lambda part: f"{100 * part:.0f} %"),
+        "Energy/epoch": over_runs(lambda joules: f"{significant(joules / 1000)} kJ", lambda run: [epoch_joules(run)]),
+    }
+    cost_notes = [
+        "Times: median, under it lowest to highest; training and evaluation of an epoch as trained here. First step: from the "
+        "start of the process; compile: the first step less a later one. FLOPs: forward and backward, two per multiply-add.",
+        "More than 100 % of the roofline: the ceiling is made of rates measured once, and this machine's speed wanders."
+        if any((row.of_roofline or 0) > 1 for row in rows)
+        else "",
     ]
     return [
-        table("Variants: speed and accuracy", speed, variant_notes(rows, results, target)),
-        table("Variants: time and cost", cost, cost_notes(rows)),
+        table("Variants: speed and accuracy", rows, speed, variant_notes(rows, results, target)),
+        table("Variants: time and cost", rows, cost, cost_notes),
     ]
-
-
-def table(title: str, columns: list[tuple[str, list[Entry]]], notes: list[str], **given: Any) -> Section:
-    """A section of a table without the columns that no row fills."""
-    kept = [(name, entries) for name, entries in columns if any(e.text != NONE or e.detail for e in entries)]
-    rows = [list(row) for row in zip(*(entries for _, entries in kept), strict=True)]
-    return Section(title, columns=[name for name, _ in kept], rows=rows, notes=notes, **given)
 
 
 def variant_name(row: Row) -> Entry:
-    report = row.variant.report if row.variant else ""
+    report = row.variant.report
     kind = "baseline, " if report == "-" else f"report {report}, " if report else ""
     epochs = count([len(run.train_seconds) for run in row.runs], "epoch")
     trained = f"{count(len(row.runs), 'seed')} × {epochs}" if row.runs else "not trained"
@@ -387,17 +427,14 @@ def entry(value: Estimate) -> Entry:
     return Entry(significant(value.estimate), between(value, significant), value.estimate)
 
 
-def mean_of(shares: Iterable[float]) -> Estimate | None:
-    values = list(shares)
-    return stats.mean(values) if values else None
+def shares_entry(shares: list[float], absent: str = NONE) -> Entry:
+    return share_entry(stats.mean_share(shares)) if shares else Entry(absent)
 
 
-def share_entry(value: Estimate | None) -> Entry:
+def share_entry(value: Estimate) -> Entry:
     """Mean and standard deviation in percent, in the detail the interval."""
-    if value is None:
-        return NOTHING
     deviation = "" if value.deviation is None else f" ± {100 * value.deviation:.2f}".replace(" ", "\N{NO-BREAK SPACE}")
-    return Entry(f"{100 * value.estimate:.2f}{deviation}", between(value, share), value.estimate)
+    return Entry(f"{100 * value.estimate:.2f}{deviation}", between(value, percent), value.estimate)
 
 
 def time_to(row: Row, target: float | None) -> Entry:
@@ -408,14 +445,10 @@ def time_to(row: Row, target: float | None) -> Entry:
     return Entry(seconds(fmean(reached)), some, fmean(reached))
 
 
-def of_roofline(row: Row) -> float | None:
-    return row.speed.estimate / row.variant.roofline_images_per_second if row.variant else None
-
-
-def epoch_joules(row: Row) -> list[float]:
-    """Energy of an epoch of 50,000 images in each run that counted it."""
-    counted = [(run.energy_joules, run.images_per_epoch * len(run.train_seconds)) for run in row.runs]
-    return [joules / images * EPOCH_IMAGES for joules, images in counted if joules is not None]
+def epoch_joules(run: Run) -> float | None:
+    """Energy of an epoch of 50,000 images."""
+    images = run.images_per_epoch * len(run.train_seconds)
+    return None if run.energy_joules is None else run.energy_joules / images * EPOCH_IMAGES
 
 
 def target_top1(results: Results, rows: list[Row]) -> float | None:
@@ -445,7 +478,7 @@ def variant_notes(rows: list[Row], results: Results, target: float | None) -> li
             "Speeds are those of the trainings, one variant after the other and not in turns, all epochs but the first; 95 % t "
             "interval over blocks of epochs."
         )
-    notes = [
+    return [
         "Not sorted by speed or accuracy: where intervals overlap, the order could be chance. A heading sorts the table.",
         f"{speeds} An epoch is 50,000 images.",
         "Accuracy: mean ± standard deviation over seeds, in brackets the 95 % t interval of the mean."
@@ -457,70 +490,57 @@ def variant_notes(rows: list[Row], results: Results, target: float | None) -> li
         "What a report claims is its own claim, after its whole recipe and on its own validation split or the class "
         "competition's harder test set (Kaggle): not comparable with shorter runs on other data.",
     ]
-    return list(filter(None, notes))
-
-
-def cost_notes(rows: list[Row]) -> list[str]:
-    notes = [
-        "Times: median, under it lowest to highest; training and evaluation of an epoch as trained here. First step: from the "
-        "start of the process; compile: the first step less a later one. FLOPs: forward and backward, two per multiply-add."
-    ]
-    if any((of_roofline(row) or 0) > 1 for row in rows):
-        notes.append(
-            "More than 100 % of the roofline: the ceiling is made of rates measured once, and this machine's speed wanders."
-        )
-    return notes
 
 
 def optimizations(comparison: Comparison | None) -> Section | None:
     """Each optimization against those before it that worked, and against none."""
-    measured = comparison.measured() if comparison else []
-    if comparison is None or not measured:
+    if not (comparison and comparison.measured()):
         return None
-    timings = comparison.timings
-    before = [next((t for t in reversed(timings[:place]) if t in measured), timing) for place, timing in enumerate(timings)]
-    columns = [
-        ("Optimization", [Entry(timing.title, timing.note) for timing in timings]),
-        ("Images/s", [rate_entry(timing) for timing in timings]),
-        ("Against the row above", [gain(timing, other) for timing, other in zip(timings, before, strict=True)]),
-        ("Against the first", [gain(timing, measured[0]) for timing in timings]),
-    ]
+    timings, measured = comparison.timings, comparison.measured()
+
+    def before(timing: Timing) -> Timing:
+        return next((other for other in reversed(timings[: timings.index(timing)]) if other in measured), timing)
+
     text = f"Training of {comparison.settings.get('arch')}: each row adds one optimization to all those above it."
-    charts = [rate_bars("optimizations", measured)]
-    return table("Optimizations", columns, [turns_note(measured)], text=text, charts=charts)
+    columns: dict[str, Callable[[Timing], Entry]] = {
+        "Against the row above": lambda timing: gain(timing, before(timing)),
+        "Against the first": lambda timing: gain(timing, measured[0]),
+    }
+    return timings_table("Optimizations", "Optimization", comparison, columns, text=text)
 
 
 def baselines(comparison: Comparison | None) -> Section | None:
     """Our training loop, the first, against others for the same model."""
-    measured = comparison.measured() if comparison else []
-    if comparison is None or not measured:
+    if not (comparison and comparison.measured()):
         return None
-    timings, ours = comparison.timings, comparison.timings[0]
-    columns = [
-        ("Training loop", [Entry(timing.title, timing.note) for timing in timings]),
-        ("Images/s", [rate_entry(timing) for timing in timings]),
-        (f"{ours.title} against it", [gain(ours, timing) for timing in timings]),
-        ("Top-1 it states, %", [Entry(NONE if t.top1 is None else f"{100 * t.top1:.2f}") for t in timings]),
-        ("To its target", [spread([timing.seconds_to_accuracy], seconds) for timing in timings]),
-    ]
-    notes = [turns_note([timing for timing in measured if timing.in_turns])]
-    scripts = [timing.title for timing in timings if not timing.in_turns]
-    if scripts:
-        notes.append(
-            f"Not timed in turns: {', '.join(scripts)}. Outside scripts ran in processes of their own at another time, when "
-            "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
-        )
-    text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
-    return table("Other training loops", columns, notes, text=text, charts=[rate_bars("baselines", measured)])
-
-
-def turns_note(timings: list[Timing]) -> str:
-    rounds = len(timings[0].images_per_second) if timings else 0
-    return (
-        f"Timed in turns in one process, {count(rounds, 'round')} in an order drawn anew. Rates, and ratios within a round, "
-        "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
-        "or slower where its interval excludes 1."
+    ours, scripts = comparison.timings[0], [timing.title for timing in comparison.timings if not timing.in_turns]
+    columns: dict[str, Callable[[Timing], Entry]] = {
+        f"{ours.title} against it": lambda timing: gain(ours, timing),
+        "Top-1 it states, %": lambda timing: Entry(NONE if timing.top1 is None else f"{100 * timing.top1:.2f}"),
+        "To its target": lambda timing: spread([timing.seconds_to_accuracy], seconds),
+    }
+    note = (
+        f"Not timed in turns: {', '.join(scripts)}. Outside scripts ran in processes of their own at another time, when "
+        "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
     )
+    text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
+    return timings_table("Other training loops", "Training loop", comparison, columns, note if scripts else "", text=text)
+
+
+def timings_table(
+    title: str, what: str, comparison: Comparison, columns: dict[str, Callable[[Timing], Entry]], note: str = "", *, text: str
+) -> Section:
+    """Loops with their rates, as bars too, and the columns given."""
+    measured = comparison.measured()
+    rounds = count([len(timing.images_per_second) for timing in measured if timing.in_turns], "round")
+    shared = {what: lambda timing: Entry(timing.title, timing.note), "Images/s": rate_entry}
+    notes = [
+        f"Timed in turns in one process, {rounds} in an order drawn anew. Rates, and ratios within a round, "
+        "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
+        "or slower where its interval excludes 1.",
+        note,
+    ]
+    return table(title, comparison.timings, shared | columns, notes, text=text, charts=[rate_bars(title.lower(), measured)])
 
 
 def rate_entry(timing: Timing) -> Entry:
@@ -535,58 +555,54 @@ def gain(timing: Timing, other: Timing) -> Entry:
         return NOTHING
     compare = stats.ratio if timing.in_turns and other.in_turns else stats.ratio_apart
     ratio = compare(timing.images_per_second, other.images_per_second)
-    if ratio.low is None:
-        detail = f"{count(ratio.n, 'round')}: no interval"
-    else:
-        words = ("▲ faster" if ratio.estimate > 1 else "▼ slower") if ratio.excludes(1) else "no difference shown"
-        detail = f"{between(ratio, '{:.2f}'.format)} {words}"
+    words = ("▲ faster" if ratio.estimate > 1 else "▼ slower") if ratio.excludes(1) else "no difference shown"
+    detail = f"{between(ratio, '{:.2f}'.format)} {words}" if ratio.interval else f"{count(ratio.n, 'round')}: no interval"
     return Entry(f"{ratio.estimate:.2f}×", detail, ratio.estimate)
 
 
 def ablation(given: Ablation, results: Results) -> Section | None:
     """Accuracy of each arm over seeds, and its paired difference from the first arm with p values by Holm."""
     runs = {run.name: run for run in results.runs if not run.error}
-    tops = [[runs[name].top1 if name in runs else None for name in arm.runs] for arm in given.arms]
-    if not any(top1 is not None for top in tops for top1 in top):
+    trained = {arm.name: [runs.get(name) for name in arm.runs] for arm in given.arms}
+    done = [run for each in trained.values() for run in each if run]
+    if not done:
         return None
-    differences: list[Estimate | None] = []
-    for top in tops:
-        pairs = [(a, b) for a, b in zip(top, tops[0], strict=True) if a is not None and b is not None]
-        differences.append(stats.paired(*zip(*pairs, strict=True)) if pairs and top is not tops[0] else None)
-    corrected = stats.holm([difference.p if difference else None for difference in differences])
-    done = [[top1 for top1 in top if top1 is not None] for top in tops]
-    columns = [
-        ("Arm", [Entry(arm.name, arm.flags) for arm in given.arms]),
-        ("Top-1, %", [share_entry(mean_of(top)) if top else Entry("no run finished") for top in done]),
-        (f"Against {given.arms[0].name}, points", list(map(difference_entry, differences, corrected))),
-        ("Report's", [Entry(arm.claim or NONE) for arm in given.arms]),
-    ]
-    shown = [(arm.name, d) for arm, d in zip(given.arms, differences, strict=True) if d]
+    control = given.arms[0].name
+    pairs = {arm: [(a.top1, b.top1) for a, b in zip(each, trained[control], strict=True) if a and b]
+             for arm, each in trained.items() if arm != control}  # fmt: skip
+    differences = {arm: stats.paired(*zip(*each, strict=True)) for arm, each in pairs.items() if each}
+    corrected = dict(zip(differences, stats.holm([each.p for each in differences.values()]), strict=True))
 
     def draw(axes: Axes) -> None:
-        for name, d in shown:
-            axes.errorbar(100 * d.estimate, short(name), xerr=100 * reach(d), fmt="o", color=COLOURS[0], capsize=3)
+        for arm, d in differences.items():
+            axes.errorbar(100 * d.estimate, short(arm), xerr=100 * reach(d), fmt="o", color=COLOURS[0], capsize=3)
         axes.axvline(0, color="#555555", lw=1)
-        most = max(400 * max(abs(d.estimate) for _, d in shown), 0.01)  # an interval far wider than any difference is cut off
+        # An interval far wider than any difference is cut off.
+        most = max(400 * max(abs(d.estimate) for d in differences.values()), 0.01)
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, -most), min(right, most))
-        axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.set_xlabel(f"top-1 against {short(given.arms[0].name)}, points")
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.set_xlabel(f"top-1 against {short(control)}, points")
 
-    trained = [run for arm in given.arms for name in arm.runs if (run := runs.get(name))]
+    columns: dict[str, Callable[[Any], Entry]] = {
+        "Arm": lambda arm: Entry(arm.name, arm.flags),
+        "Top-1, %": lambda arm: shares_entry([run.top1 for run in trained[arm.name] if run], "no run finished"),
+        f"Against {control}, points": lambda arm: difference_entry(differences.get(arm.name), corrected.get(arm.name)),
+        "Report's": lambda arm: Entry(arm.claim or NONE),
+    }
     notes = [
         "Mean ± standard deviation over seeds, in brackets 95 % t intervals. All other arms are compared with the first, "
         "seed by seed (paired t test); p values are corrected for the number of comparisons by Holm's method, and one is "
         f"called shown below {LEVEL}. Its interval is the uncorrected one."
-        if any(p is not None for p in corrected)
+        if any(p is not None for p in corrected.values())
         else "Too few seeds for intervals and tests: differences are those of single runs."
     ]
     text = (
-        f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in trained])} images, "
-        f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in trained])} test images."
+        f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in done])} images, "
+        f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in done])} test images."
     )
-    charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(shown), draw)] if shown else []
-    return table(f"Ablation: {given.title}", columns, notes, text=text, charts=charts)
+    charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(differences), draw)] if differences else []
+    return table(f"Ablation: {given.title}", given.arms, columns, notes, text=text, charts=charts)
 
 
 def difference_entry(difference: Estimate | None, p: float | None) -> Entry:
@@ -609,12 +625,13 @@ def environment(results: Results) -> list[tuple[str, str]]:
 
 
 def fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {fact(entry)}" for key, entry in value.items() if entry is not None)
-    if isinstance(value, list | tuple):
-        return ", ".join(map(fact, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    match value:
+        case dict():
+            return ", ".join(f"{key.replace('_', ' ')} {fact(entry)}" for key, entry in value.items() if entry is not None)
+        case list() | tuple():
+            return ", ".join(map(fact, value))
+        case bool():
+            return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -640,8 +657,8 @@ def size(value: float) -> str:
     return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:,.2f} GiB"
 
 
-def share(value: float) -> str:
-    return f"{100 * min(max(value, 0.0), 1.0):.2f}"  # whatever t says, an accuracy lies in 0..1
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}"
 
 
 def points(value: float) -> str:
@@ -649,11 +666,7 @@ def points(value: float) -> str:
 
 
 def between(value: Estimate, form: Callable[[float], str]) -> str:
-    return "" if value.low is None or value.high is None else f"[{form(value.low)},\N{NO-BREAK SPACE}{form(value.high)}]"
-
-
-def ends(value: Estimate) -> tuple[float, float]:
-    return (value.estimate, value.estimate) if value.low is None or value.high is None else (value.low, value.high)
+    return f"[{form(value.interval[0])},\N{NO-BREAK SPACE}{form(value.interval[1])}]" if value.interval else ""
 
 
 def spread(values: Iterable[float | None], form: Callable[[float], str]) -> Entry:
@@ -681,23 +694,6 @@ def span(numbers: Sequence[int]) -> str:
     """12, or 3 to 12."""
     low, high = min(numbers, default=0), max(numbers, default=0)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def render(report: Report, template: str) -> str:
-    """A whole report by its template, which shows every text as it is: report.html with style and script inside, or
-    report.md, the same figures without the charts."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html"),
-        finalize=escape if template.endswith(".md") else None,
-    )  # fmt: skip
-    return environment.get_template(template).render(report=report)
-
-
-def escape(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return MARKUP.sub(r"\\\1", text)
 
 
 if __name__ == "__main__":

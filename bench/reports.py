@@ -18,11 +18,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from bench.run import OWN_FLAGS, Job, new_console, require_free, resumable
 from fastcifar import files
+from fastcifar.arguments import parse_arguments
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
@@ -35,15 +35,9 @@ CURVES = Path(__file__).with_name("report_curves.json")
 
 # Epochs to train when --epochs names none: few, since a CPU takes from minutes to an hour for each.
 EPOCHS = {
-    "se_resnet18": 3,
-    "dropout_resnet24": 2,
-    "mish_se_resnet18": 2,
-    "light_resnet18": 2,
-    "resnet42": 2,
-    "robust_resnet64": 1,
-    "light_resnet18_v2_40": 1,
-    "light_resnet18_v2_45": 1,
-}
+    "se_resnet18": 3, "dropout_resnet24": 2, "mish_se_resnet18": 2, "light_resnet18": 2, "resnet42": 2,
+    "robust_resnet64": 1, "light_resnet18_v2_40": 1, "light_resnet18_v2_45": 1,
+}  # fmt: skip
 AHEAD = 3  # epochs of the authors' curve drawn beyond the end of ours, to show where it goes
 
 NOTES = (
@@ -92,37 +86,12 @@ class Curve:
     accuracy: tuple[float, ...]  # percent
 
 
-@dataclass(frozen=True)
-class Pair:
-    """The same figure of both; None where it was not measured."""
-
-    theirs: float | None
-    ours: float | None
-    difference: float | None  # ours minus theirs
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One run of ours beside its authors' curve; index 0 of the pairs is epoch 1."""
-
-    arch: str
-    report: str  # A to E
-    theirs: Curve
-    accuracy_on: str  # "test" or "held-out": the images that our accuracy was measured on
-    data_name: str  # of our training set
-    train_images: int | None  # that our run trained on; None: it has written no summary yet
-    is_row_recipe: bool  # whether our run was trained by the row's own recipe
-    run: dict[str, Any]  # seed, hardware, versions, commit and command of our run
-    train_loss: list[Pair]
-    accuracy: list[Pair]  # percent
-
-
 def main() -> None:
     """Train what is left; write the comparison after each run."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags = sys.argv[split + 1 :]
     require_free(flags, *OWN_FLAGS, "--arch")
-    options = tyro.cli(Options, prog=PROGRAM, args=sys.argv[1:split])
+    options = parse_arguments(Options, PROGRAM, sys.argv[1:split])
     curves, console = read_curves(options.curves), new_console()
     for arch in options.archs:
         if arch not in curves:
@@ -172,7 +141,7 @@ def train_all(options: Options, curves: dict[str, Curve], flags: list[str], cons
         write(options, curves)
 
 
-def write(options: Options, curves: dict[str, Curve]) -> list[Comparison]:
+def write(options: Options, curves: dict[str, Curve]) -> list[dict[str, Any]]:
     """Compare every run that has a finished epoch, write figure, tables and JSON, and return the comparisons."""
     folders = {arch: RunFolder(options.job(arch).path) for arch in options.archs}
     begun = {arch: folder for arch, folder in folders.items() if (folder.path / "metrics.jsonl").exists()}
@@ -180,109 +149,107 @@ def write(options: Options, curves: dict[str, Curve]) -> list[Comparison]:
     if comparisons:
         draw(comparisons, options.out / "reports.png")
         files.write_bytes(options.out / "reports.md", tables(comparisons).encode())
-        facts = environment_facts(choose_device("auto"))
-        content = facts | {"notes": NOTES, "comparisons": [asdict(comparison) for comparison in comparisons]}
+        content = environment_facts(choose_device("auto")) | {"notes": NOTES, "comparisons": comparisons}
         files.write_json(options.out / "reports.json", content)
     return comparisons
 
 
-def compare(arch: str, folder: RunFolder, curve: Curve) -> Comparison:
-    """Put a run beside its authors' curve. Raises InputError when the folder's run is another architecture's."""
+def compare(arch: str, folder: RunFolder, curve: Curve) -> dict[str, Any]:
+    """A run beside its authors' curve, as reports.json has it. InputError when the folder's run is another architecture's.
+
+    train_loss and accuracy (percent) have {theirs, ours, difference} for each of our epochs, None where it was not measured.
+    """
     run_arch, _, recipe, run = folder.read_config()
     if run_arch != arch:
         raise InputError(f"{folder.path} is a run of {run_arch}, not of {arch}: choose another --out")
     config = files.read_json(folder.path / "config.json", remedy="choose another --out")
     rows = folder.read_metrics()
-    return Comparison(
-        arch=arch,
-        report=architecture(arch).report,
-        theirs=curve,
-        accuracy_on=rows[-1]["eval_split"],
-        data_name=rows[-1]["data_name"],
-        train_images=folder.read_summary()["train_images"] if (folder.path / "summary.json").exists() else None,
-        is_row_recipe=recipe == reported(arch).recipe,
-        run={"seed": run.seed} | {name: config.get(name) for name in ("hardware", "versions", "commit", "command")},
-        train_loss=pairs(curve.train_loss, [row["train_loss"] for row in rows]),
-        accuracy=pairs(curve.accuracy, [None if row["eval_accuracy"] is None else 100 * row["eval_accuracy"] for row in rows]),
-    )
+    return {
+        "arch": arch,
+        "report": architecture(arch).report,
+        "theirs": asdict(curve),
+        "accuracy_on": rows[-1]["eval_split"],
+        "data_name": rows[-1]["data_name"],
+        "train_images": folder.read_summary()["train_images"] if (folder.path / "summary.json").exists() else None,
+        "is_row_recipe": recipe == reported(arch).recipe,
+        "run": {"seed": run.seed} | {name: config.get(name) for name in ("hardware", "versions", "commit", "command")},
+        "train_loss": pairs(curve.train_loss, [row["train_loss"] for row in rows]),
+        "accuracy": pairs(curve.accuracy, [row["eval_accuracy"] and 100 * row["eval_accuracy"] for row in rows]),
+    }
 
 
-def pairs(theirs: tuple[float, ...], ours: list[float | None]) -> list[Pair]:
-    """A pair for each of our epochs."""
+def pairs(theirs: tuple[float, ...], ours: list[float | None]) -> list[dict[str, float | None]]:
+    """A pair for each of our epochs; the difference is ours minus theirs."""
     both = list(zip_longest(theirs, ours))[: len(ours)]
-    return [Pair(a, b, None if a is None or b is None else b - a) for a, b in both]
+    return [{"theirs": a, "ours": b, "difference": None if a is None or b is None else b - a} for a, b in both]
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: dict[str, Any]) -> str:
     """One line: where training loss differs most."""
-    differences = [pair.difference for pair in comparison.train_loss if pair.difference is not None]  # epoch 1 always has one
+    differences = [pair["difference"] for pair in comparison["train_loss"] if pair["difference"] is not None]  # 1st epoch's is
     worst = max(differences, key=abs)
-    return f"{comparison.arch}: training loss differs by {worst:+.4f} at most, in epoch {1 + differences.index(worst)}"
+    return f"{comparison['arch']}: training loss differs by {worst:+.4f} at most, in epoch {1 + differences.index(worst)}"
 
 
-def draw(comparisons: list[Comparison], path: Path) -> None:
+def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
     """Write the figure: a row of panels for each architecture, training loss on the left and accuracy on the right."""
     from matplotlib import pyplot, rc_context
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    def panel(axes: Any, unit: str, curve: list[float], pairs: list[dict[str, float | None]], *names: str) -> None:
+        theirs, ours = curve[: len(pairs) + AHEAD], [math.nan if pair["ours"] is None else pair["ours"] for pair in pairs]
+        thin = {"linewidth": 0.9, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
+        axes.plot(range(1, len(theirs) + 1), theirs, color=COLOURS[1], label=names[0], **thin)
+        axes.plot(range(1, len(ours) + 1), ours, color=COLOURS[0], label=names[1], linewidth=2.2, marker="o", markersize=5)
+        axes.set(xlabel="epoch", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8)
+
     with rc_context(STYLE):
         figure, grid = pyplot.subplots(len(comparisons), 2, figsize=(9.6, 2.9 * len(comparisons) + 0.5), squeeze=False)
-        for axes, comparison in zip(grid, comparisons, strict=True):
-            theirs = comparison.theirs
-            images = "" if comparison.train_images is None else f", {comparison.train_images:,} images"
-            changed = "" if comparison.is_row_recipe else ", recipe changed"
-            axes[0].set_title(f"{comparison.arch} (report {comparison.report}{images}{changed})", loc="left")
-            _panel(axes[0], "training loss", theirs.train_loss, "authors", comparison.train_loss, "ours")
-            names = (f"authors, {theirs.accuracy_on}", f"ours, {comparison.accuracy_on}")
-            _panel(axes[1], "top-1 accuracy", theirs.accuracy, names[0], comparison.accuracy, names[1])
-            axes[1].yaxis.set_major_formatter(PercentFormatter(decimals=0))
-            for panel in axes:
-                panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        data = ", ".join(dict.fromkeys(comparison.data_name for comparison in comparisons))
+        for (left, right), each in zip(grid, comparisons, strict=True):
+            theirs = each["theirs"]
+            images = "" if each["train_images"] is None else f", {each['train_images']:,} images"
+            changed = "" if each["is_row_recipe"] else ", recipe changed"
+            left.set_title(f"{each['arch']} (report {each['report']}{images}{changed})", loc="left")
+            panel(left, "training loss", theirs["train_loss"], each["train_loss"], "authors", "ours")
+            names = f"authors, {theirs['accuracy_on']}", f"ours, {each['accuracy_on']}"
+            panel(right, "top-1 accuracy", theirs["accuracy"], each["accuracy"], *names)
+            right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        data = ", ".join(dict.fromkeys(each["data_name"] for each in comparisons))
         figure.suptitle(f"Ours: {data}. Authors: the original CIFAR-10.")
         with files.atomic_path(path) as partial:
             figure.savefig(partial, format="png")
         pyplot.close(figure)
 
 
-def _panel(axes: Any, unit: str, curve: tuple[float, ...], their_name: str, pairs: list[Pair], our_name: str) -> None:
-    theirs = curve[: len(pairs) + AHEAD]
-    thin: dict[str, Any] = {"linewidth": 0.9, "marker": "o", "markersize": 4, "markerfacecolor": "white"}
-    axes.plot(range(1, len(theirs) + 1), theirs, color=COLOURS[1], label=their_name, **thin)
-    ours = [math.nan if pair.ours is None else pair.ours for pair in pairs]
-    axes.plot(range(1, len(ours) + 1), ours, color=COLOURS[0], label=our_name, linewidth=2.2, marker="o", markersize=5)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(unit)
-    axes.legend(fontsize=8)
-
-
-def tables(comparisons: list[Comparison]) -> str:
+def tables(comparisons: list[dict[str, Any]]) -> str:
     """The comparison as Markdown: a table for each architecture."""
+
+    def cells(pair: dict[str, float | None], form: str) -> str:
+        values = zip(pair.values(), (form, form, "+" + form), strict=True)
+        return " | ".join("-" if value is None else format(value, how) for value, how in values)
+
     lines = ["# Our first epochs beside the authors'", "", "Differences are ours minus theirs; accuracy is in percent.", ""]
     lines += [f"- {note}" for note in NOTES]
-    for comparison in comparisons:
-        run = comparison.run
-        images = "" if comparison.train_images is None else f"{comparison.train_images:,} training images, "
+    for each in comparisons:
+        run, theirs = each["run"], each["theirs"]
+        images = "" if each["train_images"] is None else f"{each['train_images']:,} training images, "
         versions = ", ".join(f"{name} {version}" for name, version in (run["versions"] or {}).items())
         lines += [
-            *("", f"## {comparison.arch} (report {comparison.report})", ""),
-            f"- Theirs: {comparison.theirs.source}",
-            f"- Ours: {comparison.data_name}, {images}seed {run['seed']}; "
+            *("", f"## {each['arch']} (report {each['report']})", ""),
+            f"- Theirs: {theirs['source']}",
+            f"- Ours: {each['data_name']}, {images}seed {run['seed']}; "
             f"{run['hardware']}; {versions}; commit {run['commit']}; `{run['command']}`",
-            *([] if comparison.is_row_recipe else ["- **Not the recipe of this row**: see the command."]),
+            *([] if each["is_row_recipe"] else ["- **Not the recipe of this row**: see the command."]),
             "",
             "| epoch | training loss, theirs | ours | difference "
-            f"| accuracy, theirs ({comparison.theirs.accuracy_on}) | ours ({comparison.accuracy_on}) | difference |",
+            f"| accuracy, theirs ({theirs['accuracy_on']}) | ours ({each['accuracy_on']}) | difference |",
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
-        for epoch, (loss, accuracy) in enumerate(zip(comparison.train_loss, comparison.accuracy, strict=True), start=1):
-            lines.append(f"| {epoch} | {_text(loss, '.4f')} | {_text(accuracy, '.2f')} |")
+        for epoch, (loss, accuracy) in enumerate(zip(each["train_loss"], each["accuracy"], strict=True), start=1):
+            lines.append(f"| {epoch} | {cells(loss, '.4f')} | {cells(accuracy, '.2f')} |")
     return "\n".join(lines) + "\n"
-
-
-def _text(pair: Pair, form: str) -> str:
-    values = ((pair.theirs, form), (pair.ours, form), (pair.difference, "+" + form))
-    return " | ".join("-" if value is None else format(value, how) for value, how in values)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +35,7 @@ FAILED = "failed: "  # how the last line of a failed training's log begins
 NOT_FAILURES = ("not applicable", "left out")  # how `Timing.error` begins where nothing went wrong
 EPOCH_IMAGES = 50_000  # CIFAR's training set: epochs always mean so many images where speeds are shown
 AGAIN = "run the benchmark again"
+ABOVE_0 = math.ulp(0.0)
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ class Ablation:
     name: str
     title: str
     arch: str
-    epochs: int
-    seeds: list[int]
-    arms: list[Arm]
+    epochs: int = 0
+    seeds: list[int] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,11 @@ class Results:
     ablations: list[Ablation] = field(default_factory=list)
     schema: int = VERSION
 
-    def of_variants(self) -> dict[str, list[Run]]:
-        """Finished trainings of each architecture's own recipe, ablations' left out."""
+    def groups(self) -> dict[str, list[Run]]:
+        """Finished trainings that differ in their seed alone: by architecture, an ablation's by STUDY/ARM."""
         groups: dict[str, list[Run]] = {}
-        for run in self.runs:
-            if not run.error and "/" not in run.name:
-                groups.setdefault(run.arch, []).append(run)
+        for run in (run for run in self.runs if not run.error):
+            groups.setdefault(run.name.rpartition("-seed")[0] if "/" in run.name else run.arch, []).append(run)
         return groups
 
     def comparisons(self) -> dict[str, Comparison]:
@@ -205,25 +206,16 @@ def read_run(runs: Path, name: str) -> Run | None:
         return Run(name, error=lines[-1].removeprefix(FAILED)) if lines and lines[-1].startswith(FAILED) else None
     (arch, _, recipe, options), rows, summary = folder.read_config(), folder.read_metrics(), folder.read_summary()
     try:
-        run = Run(
-            name=name,
-            arch=arch,
-            seed=options.seed,
-            batch_size=recipe.batch_size,
-            images_per_epoch=round(rows[0]["images_per_second"] * rows[0]["train_seconds"]),
-            test_images=summary["final"]["images"],
-            train_seconds=[row["train_seconds"] for row in rows],
-            eval_seconds=[row["eval_seconds"] for row in rows],
-            epoch_top1=[row["eval_accuracy"] for row in rows],
-            top1=summary["final"]["top1"],
-            flip_top1=summary["final_flip_tta_top1"],
-            best_top1=summary["best_accuracy"],
-            first_step_seconds=summary["first_step_seconds"],
-            compile_seconds=summary.get("compile_seconds"),
-            peak_memory_bytes=summary.get("peak_memory_bytes"),
-            energy_joules=summary.get("energy_joules"),
-        )
-        return from_json(Run, asdict(run), str(folder.path))
+        measured = {key: [row[key] for row in rows] for key in ("train_seconds", "eval_seconds")}
+        summed_up = ("first_step_seconds", "compile_seconds", "peak_memory_bytes", "energy_joules")
+        values = measured | {key: summary.get(key) for key in summed_up} | {
+            "name": name, "arch": arch, "seed": options.seed, "batch_size": recipe.batch_size,
+            "images_per_epoch": round(rows[0]["images_per_second"] * rows[0]["train_seconds"]),
+            "test_images": summary["final"]["images"], "epoch_top1": [row["eval_accuracy"] for row in rows],
+            "top1": summary["final"]["top1"], "flip_top1": summary["final_flip_tta_top1"],
+            "best_top1": summary["best_accuracy"],
+        }  # fmt: skip
+        return from_json(Run, values, str(folder.path))
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(f"{folder.path} is not a finished run ({error!r}): delete it to train it again") from None
 
@@ -258,7 +250,11 @@ def read_results(path: Path) -> tuple[Path, Results]:
     values = files.read_json(path, remedy=AGAIN)
     found = values.get("schema") if isinstance(values, dict) else None
     if found != VERSION:
-        raise InputError(f"{path} is of format {found}, this version reads {VERSION}: {AGAIN}, or read the report beside it")
+        whose = "of version 0.1" if found == 1 else f"of format {found}"
+        raise InputError(
+            f"{path} is {whose}, and this version reads format {VERSION} only: read the report beside it, or run the benchmark "
+            "again with another --out"
+        )
     results = from_json(Results, values, str(path))
     check(results, str(path))
     return path, results
@@ -267,26 +263,26 @@ def read_results(path: Path) -> tuple[Path, Results]:
 def check(results: Results, where: str = "results") -> None:
     """Refuse figures that no measurement gives, such as a rate of zero. Raises InputError naming the first."""
 
-    def within(what: str, values: Iterable[float | None], low: float, high: float = math.inf, above: bool = False) -> None:
+    def within(what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max) -> None:
         for value in values:
-            if value is not None and (not (math.isfinite(value) and low <= value <= high) or (above and value == low)):
+            if value is not None and not low <= value <= high:  # NaN is not
                 raise InputError(f"{where}: {what} is {value}: {AGAIN}")
 
     for run in results.runs:
-        within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], 0, 1)
-        within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds], 0)
-        within(f"{run.name}: a training time", run.train_seconds, 0, above=True)
-        within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules], 0)
+        within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
+        within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
+        within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
+        within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules])
         counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
         within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
     for variant in results.variants:
-        within(f"{variant.arch}: the roofline", [variant.roofline_images_per_second], 0, above=True)
+        within(f"{variant.arch}: the roofline", [variant.roofline_images_per_second], ABOVE_0)
     for what, comparison in results.comparisons().items():
         rounds = {len(timing.images_per_second) for timing in comparison.measured() if timing.in_turns}
         if len(rounds) > 1:
             raise InputError(f"{where}: {what} that took turns have unequal numbers of rounds ({rounds}): {AGAIN}")
         for timing in comparison.timings:
-            within(f"{timing.name}: a rate", timing.images_per_second, 0, above=True)
+            within(f"{timing.name}: a rate", timing.images_per_second, ABOVE_0)
 
 
 Row = TypeVar("Row")
@@ -294,11 +290,8 @@ Row = TypeVar("Row")
 
 def from_json(kind: type[Row], values: Any, where: str) -> Row:
     """Rebuild a dataclass, nested ones included, checking names and types. Raises InputError naming the field."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected an object, found {type(values).__name__}: {AGAIN}")
     hints = get_type_hints(kind)
-    unknown = values.keys() - hints.keys()
-    if unknown:
+    if unknown := _typed(dict, values, where).keys() - hints.keys():
         raise InputError(f"{where}: unknown field {sorted(unknown)[0]!r}: {AGAIN}")
     parsed = {name: _value(hints[name], entry, f"{where}: {name}") for name, entry in values.items()}
     try:
@@ -308,18 +301,16 @@ def from_json(kind: type[Row], values: Any, where: str) -> Row:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    options = get_args(hint)
     if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise InputError(f"{where}: expected a list, found {type(value).__name__}: {AGAIN}")
-        return [_value(options[0], entry, where) for entry in value]
-    if type(None) in options:
-        return None if value is None else _value(next(option for option in options if option is not type(None)), value, where)
-    if hasattr(hint, "__dataclass_fields__"):
-        return from_json(hint, value, where)
-    kind = get_origin(hint) or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is not Any and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
+        return [_value(get_args(hint)[0], entry, where) for entry in _typed(list, value, where)]
+    if type(None) in get_args(hint):
+        return None if value is None else _value(get_args(hint)[0], value, where)
+    if is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]  # a class, not an instance
+    return float(value) if hint is float and type(value) is int else _typed(get_origin(hint) or hint, value, where)
+
+
+def _typed(kind: type, value: Any, where: str) -> Any:
+    if type(value) is not kind:  # also a bool for a number
         raise InputError(f"{where}: expected {kind.__name__}, found {type(value).__name__}: {AGAIN}")
     return value

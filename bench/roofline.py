@@ -22,21 +22,22 @@ Dropout, stochastic depth and squeeze-excitation behind a BN cost no pass: they 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from math import prod
 
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from rich.table import Column, Table
+from torch import nn
 
-from bench.baselines import synchronise
-from fastcifar.beton import SIDE
+from bench.baselines import synchronise, wall_clock
+from fastcifar.arguments import parse_arguments
 from fastcifar.device import choose_device, computes_bf16, device_name
 from fastcifar.errors import require, run_command
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock
 from fastcifar.models.resnet import ResNet
+from fastcifar.models.summary import trace_layers
 
 ACTIVATION_BYTES = 2  # bf16
 # Passes over a feature map, forward and backward, as explained above.
@@ -52,76 +53,51 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """One convolution of a trained image, forward and backward."""
-
-    flops: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Cost:
-    """What training on one image costs, forward and backward."""
+    """What training on one image costs, forward and backward: FLOPs, 2 per multiply-add, and fewest bytes of activations.
 
-    convolutions: list[Convolution]
-    linear_flops: int
-    pointwise_bytes: int
+    Of each convolution, and then of the linear layer, which moves nothing, and of the passes between, which compute nothing.
+    """
+
+    parts: tuple[tuple[int, int], ...]
 
     @property
     def flops(self) -> int:
-        """2 per multiply-add."""
-        return sum(conv.flops for conv in self.convolutions) + self.linear_flops
+        return sum(flops for flops, _ in self.parts)
 
     @property
     def bytes(self) -> int:
-        """Fewest bytes of activations that must be moved."""
-        return sum(conv.bytes for conv in self.convolutions) + self.pointwise_bytes
+        return sum(moved for _, moved in self.parts)
 
     def images_per_second(self, rates: Rates) -> float:
-        """The ceiling: each convolution bound by arithmetic or bytes, whichever is longer, and the passes between, in turn."""
-        seconds = self.pointwise_bytes / rates.bytes_per_second + self.linear_flops / rates.flops_per_second
-        for conv in self.convolutions:
-            seconds += max(conv.flops / rates.flops_per_second, conv.bytes / rates.bytes_per_second)
-        return 1 / seconds
+        """The ceiling: each part bound by arithmetic or bytes, whichever is longer, one after the other."""
+        return 1 / sum(max(flops / rates.flops_per_second, moved / rates.bytes_per_second) for flops, moved in self.parts)
 
 
 def cost_of(model: ResNet) -> Cost:
     """Trace one image through `model` and count. The model may be on the meta device; it is left as it was."""
-    elements: dict[nn.Module, tuple[int, int]] = {}  # of the feature maps a layer reads and writes
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        elements[layer] = (inputs[0].numel(), output.numel())
-
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    hooks = [layer.register_forward_hook(record) for layer in layers.values()]
-    was_training, counter = model.training, FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter:
-            model.eval()(torch.zeros(1, 3, SIDE, SIDE, device=next(model.parameters()).device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    convolutions, linear, counts = [], 0, counter.get_flop_counts()
-    for name, layer in layers.items():
-        forward = sum(counts[f"{type(model).__name__}.{name}"].values())
+    layers, parts = dict(model.named_modules()), []
+    written: dict[nn.Module, int] = {}  # elements of the feature map of each convolution
+    for row in trace_layers(model):
+        layer, moved = layers[row.name], 0
         if isinstance(layer, nn.Conv2d):
-            passes = 2 if layer is model.stem[0] else 3
-            convolutions.append(Convolution(passes * forward, passes * ACTIVATION_BYTES * sum(elements[layer])))
-        else:
-            linear += 3 * forward
-    return Cost(convolutions, linear, ACTIVATION_BYTES * _pointwise_elements(model, elements))
+            written[layer] = prod(row.output)
+            read = written[layer] * prod(layer.stride) // layer.out_channels * layer.in_channels
+            moved = ACTIVATION_BYTES * (read + written[layer])
+        passes = 2 if layer is model.stem[0] else 3
+        parts.append((passes * row.flops, passes * moved))
+    return Cost((*parts, (0, ACTIVATION_BYTES * _pointwise_elements(model, written))))
 
 
-def _pointwise_elements(model: ResNet, elements: dict[nn.Module, tuple[int, int]]) -> int:
+def _pointwise_elements(model: ResNet, written: dict[nn.Module, int]) -> int:
     """Elements moved by everything but the convolutions, from the structure of the blocks."""
-    trunk = elements[model.stem[0]][1]
+    trunk = written[model.stem[0]]
     total = BN_ACT * trunk if _normalises(model.stem) else 0
     summed = 0  # passes of a residual sum that the next batch norm's statistics are taken from
     for block in model.modules():
         if not isinstance(block, BasicBlock | PreActivationBlock):
             continue
-        inner, outer = elements[block.conv1][1], elements[block.conv2][1]
+        inner, outer = written[block.conv1], written[block.conv2]
         if isinstance(block, BasicBlock):
             total += BN_ACT * inner + TAIL * outer + SHORTCUT_BN * outer * _normalises(block.shortcut)
         else:
@@ -137,6 +113,7 @@ def _normalises(part: nn.Module) -> bool:
     return any(isinstance(layer, nn.BatchNorm2d) for layer in part.modules())
 
 
+@cache
 def cost_of_arch(arch: str, *, squeeze_excitation: bool = True) -> Cost:
     """The cost of an architecture by name, traced without computing anything."""
     with torch.device("meta"):
@@ -149,25 +126,25 @@ def measure_rates(device: torch.device, *, seconds: float = 2.0) -> Rates:
     dtype = torch.bfloat16 if computes_bf16(device) else torch.float32
     side = 8192 if cuda else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = _seconds(lambda: left @ right, device, seconds / 2)
     source = torch.zeros(2**30 if cuda else 2**27, dtype=torch.uint8, device=device)  # larger than any cache
     target = torch.empty_like(source)
-    copy = _seconds(lambda: target.copy_(source), device, seconds / 2)
+
+    def fastest(call: Callable[[], object]) -> float:
+        """Seconds of the fastest of at least five calls: a ceiling is what the device does undisturbed."""
+
+        def finished() -> None:
+            call()
+            synchronise(device)
+
+        clock = wall_clock(finished)
+        clock()  # warms up
+        ended, taken = time.perf_counter() + seconds / 2, [clock() for _ in range(5)]
+        while time.perf_counter() < ended:
+            taken.append(clock())
+        return min(taken)
+
+    product, copy = fastest(lambda: left @ right), fastest(lambda: target.copy_(source))
     return Rates(2 * side**3 / product, 2 * source.numel() / copy)
-
-
-def _seconds(call: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Least seconds of a call, after a warm-up, of at least five: a ceiling is what the device does undisturbed."""
-    call()
-    taken: list[float] = []
-    ended = time.perf_counter() + budget
-    while len(taken) < 5 or time.perf_counter() < ended:
-        synchronise(device)
-        started = time.perf_counter()
-        call()
-        synchronise(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
 
 
 @dataclass(frozen=True)
@@ -184,19 +161,15 @@ class Options:
 
 def main() -> None:
     """Measure what is not stated, print the table."""
-    options = tyro.cli(Options, prog="python bench/roofline.py")
+    options = parse_arguments(Options, "python bench/roofline.py")
     device = choose_device("auto")
-    rates = Rates(options.flops, options.bandwidth)
+    rates, where = Rates(options.flops, options.bandwidth), "stated"
     if not (options.flops and options.bandwidth):
-        measured = measure_rates(device)
+        measured, where = measure_rates(device), device_name(device)
         rates = Rates(options.flops or measured.flops_per_second, options.bandwidth or measured.bytes_per_second)
-    stated = options.flops and options.bandwidth
-    where = "stated" if stated else device_name(device)
     title = f"{where}: {rates.flops_per_second / 1e12:.2f} TFLOP/s, {rates.bytes_per_second / 1e9:.1f} GB/s"
-    table = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("arch", no_wrap=True)
-    for heading in ("MFLOP/img", "KB/img", "ceiling img/s", "epochs/s of 50,000"):
-        table.add_column(heading, justify="right")
+    right = (Column(each, justify="right") for each in ("MFLOP/img", "KB/img", "ceiling img/s", "epochs/s of 50,000"))
+    table = Table(Column("arch", no_wrap=True), *right, title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for arch in ARCHITECTURES:
         cost = cost_of_arch(arch)
         ceiling = cost.images_per_second(rates)

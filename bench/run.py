@@ -13,15 +13,14 @@ same command again repeats no finished one, goes on with an interrupted one from
 import argparse
 import contextlib
 import ctypes
-import io
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
-from itertools import chain, pairwise
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -29,23 +28,13 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from bench.results import (
-    FAILED,
-    Comparison,
-    Results,
-    Run,
-    Variant,
-    environment,
-    load,
-    read_results,
-    read_run,
-    write_results,
-)  # fmt: skip
+from bench.results import FAILED, Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
+from fastcifar.arguments import parse_arguments
 from fastcifar.command import Command, differences, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
@@ -64,6 +53,7 @@ RENAMED = {  # names of the release before; to be dropped in the next
     "--no-peers": "--no-baselines", "--peer": "--baseline", "--peer-arch": "--baseline-arch",
 }  # fmt: skip
 LEVERS = ("resident", "channels_last", "bf16", "compile", "kernels")  # what --levers took
+KINDS = {"speeds": "architecture", "optimizations": "optimization step", "baselines": "baseline"}  # of what takes turns
 OWN_FLAGS = ("--out", "--resume", "--seed", "--stop-after", "--data")  # of training, which only a benchmark itself sets
 # What training reaches of its roofline (se_resnet18 on two cores: 360 of 1,036 img/s), and seconds to start a process. Guesses
 # for the plan only.
@@ -143,14 +133,10 @@ class Job:
     @cached_property
     def command(self) -> Command:
         """The run those flags describe. Raises InputError for what training would refuse."""
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
-                return parse_command(list(self.flags))
-        except SystemExit:
-            lines = [line.strip(" │╭╮╰╯─") for line in said.getvalue().splitlines() if line.strip(" │╭╮╰╯─-")]
-            hint = "".join(f"; did you mean {b.split()[0]}?" for a, b in pairwise(lines) if a.startswith("Perhaps you meant"))
-            raise InputError(f"{self.name}: {lines[1]}{hint} python -m fastcifar.train --help lists the flags") from None
+            return parse_command(list(self.flags))
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
 
     def finished(self, hardware: str | None = None, sha256: Sequence[str] | None = None) -> bool:
         """Whether its run folder has all epochs wanted. Raises InputError when that was begun as another run than this.
@@ -166,8 +152,9 @@ class Job:
         if hardware not in (None, trained_on):
             changed["hardware"] = (trained_on, hardware)
         done = (self.path / "summary.json").exists()
-        if done and sha256 is not None and folder.read_summary().get("data_sha256") != list(sha256):
-            changed["data"] = (folder.read_summary().get("data_sha256"), list(sha256))
+        read = folder.read_summary().get("data_sha256") if done else None
+        if done and sha256 is not None and read != list(sha256):
+            changed["data"] = (read, list(sha256))
         for name, (before, now) in changed.items():
             told = f"{name}: {before} before, {now} given"
             raise InputError(f"{self.path} was begun with other settings ({told}): give the same, or choose another --out")
@@ -218,10 +205,6 @@ class Bench:
     results: Results
     console: Console
 
-    @property
-    def rates(self) -> Rates:
-        return Rates(**self.results.environment["rates"])
-
     def save(self, **changes: Any) -> None:
         """Write results.json and the reports of all that is finished. A broken run is left out, with a line."""
         self.results = replace(self.results, runs=gather(self.out / "runs", self.console), **changes)
@@ -242,26 +225,23 @@ class Bench:
         jobs = list(chain.from_iterable(groups.values()))
         left = self.left(jobs)
         epochs = f"{jobs[0].command.settings.epochs} epochs of {len(self.data.train):,} images"
-        self.console.print(
-            f"{epochs}, {len(self.data.test):,} test images, {device_name(self.device)}{'; ' + flags if flags else ''}"
-        )
-        table = Table(what, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("trainings", "done", "each about"):
-            table.add_column(heading, justify="right")
+        told = [epochs, f"{len(self.data.test):,} test images", device_name(self.device) + (f"; {flags}" if flags else "")]
+        self.console.print(", ".join(told))
+        right = (Column(heading, justify="right") for heading in ("trainings", "done", "each about"))
+        table = Table(what, *right, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, group in groups.items():
             done = sum(job not in left for job in group)
             table.add_row(Text(name), str(len(group)), str(done), clock(self.seconds(group[0])))
         self.console.print(table)
-        total = clock(sum(map(self.seconds, left)))
-        guess = "guessed from FLOPs, bytes and this device's rates"
+        total, guess = clock(sum(map(self.seconds, left))), "guessed from FLOPs, bytes and this device's rates"
         self.console.print(f"trainings: in all about {total}, {guess}; into {self.out}")
 
     def seconds(self, job: Job) -> float:
         """What a training is expected to take: its epochs, an evaluation after each, and the last with horizontal flip."""
         train, test = len(self.data.train), len(self.data.test)
-        epochs = job.command.settings.epochs
+        epochs, rates = job.command.settings.epochs, Rates(**self.results.environment["rates"])
         images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
-        return START_SECONDS + images / (SHARE[self.device.type] * cost(job.command.arch).images_per_second(self.rates))
+        return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(rates))
 
     def train(self, jobs: Iterable[Job]) -> list[str]:
         """Train what is not finished, one after the other; return the names of those that failed."""
@@ -325,42 +305,44 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
         known = [*(before.environment.get(name) or "").split(" && "), now[name]]
         facts[name] = " && ".join(dict.fromkeys(filter(None, known))) or None
     shown = {variant.arch for variant in before.variants} | set(archs)
-    results = replace(
-        before,
-        environment=facts,
-        settings=before.settings | settings,
-        variants=[variant(arch, Rates(**rates)) for arch in ARCHITECTURES if arch in shown],
-    )
+    ceilings = {arch: cost_of_arch(arch).images_per_second(Rates(**rates)) for arch in shown}
+    variants = [
+        Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceilings[arch])
+        for arch, row in ARCHITECTURES.items()
+        if arch in shown
+    ]
+    results = replace(before, environment=facts, settings=before.settings | settings, variants=variants)
     return Bench(out, device, data, results, console)
-
-
-cost = cache(cost_of_arch)
-
-
-def variant(arch: str, rates: Rates) -> Variant:
-    """What an architecture costs, and its ceiling at the device's rates."""
-    row = ARCHITECTURES[arch]
-    ceiling = cost(arch).images_per_second(rates)
-    return Variant(arch, row.report, row.parameters, training_flops(arch), reported(arch).claim, ceiling)
 
 
 def training(
     options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
 ) -> Job:
-    """One training; `flags` are its own, and come last since the last one counts. Raises InputError for what it refuses."""
+    """One training; `flags` are its own, which count instead of those given to all. Raises InputError for what it refuses."""
     own = [*shlex.split(options.flags), *flags]
     require_free(own, *OWN_FLAGS, "--epochs", "--device")
-    archs = [arch, *(value for flag, value in pairwise(own) if flag == "--arch")]
-    job = Job(out / "runs", name, (
-        "--arch", archs[-1],  # training looks at the first --arch for its recipe
+    job = Job(out / "runs", name, latest((
+        "--arch", arch,
         "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
         "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
         "--max-parameters", "0", "--no-plots",
         "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
         *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
-    ))  # fmt: skip
+    )))  # fmt: skip
     assert job.command.run.seed == seed  # its flags are checked before anything is trained
     return job
+
+
+def latest(flags: Sequence[str]) -> tuple[str, ...]:
+    """The flags with each option once, as it is given last: training refuses one that is repeated."""
+    options: dict[str, list[str]] = {}
+    name = ""
+    for flag in flags:
+        if flag.startswith("--"):
+            name = flag.split("=")[0].replace("_", "-").replace("--no-", "--", 1)
+            options[name] = []
+        options.setdefault(name, []).append(flag)
+    return tuple(part for parts in options.values() for part in parts)
 
 
 def require_free(flags: Sequence[str], *own: str) -> None:
@@ -373,7 +355,7 @@ def require_free(flags: Sequence[str], *own: str) -> None:
 def main() -> None:
     """Parse, plan, measure."""
     default = QUICK if "--quick" in sys.argv[1:] else Options()
-    options = tyro.cli(Options, prog=PROGRAM, default=default, args=current_names(sys.argv[1:]))
+    options = parse_arguments(Options, PROGRAM, current_names(sys.argv[1:]), default=default, repeatable="--baseline")
     out = options.out or Path("runs") / ("bench-quick" if options.quick else "bench")
     with resumable(out):
         finish(out, measure(options, out, new_console()))
@@ -430,8 +412,8 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
 
     scripts = outside.outside_scripts(options.baseline)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    settings["target_top1"] = round(options.target / 100, 6)
     bench = open_bench(options, out, (*options.archs, options.baseline_arch), settings, console)
-    bench.results = replace(bench.results, settings=bench.results.settings | {"target_top1": round(options.target / 100, 6)})
     archs = list(dict.fromkeys(options.archs))
     groups = {
         arch: [training(options, out, f"{arch}-seed{seed}", arch, seed, bench.device) for seed in dict.fromkeys(options.seeds)]
@@ -439,7 +421,7 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
     }
     jobs = list(chain.from_iterable(groups.values()))
     bench.show_plan(groups, "arch", options.flags)
-    for name in ("speeds", "optimizations", "baselines"):
+    for name in KINDS:
         state = "not wanted" if not getattr(options, name) else "done" if getattr(bench.results, name) else "to be timed"
         console.print(f"{name}: {state}, {options.rounds} rounds")
     bench.save()
@@ -448,27 +430,24 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
     recipe = replace(recipe, batch_size=options.batch_size or recipe.batch_size)
     steps = min(options.steps or (50 if bench.device.type == "cuda" else 4), steps_per_epoch(bench.data, recipe.batch_size))
     task = baselines.Task(options.baseline_arch, recipe, bench.data, options.data, steps)
-    common: dict[str, Any] = {"rounds": options.rounds, "say": console.print}
     timed = {"arch": task.arch, "batch_size": recipe.batch_size, "steps": steps, "rounds": options.rounds}
     # Compiling for a CPU takes a minute and gains nothing there (LOG.md): not in the small version.
-    left_out = {"compile"} if options.quick and bench.device.type == "cpu" else set()
+    left_out = ["compile"] if options.quick and bench.device.type == "cpu" else []
 
     failed: list[str] = []
     if options.speeds:
         before = bench.results.speeds.settings["archs"] if bench.results.speeds else []  # a command for fewer drops none
         archs = [arch for arch in ARCHITECTURES if arch in (*archs, *before)]
-        images = steps * (options.batch_size or 256)
-        given = {"archs": archs, "rounds": options.rounds, "images": images, "batch_size": options.batch_size}
-        failed += compare(bench, "speeds", given | {"flags": options.flags}, lambda: baselines.time_architectures(
-            archs, options.data, images=images, batch_size=options.batch_size, device=bench.device, options=jobs[0].command.run,
-            **common,
+        size = {"images": steps * (options.batch_size or 256), "batch_size": options.batch_size}
+        given = {"archs": archs, "rounds": options.rounds, **size, "flags": options.flags}
+        failed += compare(bench, "speeds", given, lambda: baselines.architectures(
+            archs, options.data, **size, device=bench.device, options=jobs[0].command.run
         ))  # fmt: skip
     failed += bench.train(jobs)
     if options.optimizations:
-        given = timed | {"left_out": sorted(left_out)}
-        failed += compare(bench, "optimizations", given, lambda: baselines.time_steps(task, left_out=left_out, **common))
+        failed += compare(bench, "optimizations", timed | {"left_out": left_out}, lambda: baselines.ladder(task, left_out))
     if options.baselines:
-        failed += compare(bench, "baselines", timed, lambda: baselines.time_baselines(task, **common))
+        failed += compare(bench, "baselines", timed, lambda: baselines.baselines(task))
         for name, path in scripts.items():
             failed += run_outside(bench, name, partial(
                 outside.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
@@ -476,16 +455,18 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
     return failed
 
 
-def compare(bench: Bench, what: str, settings: dict[str, Any], timed: Callable[[], list[Any]]) -> list[str]:
-    """Time what takes turns, unless it is there with these settings and nothing failed; return what failed.
+def compare(bench: Bench, what: str, settings: dict[str, Any], loops: Callable[[], list[Any]]) -> list[str]:
+    """Time loops in turns, unless that is done with these settings and nothing failed; return what failed.
 
     Outside scripts, which take no turns, keep what they have.
     """
+    from bench import baselines
+
     known: Comparison = getattr(bench.results, what) or Comparison({})
     timings = [timing for timing in known.timings if timing.in_turns]
     if not timings or known.settings != settings or any(timing.failed for timing in timings):
         bench.results.environment["load"][f"before the {what}"] = load()
-        timings = list(timed())
+        timings = baselines.time_loops(loops(), rounds=settings["rounds"], kind=KINDS[what], say=bench.console.print)
         bench.save(**{what: Comparison(settings, [*timings, *(timing for timing in known.timings if not timing.in_turns)])})
     return [f"{what}: {timing.name}" for timing in timings if timing.failed]
 

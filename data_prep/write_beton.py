@@ -18,13 +18,13 @@ from typing import Literal
 from urllib.error import URLError
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data_prep import cifar_pickles, synthetic
 from data_prep.cifar_pickles import LAYOUTS, Layout
 from fastcifar import __version__
+from fastcifar.arguments import parse_arguments
 from fastcifar.beton import Beton, Manifest, channel_statistics, check_statistics, in_parts, parse, printable, read_beton
 from fastcifar.errors import InputError, run_command
 from fastcifar.files import atomic_path
@@ -70,7 +70,7 @@ class Source:
 
 def main() -> None:
     """Find the pickles, then write both splits."""
-    options = tyro.cli(Options, prog="python data_prep/write_beton.py")
+    options = parse_arguments(Options, "python data_prep/write_beton.py")
     console = Console(soft_wrap=True, highlight=False, markup=False)  # a name or path may hold brackets
     if options.check:
         check(options, console)

@@ -6,6 +6,7 @@ from typing import Any
 
 import tyro
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError
 from fastcifar.models import architecture
 from fastcifar.recipes import Recipe, RunOptions, reported
@@ -50,13 +51,14 @@ def parse_command(arguments: list[str]) -> Command:
     resume = _early(arguments, "resume")
     if resume is not None:
         began = resumed(Path(resume))
-        command = tyro.cli(Command, prog=PROGRAM, args=arguments, default=began)
+        command = parse_arguments(Command, PROGRAM, arguments, default=began)
         _require_same(began, command)
         return command
     arch = _early(arguments, "arch") or DEFAULT_ARCH
     architecture(arch)
     recipe = _early(arguments, "recipe")
-    return tyro.cli(Command, prog=PROGRAM, args=arguments, default=Command(arch=arch, settings=reported(recipe or arch).recipe))
+    default = Command(arch=arch, settings=reported(recipe or arch).recipe)
+    return parse_arguments(Command, PROGRAM, arguments, default=default)
 
 
 def resumed(path: Path) -> Command:
@@ -67,7 +69,14 @@ def resumed(path: Path) -> Command:
 
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
     """{name: (in the one, in the other)} of all that would make a resumed run another run."""
-    free = {"data", "plots", "verify", "resume", "stop_after"}  # where the data is, how far to go, what comes after training
+    free = {
+        "data",
+        "plots",
+        "verify",
+        "resume",
+        "stop_after",
+        "skip_nonfinite",
+    }  # where the data is, how far to go, what comes after
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):
         before, now = vars(getattr(began, part)), vars(getattr(command, part))

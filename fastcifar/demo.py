@@ -6,15 +6,16 @@ python -m fastcifar.demo --data data/beton
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from fastcifar.arguments import parse_arguments
+from fastcifar.checkpoint import load_model
 from fastcifar.command import parse_command
 from fastcifar.dataset import load_resident
 from fastcifar.device import choose_device, choose_precision
 from fastcifar.errors import run_command
 from fastcifar.evaluate import class_probabilities
-from fastcifar.run_folder import RunFolder, load_model
+from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
 
 ROWS, COLUMNS = 4, 8  # of test images in the picture
@@ -34,7 +35,7 @@ class Options:
 
 def main() -> None:
     """Train, then draw."""
-    options = tyro.cli(Options, prog="python -m fastcifar.demo")
+    options = parse_arguments(Options, "python -m fastcifar.demo")
     folder = RunFolder(fresh(options.run))
     arguments = ["--data", str(options.data), "--out", str(folder.path), "--seed", str(options.seed), *TRAINING, *PLAIN]
     train(parse_command(arguments), Console(soft_wrap=True, highlight=False, markup=False))

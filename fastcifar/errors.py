@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ class InputError(Exception):
 
 # What the operating system may refuse through no fault of the program, and what the user can do about it.
 REMEDIES = {
-    errno.ENOSPC: "free some space or choose another folder, then run the same command again",
+    errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "your quota is used up: free some space or choose another folder",
     errno.EFBIG: "the file size limit is reached: raise it (ulimit -f) or choose another folder",
     errno.EACCES: "check the permissions, or choose another folder",
@@ -26,7 +27,22 @@ REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
     errno.EISDIR: "a folder stands where a file is expected: check the path",
+    errno.EEXIST: "a file stands where a folder is expected: check the path",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "symbolic links lead in a circle: check the path",
+    errno.ENOMEM: "the memory is used up: close other programs, or lower --batch-size",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
+LONGEST = 800  # characters of a message
+OUT_OF_MEMORY = "the memory is used up: lower --batch-size or --eval-batch-size, use --stream, or close other programs"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command in good order. The message says how to go on."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def require(settings: object, condition: bool, field: str, allowed: str) -> None:
@@ -52,29 +68,54 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; turn what the user can fix into one line and exit code 2, Ctrl-C into exit code 130.
+    """Run a command line's `main`; turn what the user can fix into one line and exit code 2, a signal into 128 + its number.
 
     FASTCIFAR_TRACEBACK=1 in the environment shows the traceback instead, for those who work on the code.
     """
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that is not UTF-8 must not end the command
     try:
         main()
-    except (InputError, OSError, KeyboardInterrupt) as error:
-        if os.environ.get("FASTCIFAR_TRACEBACK") == "1":
+        sys.stdout.flush()
+    except (InputError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, SystemExit) as error:
+        if os.environ.get("FASTCIFAR_TRACEBACK") == "1" and not isinstance(error, SystemExit):
+            raise
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            # The reader of our output went away, as `| head` does; rich makes SystemExit(1) of that.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        if isinstance(error, SystemExit) or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
             raise
         if isinstance(error, KeyboardInterrupt):
             print("\ninterrupted", *error.args, sep=": ", file=sys.stderr)
-            sys.exit(130)
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            sys.exit(128 + getattr(error, "number", signal.SIGINT))
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in REMEDIES:
+def interrupted(number: int, frame: object) -> None:
+    """Ctrl-C while a command still imports its libraries, whose own handling of it cannot be trusted."""
+    os.write(2, b"\ninterrupted\n")
+    os._exit(128 + number)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, PyTorch or CUDA ran out of memory."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def _one_line(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        text = OUT_OF_MEMORY
+    elif isinstance(error, OSError) and error.errno in REMEDIES:
         text = f"{error.filename or 'writing'}: {error.strerror}; {REMEDIES[error.errno]}"
     else:
         text = " ".join(str(error).split())
+    if len(text) > LONGEST:  # an endless path: what is wrong stands at its end
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     # A strange file's own words may stand in it: control characters would steer the terminal.
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE
+from fastcifar.checkpoint import load_model
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models.resnet import PixelClassifier
-from fastcifar.run_folder import load_model
 from fastcifar.step import autocast
 
 
@@ -162,7 +162,7 @@ class Options:
 
 def main() -> None:
     """Measure and print."""
-    options = tyro.cli(Options, prog="python -m fastcifar.evaluate")
+    options = parse_arguments(Options, "python -m fastcifar.evaluate")
     result = measure(options)
     if options.json:
         print(json.dumps(result, indent=2))

@@ -50,6 +50,7 @@ class Schedule:
             f"0 to below {self.schedule_epochs} epochs",
         )
         require(self, list(self.milestones) == sorted(self.milestones), "milestones", "in rising order")
+        require(self, all(0 <= epoch < math.inf for epoch in self.milestones), "milestones", "0 or more epochs")
         require(self, 0 < self.lr_factor <= 1, "lr_factor", "above 0, at most 1")
         require(
             self, self.restart_epochs >= self.schedule_epochs / 1000, "restart_epochs", "at least a thousandth of all epochs"

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, run_command
 from fastcifar.files import atomic_path
 from fastcifar.run_folder import RunFolder
@@ -36,6 +37,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 160,
+    "text.parse_math": False,  # a run's name may hold dollar signs
 }
 MAX_MARKED = 30  # epochs up to which every point gets a marker
 
@@ -64,7 +66,7 @@ class Options:
 
 def main() -> None:
     """Draw the plots of the runs named on the command line."""
-    options = tyro.cli(Options, prog="python -m fastcifar.plots")
+    options = parse_arguments(Options, "python -m fastcifar.plots")
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
     for path in draw([read_run(RunFolder(path)) for path in options.runs], out):
         print(path)

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE, read_beton
+from fastcifar.checkpoint import load_model
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.evaluate import TTA, class_probabilities
 from fastcifar.files import write_bytes
-from fastcifar.run_folder import load_model
 from fastcifar.safe_pickle import decode_name, load_pickle
 
 MAX_ID = 255  # characters of an ID, as of a file's name
@@ -56,7 +56,7 @@ class Unlabelled:
 
 def main() -> None:
     """Predict and write the CSV."""
-    options = tyro.cli(Options, prog="python -m fastcifar.predict")
+    options = parse_arguments(Options, "python -m fastcifar.predict")
     if options.out.exists() and not options.force:
         raise InputError(f"{options.out} exists: choose another --out, or replace it with --force")
     labels, unlabelled = predict(options)

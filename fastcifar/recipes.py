@@ -98,6 +98,7 @@ class RunOptions:
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     eval_batch_size: int = 500  # images per evaluation batch
     max_parameters: int = 5_000_000  # refuse larger models; 0 = no limit
+    skip_nonfinite: bool = False  # leave out and count updates whose loss or gradients are not finite; off: stop
     verify: bool = True  # check the data's sha256 before training
     plots: bool = True  # draw the PNGs at the end
 

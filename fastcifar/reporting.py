@@ -1,5 +1,6 @@
 """What people see of a run: its first and last lines, the bar, a line an epoch, TensorBoard's curves, and `summary.json`."""
 
+import time
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -35,8 +36,9 @@ def announce(
     how += ["compiled"] if command.run.compile else []
     epochs = f"{recipe.epochs} epochs" if not command.run.stop_after else f"{command.run.stop_after} of {recipe.epochs} epochs"
     console.print(f"{', '.join(how)}; {epochs} of batch {recipe.batch_size}; into {folder.path}")
-    if state.epoch:
-        console.print(f"going on after epoch {state.epoch}")
+    if state.epoch or state.within:
+        step = f", step {state.within.step:,} of the next" if state.within else ""
+        console.print(f"going on after epoch {state.epoch}{step}")
 
 
 def summarise(
@@ -141,6 +143,8 @@ def epoch_line(record: dict[str, Any], epochs: int, seconds_left: float) -> str:
     if record["eval_accuracy"] is not None:
         measured = f"{record['eval_split']} loss {record['eval_loss']:.3f} acc {record['eval_accuracy']:6.2%}"
         parts.append(f"{measured} best {record['best_accuracy']:6.2%}")
+    counts = {"skipped steps": record.get("skipped_steps"), "loss spikes": record.get("loss_spikes")}
+    parts += [f"{count:,} {what}" for what, count in counts.items() if count]
     parts.append(f"{record['images_per_second']:,.0f} img/s")
     parts.append("done" if record["epoch"] == epochs else f"left {clock(seconds_left)}")
     return " | ".join(parts)
@@ -165,6 +169,7 @@ class Curves:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._put_before_now()
             self._writer = SummaryWriter(str(self.folder), purge_step=record["epoch"])
         curves = {
             "loss/train": record["train_loss"],
@@ -179,6 +184,14 @@ class Curves:
             if value is not None:
                 self._writer.add_scalar(tag, value, record["epoch"])
         self._writer.flush()
+
+    def _put_before_now(self) -> None:
+        """Rename event files of a clock since set back: TensorBoard reads them in the order of the times in their names."""
+        earlier = sorted(self.folder.glob("events.out.tfevents.*"))
+        for age, file in enumerate(reversed(earlier), start=1):
+            stamp, *rest = file.name.removeprefix("events.out.tfevents.").split(".")
+            if stamp.isdecimal() and int(stamp) > (latest := int(time.time()) - age):
+                file.rename(file.with_name(".".join(["events.out.tfevents", f"{latest:010d}", *rest])))
 
     def close(self) -> None:
         """Close the file."""

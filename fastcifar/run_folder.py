@@ -1,16 +1,20 @@
-"""A run's folder: complete, readable, never half-written; and its checkpoints, whose loading never runs code.
+"""A run's folder: complete, readable, never half-written, held by one process at a time.
 
 config.json   arch, recipe, options, versions, hardware, command      metrics.jsonl   one object an epoch
-last.pt       the state after the last finished epoch                 best.pt         the best by the selection split
+last.pt       the state training goes on from                         best.pt         the best by the selection split
 summary.json  the figures of the whole run                            *.png, events.* plots and TensorBoard
 """
 
-import io
+import fcntl
 import json
+import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,94 +22,13 @@ from typing import Any
 import torch
 
 from fastcifar import __version__, files
+from fastcifar.arguments import require_typed
+from fastcifar.checkpoint import Checkpoint, save_checkpoint
 from fastcifar.device import device_name
-from fastcifar.errors import InputError
-from fastcifar.models import ARCHITECTURES, REVISED, build_model, count_parameters, place
-from fastcifar.models.resnet import PixelClassifier, ResNet
+from fastcifar.errors import InputError, shortened
+from fastcifar.models import REVISED
 from fastcifar.recipes import Recipe, RunOptions, recipe_from_dict, run_options_from_dict, to_dict
 from fastcifar.versions import installed
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything needed to go on with a run, or to use its model."""
-
-    arch: str
-    squeeze_excitation: bool
-    class_names: list[str]
-    mean: list[float]  # normalisation per channel, 0..1
-    std: list[float]
-    data_name: str  # what the training data is called
-    data_sha256: list[str]  # of train.beton and test.beton
-    epoch: int  # epochs completed
-    model: dict[str, Any]  # state_dict
-    average: dict[str, Any] | None  # the EMA's state_dict
-    optimizer: dict[str, Any]
-    best_accuracy: float  # 0..1
-    best_epoch: int
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write atomically: a full disk or a kill leaves the previous file as it was. Raises OSError."""
-    buffer = io.BytesIO()  # PyTorch's own writer turns a full disk into a RuntimeError without the path
-    torch.save({"format": FORMAT, **vars(checkpoint)}, buffer)
-    files.write_bytes(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path, device: torch.device, *, arch: str | None = None) -> Checkpoint:
-    """Read a checkpoint's tensors onto `device`.
-
-    arch: the architecture it must be of. Raises InputError when it is missing, truncated, no checkpoint of ours, unsafe, or
-    of another arch.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} is missing: name a checkpoint (last.pt or best.pt in a run folder)")
-    remedy = "use another checkpoint, or train again"
-    try:
-        values = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, torch.OutOfMemoryError):  # no fault of the file
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a valid checkpoint
-        unsafe = "weights_only" in str(error) or "Weights only" in str(error)
-        problem = "holds objects that could run code" if unsafe else f"is damaged ({type(error).__name__})"
-        raise InputError(f"{path} {problem}: {remedy}") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not a checkpoint of this version: {remedy}")
-    try:
-        checkpoint = Checkpoint(**values)
-    except TypeError:
-        raise InputError(f"{path} lacks fields of a checkpoint: {remedy}") from None
-    if arch is not None and checkpoint.arch != arch:
-        raise InputError(f"{path} is of arch {checkpoint.arch}, not {arch}: use a checkpoint of {arch}")
-    return checkpoint
-
-
-def load_model(path: Path, device: torch.device) -> tuple[PixelClassifier, Checkpoint]:
-    """Rebuild the model of a checkpoint, its averaged weights where it has them, in eval mode: uint8 images in, logits out."""
-    checkpoint = load_checkpoint(path, device)
-    model = build_model(checkpoint.arch, len(checkpoint.class_names), squeeze_excitation=checkpoint.squeeze_excitation)
-    try:
-        require_fits(path, checkpoint, model)
-        model.load_state_dict(checkpoint.average or checkpoint.model)
-    except RuntimeError:
-        raise InputError(f"{path} does not fit arch {checkpoint.arch}: use another checkpoint, or train again") from None
-    mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
-    return PixelClassifier(place(model, device).eval(), mean, std), checkpoint
-
-
-def require_fits(path: Path, checkpoint: Checkpoint, model: ResNet) -> None:
-    """Raise InputError for a checkpoint of a row that was another network when it was written."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    held = sum(tensor.numel() for name, tensor in checkpoint.model.items() if not name.endswith(buffers))
-    arch, wanted = checkpoint.arch, count_parameters(model)
-    if arch in REVISED and wanted - held == ARCHITECTURES[arch].parameters - REVISED[arch]:
-        raise InputError(
-            f"{path} holds {arch} as version 0.1 had it ({held:,} parameters), which is not the report's network ({wanted:,}): "
-            "train again, or use version 0.1"
-        )
-
 
 Metrics = dict[str, Any]  # one epoch's record, plain JSON values
 
@@ -132,11 +55,38 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best.pt"
 
-    def create(self) -> None:
-        """Make the folder. Raises InputError when it exists with something in it."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"{self.path} exists: go on with it by --resume {self.path}, or choose another --out")
-        self.path.mkdir(parents=True, exist_ok=True)
+    @contextmanager
+    def held(self, *, new: bool) -> Iterator[None]:
+        """Hold the folder for this process alone, which ends with the process however it ends; `new` ones are made here.
+
+        Raises InputError when another process holds it, or when a new one has something in it.
+        """
+        if new:
+            self.path.mkdir(parents=True, exist_ok=True)
+        elif not self.path.is_dir():
+            raise InputError(f"{self.path} is not a folder: {NOT_A_RUN}")
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.path} is in use: another process trains into it; wait for it, stop it, or choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            for partial in self.path.glob(f"*{files.PARTIAL}"):  # of a killed process, since nobody else holds the folder
+                partial.unlink(missing_ok=True)
+            if new and any(self.path.iterdir()):
+                raise InputError(f"{self.path} exists: go on with it by --resume {self.path}, or choose another --out")
+            yield
+        finally:
+            os.close(folder)
+
+    def require_present(self) -> None:
+        """Raise InputError when the folder was removed or emptied while its run went on."""
+        if not (self.path / "config.json").is_file():
+            raise InputError(f"{self.path} was removed or emptied while its run went on: start again, in a folder that stays")
 
     def write_config(self, arch: str, recipe_name: str, recipe: Recipe, run: RunOptions, facts: dict[str, Any]) -> None:
         config = {
@@ -152,25 +102,37 @@ class RunFolder:
     def read_config(self) -> tuple[str, str, Recipe, RunOptions]:
         """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no valid config."""
         values = files.read_json(self.path / "config.json", remedy=NOT_A_RUN)
+        if isinstance(values, dict) and str(values.get("arch")) in REVISED and "format" not in values:
+            raise InputError(
+                f"{self.path} is a run of version 0.1, whose {values['arch']} was not the report's network: "
+                "train again, or use version 0.1"
+            )
         try:
-            if values["arch"] in REVISED and "format" not in values:
-                raise InputError(
-                    f"{self.path} is a run of version 0.1, whose {values['arch']} was not the report's network: "
-                    "train again, or use version 0.1"
-                )
             recipe, run = recipe_from_dict(values["recipe"]), run_options_from_dict(values["run"])
+            require_typed(recipe)
+            require_typed(run)
+            if not all(isinstance(values[name], str) for name in ("arch", "recipe_name")):
+                raise TypeError("arch and recipe_name must be text")
             return values["arch"], values["recipe_name"], recipe, run
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{self.path / 'config.json'} is not a run's config ({error}): {NOT_A_RUN}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, InputError) as error:
+            raise InputError(
+                f"{self.path / 'config.json'} is not a run's config ({shortened(error, 200)}): {NOT_A_RUN}"
+            ) from None
 
     def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint) -> None:
         """Write an epoch: best.pt if it is the best, the metrics, and last.pt, in this order.
 
         A kill in between repeats the epoch, and the line of metrics that was too early is dropped then.
         """
+        self.require_present()
         if checkpoint.best_epoch == checkpoint.epoch:
             save_checkpoint(self.best, checkpoint)
         self.write_metrics(rows)
+        save_checkpoint(self.last, checkpoint)
+
+    def save_within(self, checkpoint: Checkpoint) -> None:
+        """Write the state inside an epoch as last.pt."""
+        self.require_present()
         save_checkpoint(self.last, checkpoint)
 
     def write_metrics(self, rows: list[Metrics]) -> None:
@@ -191,8 +153,8 @@ class RunFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                valid = isinstance(row, dict) and row.keys() >= METRIC_KEYS and isinstance(row["epoch"], int)
-            except ValueError:
+                valid = isinstance(row, dict) and row.keys() >= METRIC_KEYS and row["epoch"] == number and _is_plottable(row)
+            except (ValueError, RecursionError):
                 valid = False
             if valid:
                 rows.append(row)
@@ -201,13 +163,34 @@ class RunFolder:
         return rows
 
     def write_summary(self, summary: dict[str, Any]) -> None:
+        self.require_present()
         files.write_json(self.path / "summary.json", summary)
 
     def read_summary(self) -> dict[str, Any]:
         summary = files.read_json(self.path / "summary.json", remedy="the run has not finished: go on with it by --resume")
-        if not isinstance(summary, dict):
+        try:
+            valid = _is_square(summary["final"]["confusion"], len(summary["class_names"]))
+        except (TypeError, KeyError):
+            valid = False
+        if not valid:
             raise InputError(f"{self.path / 'summary.json'} is not a run's summary: {NOT_A_RUN}")
         return summary
+
+
+def _is_plottable(row: Metrics) -> bool:
+    """Whether the figures of an epoch are finite numbers, None where they may be missing."""
+    rates = row["learning_rates"]
+    always = [
+        row[name] for name in ("train_loss", "train_accuracy", "images_per_second", "train_seconds", "first_step_seconds")
+    ]
+    at_times = [row[name] for name in ("eval_loss", "eval_accuracy", "eval_seconds", "best_accuracy") if row[name] is not None]
+    numbers = [*always, *at_times, *(rates if isinstance(rates, list) and rates else [None])]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+
+
+def _is_square(confusion: Any, classes: int) -> bool:
+    rows = confusion if isinstance(confusion, list) else []
+    return len(rows) == classes and all(len(row) == classes and all(type(count) is int for count in row) for row in rows)
 
 
 def environment_facts(device: torch.device) -> dict[str, Any]:

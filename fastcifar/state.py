@@ -1,9 +1,12 @@
 """What training moves: weights, average, optimizer, epoch, best so far; how it is built, saved and restored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
 from fastcifar.errors import InputError
@@ -12,8 +15,61 @@ from fastcifar.models import build_model, count_parameters, place, require_budge
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer
 from fastcifar.recipes import Recipe, RunOptions
-from fastcifar.run_folder import Checkpoint, Metrics, RunFolder, load_checkpoint, require_fits
-from fastcifar.step import AveragedModel, StepSettings, TrainStep
+from fastcifar.run_folder import Metrics, RunFolder
+from fastcifar.step import AveragedModel, EpochTally, StepSettings, TrainStep
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come."""
+
+    tally: EpochTally
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent on it by earlier processes
+    generators: dict[str, Tensor] = field(default_factory=dict)  # PyTorch's, after the last step; empty: seed them
+
+    @classmethod
+    def begin(cls, steps: int, device: torch.device) -> "EpochState":
+        """An epoch of `steps` steps, none of them done."""
+        return cls(EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device)))
+
+    @property
+    def steps(self) -> int:
+        return len(self.tally.losses)
+
+    def save(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "step": self.step,
+            "losses": self.tally.losses.cpu(),
+            "hits": self.tally.hits.cpu(),
+            "skipped": self.tally.skipped,
+            "seconds": self.seconds,
+            "generators": self.generators,
+        }
+
+    @classmethod
+    def load(cls, values: dict[str, Any], steps: int, device: torch.device) -> "EpochState":
+        """The inverse of `save` for an epoch of `steps` steps. Raises KeyError, TypeError, ValueError or AttributeError."""
+        losses, hits = values["losses"].to(device, torch.float32), values["hits"].to(device, torch.float64)
+        step, skipped, seconds = int(values["step"]), int(values["skipped"]), float(values["seconds"])
+        generators = {name: state.cpu() for name, state in values["generators"].items()}
+        if losses.shape != (steps,) or hits.shape != () or not 0 < step <= steps or not generators:
+            raise ValueError(f"step {step} of {steps}")
+        return cls(EpochTally(losses, hits, skipped), step, seconds, generators)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators, which serve dropout and stochastic depth."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    """Set them as `generator_states` found them."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @dataclass
@@ -27,6 +83,7 @@ class TrainingState:
     epoch: int = 0  # completed
     best_accuracy: float = -1.0
     best_epoch: int = 0
+    within: EpochState | None = None  # the epoch after `epoch`, where it has begun
 
     @property
     def evaluated(self) -> ResNet:
@@ -79,6 +136,7 @@ def build_step(
         autocast_dtype=choose_precision(run.precision, data.mean.device),
         compile=run.compile,
         kernels=run.kernels,
+        skip_nonfinite=run.skip_nonfinite,
     )
     return kind(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average)
 
@@ -99,12 +157,19 @@ def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
         optimizer=state.optimizer.state_dict(),
         best_accuracy=state.best_accuracy,
         best_epoch=state.best_epoch,
+        within=None if state.within is None else state.within.save(),
     )
 
 
-def restore(state: TrainingState, folder: RunFolder, data: Splits, device: torch.device) -> list[Metrics]:
-    """Bring `state` to the last finished epoch; return the metrics up to there. Without a checkpoint that is the beginning."""
+def restore(state: TrainingState, folder: RunFolder, data: Splits, steps: int, device: torch.device) -> list[Metrics]:
+    """Bring `state` to where last.pt stands; return the metrics of the epochs before. Without one that is the beginning.
+
+    steps: of an epoch. Raises InputError when the folder's files do not fit each other, the data or its config.
+    """
+    again = "start again in another folder"
     if not folder.last.exists():
+        if (folder.path / "metrics.jsonl").exists() and len(folder.read_metrics()) > 1:  # one: killed before the first last.pt
+            raise InputError(f"{folder.last} is missing, though the run has epochs: put it back, or {again}")
         return []
     checkpoint = load_checkpoint(folder.last, device, arch=state.arch)
     if checkpoint.data_sha256 != list(data.sha256):
@@ -116,14 +181,14 @@ def restore(state: TrainingState, folder: RunFolder, data: Splits, device: torch
         require_fits(folder.last, checkpoint, state.model)
         state.model.load_state_dict(checkpoint.model)
         state.optimizer.load_state_dict(checkpoint.optimizer)
-        if state.average is not None and checkpoint.average is not None:
-            state.average.model.load_state_dict(checkpoint.average)
-    except (RuntimeError, ValueError, KeyError):
-        raise InputError(f"{folder.last} does not fit the run's config.json: start again in another folder") from None
+        if state.average is not None:
+            state.average.model.load_state_dict(checkpoint.average or {})
+        if checkpoint.within is not None:
+            state.within = EpochState.load(checkpoint.within, steps, device)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder.last} does not fit the run's config.json: {again}") from None
     state.epoch, state.best_accuracy, state.best_epoch = checkpoint.epoch, checkpoint.best_accuracy, checkpoint.best_epoch
-    rows = [row for row in folder.read_metrics() if row["epoch"] <= checkpoint.epoch]
-    if len(rows) != checkpoint.epoch:
-        raise InputError(
-            f"{folder.path}: metrics.jsonl has {len(rows)} epochs and last.pt {checkpoint.epoch}: start again in another folder"
-        )
+    rows = [row for row in folder.read_metrics() if row["epoch"] <= checkpoint.epoch] if checkpoint.epoch else []
+    if [row["epoch"] for row in rows] != list(range(1, checkpoint.epoch + 1)):
+        raise InputError(f"{folder.path}: metrics.jsonl has {len(rows)} epochs and last.pt {checkpoint.epoch}: {again}")
     return rows

@@ -9,12 +9,11 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastcifar.augmentation import Augmentation, augment, draw, numba_serves
+from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.optimization import mixed_cross_entropy, set_step
-from kernels.augment import augment as augment_keyed
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
 
@@ -32,6 +31,7 @@ class StepSettings:
     compile: bool
     kernels: Literal["auto", "triton", "torch"] = "auto"
     clip_gradient_value: float = 0.0  # 0 = off
+    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class EpochPlan:
 
     draws: Draws
     mixing: MixPlan
-    epoch: Tensor  # 0-d int64 on the device: by which the fused augmentation draws for itself
 
 
 @dataclass
@@ -49,6 +48,7 @@ class EpochTally:
 
     losses: Tensor  # [steps] float32
     hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
+    skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
 
 
 class TrainStep:
@@ -71,11 +71,11 @@ class TrainStep:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
-        self._seed, self._start = (torch.tensor(value, device=mean.device) for value in (settings.seed, 0))
         self._last_images: Tensor | None = None
         # Where nothing mixes them, images can be rounded at once: autocast would round them before the first convolution.
-        self._image_dtype = torch.float32 if augmentation.mixes else settings.autocast_dtype or torch.float32
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, self._image_dtype)
+        dtype = torch.float32 if augmentation.mixes else settings.autocast_dtype or torch.float32
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, dtype)
+        self._image_dtype = dtype if self.augments_by == "triton" else torch.float32
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = torch.compile(self.loss, dynamic=False)
@@ -89,7 +89,7 @@ class TrainStep:
         draws = draw(self.augmentation, self.data.index, seed, epoch)
         if self.augments_by == "numba":
             _ = draws.moves, draws.rotations  # computed here, not in the first step
-        return EpochPlan(draws, mixing, torch.tensor(epoch, device=device))
+        return EpochPlan(draws, mixing)
 
     def __call__(
         self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally, momentum: float | None = None
@@ -105,8 +105,16 @@ class TrainStep:
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, mixing.blend[step], mixing.box[step])
         lam = mixing.lam[step]
+        statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []
         loss, logits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
+        if self.settings.skip_nonfinite and not self._is_finite(loss):
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # the forward pass has let the values into batch norm's averages
+            self.optimizer.zero_grad(set_to_none=True)
+            tally.losses[step] = torch.nan
+            tally.skipped += 1
+            return
         if self.settings.clip_gradient_value:
             nn.utils.clip_grad_value_(self.model.parameters(), self.settings.clip_gradient_value)
         if self.settings.clip_gradient_norm:
@@ -121,25 +129,20 @@ class TrainStep:
             predicted = logits.argmax(1)
             tally.hits += lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
 
+    def _is_finite(self, loss: Tensor) -> bool:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return bool(torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all())  # host sync
+
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
-        settings = self.augmentation
-        if self.augments_by == "triton":
-            images, labels = augment_keyed(
-                data.images, data.labels, positions, self._start, plan.epoch, self._seed, batch_size=len(positions),
-                index=data.index, mean=self.mean, std=self.std, padding=settings.crop_padding,
-                reflect=settings.crop_mode == "reflect", flip=settings.flip, cutout=settings.cutout, dtype=self._image_dtype,
-                backend="triton",
-            )  # fmt: skip
-        else:
-            images = augment(
-                settings, data.images, positions, plan.draws, self.mean, self.std, self.augments_by, self._last_images
-            )
-            if self.augments_by == "numba":
-                self._last_images = images  # nothing needs it after this step: its memory serves the next
-            labels = data.labels[positions]
+        images, labels = augment(
+            self.augmentation, data, positions, plan.draws, self.mean, self.std,
+            backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
+        )  # fmt: skip
+        if self.augments_by == "numba":
+            self._last_images = images  # nothing needs it after this step: its memory serves the next
         if self.augmentation.mixes:
             images = mix(images, blend, box)
         return images, labels, partner(labels)
@@ -157,7 +160,7 @@ def choose_augmentation(
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
     if kernels == "auto" and numba_serves(augmentation, device):
         return "numba"
-    able = device.type == "cuda" and not (augmentation.recolours or augmentation.random_erasing)
+    able = device.type == "cuda" and triton_serves(augmentation)
     if able and (kernels == "triton" or (kernels == "auto" and measured_faster(device, dtype))):
         return "triton"
     return "torch"

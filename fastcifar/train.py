@@ -4,7 +4,10 @@ python -m fastcifar.train --arch se_resnet18 --epochs 200
 python -m fastcifar.train --resume runs/se_resnet18-seed0
 """
 
+import errno
 import math
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,14 +20,24 @@ from rich.console import Console
 from fastcifar.command import Command, parse_command
 from fastcifar.dataset import Splits, epoch_order, load_splits
 from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
-from fastcifar.errors import InputError, run_command
+from fastcifar.errors import InputError, Stopped, run_command
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
-from fastcifar.state import TrainingState, build_state, build_step, restore, snapshot
-from fastcifar.step import EpochTally, TrainStep
+from fastcifar.signals import StopRequest
+from fastcifar.state import (
+    EpochState,
+    TrainingState,
+    build_state,
+    build_step,
+    generator_states,
+    restore,
+    set_generators,
+    snapshot,
+)
+from fastcifar.step import TrainStep
 from kernels.philox import Purpose, philox
 
 RATES_PER_EPOCH = 20  # points of the learning rate kept in an epoch's metrics
@@ -33,14 +46,24 @@ RATES_PER_EPOCH = 20  # points of the learning rate kept in an epoch's metrics
 def main() -> None:
     """Parse the command line and train."""
     command = parse_command(sys.argv[1:])
+    path = run_path(command)
+    go_on = f"go on with: python -m fastcifar.train --resume {shlex.quote(str(path))}"
     try:
         train(command, Console(soft_wrap=True, highlight=False, markup=False))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with: python -m fastcifar.train --resume {run_path(command)}") from None
+    except KeyboardInterrupt as end:
+        said = [str(part) for part in (*end.args, go_on if (path / "config.json").exists() else "nothing was saved") if part]
+        raise Stopped(getattr(end, "number", signal.SIGINT), "; ".join(said)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and (path / "config.json").exists():
+            raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None
+        raise
 
 
 def train(command: Command, console: Console) -> RunFolder:
-    """Train to the end, or go on from where the run stood; return the complete run folder. Raises InputError."""
+    """Train to the end, or go on from where the run stood; return the complete run folder.
+
+    Raises InputError, and Stopped when a signal ended it, with the state saved inside the epoch.
+    """
     recipe, run = command.settings, command.run
     device = choose_device(run.device)
     require_kernels(run.kernels, device)
@@ -62,39 +85,53 @@ def train(command: Command, console: Console) -> RunFolder:
     state = build_state(command.arch, recipe, run, data, device)
     folder, rows = RunFolder(run_path(command)), []
     facts = environment_facts(device)  # at the start: what is running, whatever is edited meanwhile
-    if run.resume is not None:
-        rows = restore(state, folder, data, device)
-    else:
-        folder.create()
-        folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
-    announce(console, command, data, state, folder, dtype)
+    with folder.held(new=run.resume is None), StopRequest() as stop:
+        if run.resume is not None:
+            rows = restore(state, folder, data, steps, device)
+        else:
+            folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
+        announce(console, command, data, state, folder, dtype)
 
-    train_step = build_step(state, recipe, run, data)
-    curves, meter = Curves(folder.path), Meter(device)
-    last = last_epoch(recipe, run, state.epoch)
-    with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
-        while state.epoch < last:
-            meter.start()
-            record = train_epoch(train_step, data, recipe, state.epoch, steps, progress) | meter.stop()
-            state.epoch += 1
-            if state.epoch % run.eval_every == 0 or state.epoch == recipe.epochs:  # wherever this command stops
-                record |= select_best(state, data, run.eval_batch_size, dtype)
-            record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
-            rows.append(record)
-            folder.save_epoch(rows, snapshot(state, recipe, data))
-            curves.log(record)
-            progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
+        train_step = build_step(state, recipe, run, data)
+        curves, meter = Curves(folder.path), Meter(device)
+        last = last_epoch(recipe, run, state.epoch)
+        with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
+            while state.epoch < last:
+                try:
+                    record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
+                    if (
+                        state.epoch + 1
+                    ) % run.eval_every == 0 or state.epoch + 1 == recipe.epochs:  # wherever this command stops
+                        record |= select_best(state, data, run.eval_batch_size, dtype, stop)
+                except Stopped as end:
+                    raise Stopped(end.number, save_within(folder, state, recipe, data)) from None
+                state.epoch, state.within = state.epoch + 1, None
+                record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
+                rows.append(record)
+                curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
+                folder.save_epoch(rows, snapshot(state, recipe, data))
+                progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
+                stop.check()
+        curves.close()
 
-    curves.close()
+        with stop.at_once():  # a resume does this again
+            summary = summarise(command, data, state, rows, dtype) | facts
+            folder.write_summary(summary)
+            if run.plots:
+                from fastcifar import plots  # here, since matplotlib takes a second to import and training does not need it
 
-    summary = summarise(command, data, state, rows, dtype) | facts
-    folder.write_summary(summary)
-    if run.plots:
-        from fastcifar import plots  # here, since matplotlib takes a second to import and training does not need it
-
-        plots.draw([plots.read_run(folder)], folder.path)
+                plots.draw([plots.read_run(folder)], folder.path)
     report_end(console, summary, folder)
     return folder
+
+
+def save_within(folder: RunFolder, state: TrainingState, recipe: Recipe, data: Splits) -> str:
+    """Save a run that is stopped inside an epoch; return what to tell the user."""
+    within = state.within
+    if within is None or not within.step:
+        return ""
+    folder.save_within(snapshot(state, recipe, data))
+    return f"saved in epoch {state.epoch + 1} after step {within.step:,} of {within.steps:,}"
 
 
 def last_epoch(recipe: Recipe, run: RunOptions, done: int) -> int:
@@ -121,47 +158,81 @@ def steps_per_epoch(data: Splits, batch_size: int) -> int:
 
 
 def train_epoch(
-    train_step: TrainStep, data: Splits, recipe: Recipe, epoch: int, steps: int, progress: TrainingProgress
+    train_step: TrainStep,
+    data: Splits,
+    recipe: Recipe,
+    state: TrainingState,
+    steps: int,
+    progress: TrainingProgress,
+    meter: Meter,
+    stop: StopRequest,
 ) -> Metrics:
-    """Train epoch `epoch` (from 0); return its record. Raises InputError, with nothing saved, when the loss is not finite."""
-    device, seed, batch_size = data.mean.device, train_step.settings.seed, recipe.batch_size
-    started = time.perf_counter()
+    """Train the epoch after `state.epoch`, or the rest of it; return its record.
+
+    Raises InputError, with nothing saved, when the loss is not finite; Stopped after a step, with `state.within` up to it.
+    """
+    device, seed, batch_size, epoch = data.mean.device, train_step.settings.seed, recipe.batch_size, state.epoch
+    meter.start()
+    began = time.perf_counter()
     order = epoch_order(data.train.index, seed, epoch)
     plan = train_step.plan(epoch, steps, progress=epoch / recipe.epochs)
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
-    tally = EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device))
-    seed_torch(seed, epoch)
+    resumed = state.within is not None
+    within = state.within = state.within or EpochState.begin(steps, device)
+    tally, first, seconds_before = within.tally, within.step, within.seconds
+    if within.generators:
+        set_generators(within.generators, device)
+    else:
+        seed_torch(seed, epoch)
     train_step.model.train()
-    first_step_at, first_step, steps_began = 0.0, 0.0, time.perf_counter()
-    for step, positions in enumerate(order[: steps * batch_size].split(batch_size)):
+    stops_at_nonfinite = (
+        device.type == "cpu" and not train_step.settings.skip_nonfinite
+    )  # free there; a GPU is asked at the end
+    first_step_at, first_step, steps_began = time.time(), 0.0, time.perf_counter()
+    for step, positions in enumerate(order[first * batch_size : steps * batch_size].split(batch_size), first):
+        if step == steps:  # nothing was left of the epoch but its end
+            break
         train_step(positions, step, rates[step], plan, tally, momenta[step])
         progress.advance(batch_size)
-        if step == 0:
+        if step == first:
             if device.type == "cuda":
                 torch.cuda.synchronize()  # host sync, once an epoch: the first step counts when done, not when launched
             first_step_at, first_step = time.time(), time.perf_counter() - steps_began
-        if device.type == "cpu" and not math.isfinite(tally.losses[step]):  # free here; a GPU is asked at the end
+        if stops_at_nonfinite and not math.isfinite(tally.losses[step]):
             break
+        within.step, within.seconds = step + 1, seconds_before + time.perf_counter() - began
+        if stop.number:
+            within.generators = generator_states(device)
+            stop.check()
+    within.generators = generator_states(device)  # for a stop during evaluation
     losses = tally.losses.tolist()  # host sync: the epoch ends here
     all_steps = time.perf_counter() - steps_began
-    require_finite(losses, rates, epoch)
+    finite = require_finite(losses, rates, epoch, train_step.settings.skip_nonfinite)
     require_finite_weights(train_step, rates[-1], epoch)
-    seconds = time.perf_counter() - started
+    seconds = within.seconds = seconds_before + time.perf_counter() - began
     return {
         "epoch": epoch + 1,
         "data_name": data.manifest.name,
-        "train_loss": sum(losses) / steps,
-        "train_accuracy": float(tally.hits) / (steps * batch_size),  # on augmented images; both labels count by their shares
+        "train_loss": sum(finite) / len(finite),
+        "train_accuracy": float(tally.hits)
+        / (len(finite) * batch_size),  # on augmented images; both labels count by their shares
         "eval_loss": None,
         "eval_accuracy": None,
         "eval_seconds": None,
+        "skipped_steps": steps - len(finite),
+        "loss_spikes": count_spikes(finite, data.classes),
         "learning_rates": spaced(rates, RATES_PER_EPOCH),
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
-        "compile_seconds": compile_seconds(first_step, all_steps, steps),
-    }
+        "compile_seconds": compile_seconds(first_step, all_steps, steps - first),
+    } | (meter.stop() if not resumed else meter.stop() | {"energy_joules": None})  # what the part before used is not known
+
+
+def count_spikes(losses: list[float], classes: int) -> int:
+    """Steps whose loss was worse than chance, ln(classes), and more than twice the epoch's median."""
+    return sum(loss > max(math.log(classes), 2 * median(losses)) for loss in losses)
 
 
 def spaced(values: list[float], count: int) -> list[float]:
@@ -170,12 +241,18 @@ def spaced(values: list[float], count: int) -> list[float]:
     return [values[position * len(values) // count] for position in range(count)]
 
 
-def require_finite(losses: list[float], rates: list[float], epoch: int) -> None:
-    """Raise InputError naming the first step of epoch `epoch` (from 0) whose loss is NaN or infinite."""
-    for step, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            where = f"epoch {epoch + 1}, step {step + 1} of {len(losses)} (learning rate {rates[step]:.4g})"
-            raise InputError(f"the loss became {loss} in {where}; {kept(epoch)}: lower --peak-lr, or set --clip-gradient-norm")
+def require_finite(losses: list[float], rates: list[float], epoch: int, skip: bool) -> list[float]:
+    """Return the finite losses of epoch `epoch` (from 0).
+
+    Raises InputError naming the first step whose loss is NaN or infinite; where steps may be skipped, when all of them were.
+    """
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite) < len(losses) and not (skip and finite):
+        step = next(step for step, loss in enumerate(losses) if not math.isfinite(loss))
+        where = f"epoch {epoch + 1}, step {step + 1} of {len(losses)} (learning rate {rates[step]:.4g})"
+        what = "no step of the epoch had a finite loss" if skip else f"the loss became {losses[step]}"
+        raise InputError(f"{what} in {where}; {kept(epoch)}: lower --peak-lr, or set --clip-gradient-norm")
+    return finite
 
 
 def require_finite_weights(train_step: TrainStep, rate: float, epoch: int) -> None:
@@ -198,18 +275,22 @@ def seed_torch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(high) << 31 | int(low) >> 1)
 
 
-def select_best(state: TrainingState, data: Splits, batch_size: int, dtype: torch.dtype | None) -> Metrics:
-    """Evaluate on the selection split, note the best so far in `state`, return the record's part. Raises InputError."""
-    started = time.perf_counter()
-    result = state.measure(data, data.select, batch_size, dtype)
+def select_best(state: TrainingState, data: Splits, batch_size: int, dtype: torch.dtype | None, stop: StopRequest) -> Metrics:
+    """Evaluate the epoch just trained on the selection split, note the best so far in `state`, return the record's part.
+
+    Raises InputError, and Stopped with nothing noted.
+    """
+    began, epoch = time.perf_counter(), state.epoch + 1
+    with stop.at_once():
+        result = state.measure(data, data.select, batch_size, dtype)
     if not math.isfinite(result.loss):  # finite weights can still be too large for a forward pass
         raise InputError(
-            f"the {data.select_name} loss became {result.loss} after epoch {state.epoch}; {kept(state.epoch - 1)}: "
+            f"the {data.select_name} loss became {result.loss} after epoch {epoch}; {kept(state.epoch)}: "
             "lower --peak-lr, or set --clip-gradient-norm"
         )
     if result.top1 > state.best_accuracy:
-        state.best_accuracy, state.best_epoch = result.top1, state.epoch
-    return {"eval_loss": result.loss, "eval_accuracy": result.top1, "eval_seconds": time.perf_counter() - started}
+        state.best_accuracy, state.best_epoch = result.top1, epoch
+    return {"eval_loss": result.loss, "eval_accuracy": result.top1, "eval_seconds": time.perf_counter() - began}
 
 
 def epoch_seconds(record: Metrics) -> float:

@@ -18,10 +18,8 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
 MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["bf16 CxHxW", ...] where it won}}
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
 DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = tuple(DTYPE_NAMES.values())
 
 
 def read_wins(path: Path) -> dict[str, dict[tuple[str, torch.dtype], list[list[int]]]]:

@@ -29,9 +29,7 @@ from rich.table import Table
 CAPABILITY = 90
 BATCH = 512
 META = torch.device("meta")  # tensors without data
-DTYPES = {
-    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8",
-}  # fmt: skip
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[\dT]\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 PTX_LINE = re.compile(r"^\s+(?:@!?%p\d+\s+)?([a-z][a-z0-9]*\.[a-z0-9_.:]+|ret|bra)\b.*;", re.MULTILINE)
 
@@ -47,23 +45,19 @@ def mish(dtype: torch.dtype) -> None:
     triton.backward(x, x, torch.empty_like(x))
 
 
-def squeeze_excite(
-    dtype: torch.dtype, *, channels: int, side: int, units: int, activation: str, contiguous: bool = False
-) -> None:
-    """With biases. contiguous: NCHW, not channels_last."""
+def squeeze_excite(dtype: torch.dtype, channels: int, side: int, units: int, activation: str, layout: str = "NHWC") -> None:
+    """With biases."""
     from kernels.squeeze_excite import triton
 
-    layout = torch.contiguous_format if contiguous else torch.channels_last
-    x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=layout)
-    of_map, of_units = (torch.empty(BATCH, width, device=META) for width in (channels, units))
-    weights = torch.empty(units, channels, device=META), torch.empty(channels, units, device=META)
-    parameters = (*weights, torch.empty(units, device=META), torch.empty(channels, device=META))
-    triton.forward(x, parameters, activation, (x, of_map, of_units, of_map), contiguous)
-    triton.backward((x, x, of_units, of_map, *weights), activation, (x, of_map, of_units, of_units), contiguous)
+    memory_format = torch.contiguous_format if layout == "NCHW" else torch.channels_last
+    x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=memory_format)
+    w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
+    _, _, hidden, scale = triton.forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
+    triton.backward(x, x, hidden, scale, w_reduce, w_expand, activation)
 
 
 def residual_tail(
-    dtype: torch.dtype, *, channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool = False
+    dtype: torch.dtype, channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool
 ) -> None:
     """With squeeze-excitation if it has units; its activation is the tail's own."""
     from kernels.residual_tail import triton
@@ -72,8 +66,7 @@ def residual_tail(
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
     image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0)
-    shapes: tuple[tuple[int, ...], ...] = ((units, channels), (channels, units), (units,), (channels,))
-    w_reduce, w_expand, b_reduce, b_expand = (torch.empty(shape, device=META) for shape in shapes)
+    w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
     if units:
         tensors = tensors._replace(w_reduce=w_reduce, w_expand=w_expand, image_mean=image_mean)
@@ -84,18 +77,20 @@ def residual_tail(
     triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings)
 
 
+def linear_layers(channels: int, units: int) -> list[torch.Tensor]:
+    """Weights and biases of a squeeze-excitation."""
+    return [torch.empty(shape, device=META) for shape in ((units, channels), (channels, units), (units,), (channels,))]
+
+
 def augment(dtype: torch.dtype) -> None:
     """The usual crop, reflected, with flip and cutout."""
     from kernels.augment.triton import launch
 
     images = torch.empty(50_000, 32, 32, 3, dtype=torch.uint8, device=META)
     numbers, scalar = (torch.empty(shape, dtype=torch.int64, device=META) for shape in ((50_000,), ()))
-    constants = torch.empty(3, device=META)
-    out, labels = torch.empty(BATCH, 32, 32, 3, dtype=dtype, device=META), numbers[:BATCH]
-    launch(
-        images, numbers, numbers, numbers, scalar, scalar, scalar, constants, constants,
-        padding=4, reflect=True, flip=1, cutout=8, out=out, out_labels=labels,
-    )  # fmt: skip
+    constants, out = torch.empty(3, device=META), torch.empty(BATCH, 32, 32, 3, dtype=dtype, device=META)
+    tensors = (images, numbers, numbers, numbers, scalar, scalar, scalar, constants, constants, out, numbers[:BATCH])
+    launch(*tensors, padding=4, reflect=True, flip=1, cutout=8)
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,8 @@ class Row:
     """
 
     operation: Callable[..., None]
+    arguments: tuple[Any, ...]  # behind the dtype: channels, side, and what else the operation takes
     ceilings: Mapping[str, tuple[int, float]]
-    arguments: Mapping[str, Any]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     elements: int = 0  # that a program holds at once; 0: the product of its first two block sizes
 
@@ -117,56 +112,41 @@ class Row:
         """For names: ` 45x32x32 NHWC`."""
         if not self.arguments:
             return ""
-        channels, side = self.arguments["channels"], self.arguments["side"]
-        layout = {True: " NCHW", False: " NHWC"}[self.arguments.get("contiguous", False)]
-        return f" {channels}x{side}x{side}{layout if self.operation is squeeze_excite else ''}"
-
-
-def _tail(
-    channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool, **ceilings: tuple[int, float]
-) -> Row:
-    arguments = {"channels": channels, "side": side, "units": units, "activation": activation, "shortcut": shortcut}
-    return Row(residual_tail, ceilings, arguments | {"biases": biases})
-
-
-def _excitation(
-    channels: int, side: int, units: int, activation: str, *, contiguous: bool = False, **ceilings: tuple[int, float]
-) -> Row:
-    arguments = {"channels": channels, "side": side, "units": units, "activation": activation}
-    return Row(squeeze_excite, ceilings, arguments | {"contiguous": contiguous})
+        channels, side, *_, last = self.arguments
+        layout = "" if self.operation is residual_tail else " NCHW" if last == "NCHW" else " NHWC"
+        return f" {channels}x{side}x{side}{layout}"
 
 
 ROWS = (
-    Row(mish, {"forward": (36, 26), "backward": (40, 38)}, {}, (torch.bfloat16, torch.float32)),
-    _tail(  # mish_se_resnet18
-        256, 8, 16, "mish", True, True,
-        statistics=(125, 29), batch=(99, 45), tail=(71, 33), sums=(141, 66), map_gradient=(102, 15),
-        excite=(79, 25), excite_gradient=(62, 15), parameter_gradient=(141, 181),
-    ),
-    _tail(  # se_resnet18
-        256, 4, 16, "relu", True, False,
-        statistics=(106, 25), batch=(99, 45), tail=(70, 15), sums=(71, 34), map_gradient=(97, 15),
-        excite=(62, 19), excite_gradient=(62, 11), parameter_gradient=(122, 143),
-    ),
-    _tail(  # light_resnet18_v2_45: its widest maps, its widest layers
-        45, 32, 0, "relu", False, False,
-        statistics=(172, 43), batch=(141, 51), tail=(71, 18), sums=(124, 30), map_gradient=(106, 25), channel_gradient=(88, 30),
-    ),
-    _tail(
-        340, 4, 0, "relu", False, False,
-        statistics=(116, 26), batch=(99, 46), tail=(53, 12), sums=(99, 28), map_gradient=(88, 18), channel_gradient=(71, 23),
-    ),
-    _tail(  # resnet18
-        512, 4, 0, "relu", True, False,
-        statistics=(125, 28), batch=(99, 46), tail=(73, 15), sums=(132, 37), map_gradient=(88, 14), channel_gradient=(71, 23),
-    ),
-    _excitation(45, 32, 2, "relu", forward=(44, 38), backward=(60, 42)),  # light_resnet18_v2_45: its activated inputs
-    _excitation(90, 16, 5, "relu", forward=(85, 69), backward=(60, 47)),
-    _excitation(170, 8, 10, "relu", forward=(51, 67), backward=(70, 76)),
-    _excitation(340, 4, 21, "relu", forward=(70, 60), backward=(71, 59)),
-    _excitation(256, 8, 16, "mish", forward=(55, 59), backward=(64, 67)),  # mish_se_resnet18, where dropout keeps BN apart
-    _excitation(48, 32, 3, "mish", contiguous=True, forward=(44, 26), backward=(52, 30)),
-    Row(augment, {"augment": (72, 62)}, {}, (torch.bfloat16, torch.float32), elements=3 * 32 * 32),
+    Row(mish, (), {"forward": (36, 26), "backward": (40, 38)}, (torch.bfloat16, torch.float32)),
+    Row(residual_tail, (256, 8, 16, "mish", True, True), {  # mish_se_resnet18
+        "statistics": (125, 29), "batch": (99, 45), "tail": (71, 33), "sums": (141, 66), "map_gradient": (102, 15),
+        "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181),
+    }),
+    Row(residual_tail, (256, 4, 16, "relu", True, False), {  # se_resnet18
+        "statistics": (106, 25), "batch": (99, 45), "tail": (70, 15), "sums": (71, 34), "map_gradient": (97, 15),
+        "excite": (62, 19), "excite_gradient": (62, 11), "parameter_gradient": (122, 143),
+    }),
+    Row(residual_tail, (45, 32, 0, "relu", False, False), {  # light_resnet18_v2_45: its widest maps, then its widest layers
+        "statistics": (172, 43), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
+        "channel_gradient": (88, 30),
+    }),
+    Row(residual_tail, (340, 4, 0, "relu", False, False), {
+        "statistics": (116, 26), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
+        "channel_gradient": (71, 23),
+    }),
+    Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
+        "statistics": (125, 28), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
+        "channel_gradient": (71, 23),
+    }),
+    # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart
+    Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (60, 42)}),
+    Row(squeeze_excite, (90, 16, 5, "relu"), {"forward": (85, 69), "backward": (60, 47)}),
+    Row(squeeze_excite, (170, 8, 10, "relu"), {"forward": (51, 67), "backward": (70, 76)}),
+    Row(squeeze_excite, (340, 4, 21, "relu"), {"forward": (70, 60), "backward": (71, 59)}),
+    Row(squeeze_excite, (256, 8, 16, "mish"), {"forward": (55, 59), "backward": (64, 67)}),
+    Row(squeeze_excite, (48, 32, 3, "mish", "NCHW"), {"forward": (44, 26), "backward": (52, 30)}),
+    Row(augment, (), {"augment": (72, 62)}, (torch.bfloat16, torch.float32), elements=3 * 32 * 32),
 )  # fmt: skip
 
 
@@ -267,27 +247,20 @@ def recorded(row: Row, dtype: torch.dtype) -> list[Launch]:
         found.append(Launch(name, DTYPES[dtype], kernel, arguments, options, size, row.ceilings[kind]))
 
     with mock.patch.object(JITFunction, "run", record):
-        row.operation(dtype, **row.arguments)
+        row.operation(dtype, *row.arguments)
     return found
 
 
 def inspect(launch: Launch) -> Report:
     """Compile one launch and count."""
     compiled = compile_launch(launch)
-    usage = resources(compiled.asm["ptx"])
+    registers, spilled_bytes = resources(compiled.asm["ptx"])
     instructions, counted = count_instructions(compiled)
+    per_element = round(instructions * launch.options["num_warps"] * 32 / launch.elements, 2)
     return Report(
-        name=launch.name,
-        dtype=launch.dtype,
-        registers=usage["registers"],
-        spilled_bytes=usage["spilled_bytes"],
-        shared_bytes=compiled.metadata.shared,
-        instructions=instructions,
-        per_element=round(instructions * launch.options["num_warps"] * 32 / launch.elements, 2),
-        counted=counted,
-        registers_ceiling=launch.ceilings[0],
-        per_element_ceiling=launch.ceilings[1],
-    )
+        launch.name, launch.dtype, registers, spilled_bytes, compiled.metadata.shared, instructions, per_element, counted,
+        *launch.ceilings,
+    )  # fmt: skip
 
 
 def compile_launch(launch: Launch) -> Any:
@@ -314,7 +287,7 @@ def compile_launch(launch: Launch) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=launch.options)
 
 
-def resources(ptx: str) -> dict[str, int]:
+def resources(ptx: str) -> tuple[int, int]:
     """Registers and spilled bytes of a thread, as ptxas states them."""
     from triton import knobs
 
@@ -328,7 +301,7 @@ def resources(ptx: str) -> dict[str, int]:
     registers = re.search(r"Used (\d+) registers", text)
     assert registers is not None, text
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    return {"registers": int(registers[1]), "spilled_bytes": sum(map(int, spills))}
+    return int(registers[1]), sum(map(int, spills))
 
 
 def count_instructions(compiled: Any) -> tuple[int, str]:
@@ -363,15 +336,10 @@ def table(reports: list[Report]) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
         result.add_row(
-            report.name,
-            report.dtype,
-            f"{report.registers} ({report.registers_ceiling})",
-            str(report.spilled_bytes),
-            str(report.shared_bytes),
-            f"{report.instructions} {report.counted}",
-            f"{report.per_element:.1f} ({report.per_element_ceiling:g})",
-            style="red" if report.regressed else None,
-        )
+            report.name, report.dtype, f"{report.registers} ({report.registers_ceiling})", str(report.spilled_bytes),
+            str(report.shared_bytes), f"{report.instructions} {report.counted}",
+            f"{report.per_element:.1f} ({report.per_element_ceiling:g})", style="red" if report.regressed else None,
+        )  # fmt: skip
     return result
 
 

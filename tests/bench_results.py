@@ -3,14 +3,12 @@
 import json
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant
 from fastcifar.command import Command
-from fastcifar.errors import run_command
 from fastcifar.run_folder import METRIC_KEYS, RunFolder
 
 # arch: report, parameters, flops (forward and backward), images per second, accuracy it ends at, claim
@@ -126,23 +124,14 @@ def write_run(
     if not (path / "config.json").exists():
         folder.write_config(command.arch, command.recipe_name, command.settings, command.run, facts)
     known = {"data_name": "my JPEGs", "eval_accuracy": accuracy, "eval_seconds": 0.1, "eval_split": "test"}
-    known |= {"train_seconds": 1.0, "images_per_second": 64.0, "first_step_seconds": 3.0}
+    known |= {"train_seconds": 1.0, "images_per_second": 64.0, "first_step_seconds": 3.0, "train_accuracy": 0.2}
+    known |= {"learning_rates": [0.1]}
     folder.write_metrics([blank | known | {"epoch": at, "train_loss": loss} for at, loss in enumerate(losses, start=1)])
     if summary:
         manifests = [command.run.data / f"{split}.json" for split in ("train", "test")]
         folder.write_summary({
-            "final": {"images": 20, "top1": 0.25}, "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0,
+            "final": {"images": 20, "top1": 0.25, "confusion": [[5, 15], [0, 0]]}, "class_names": ["a", "b"],
+            "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0,
             "compile_seconds": 1.5, "peak_memory_bytes": 10**9, "energy_joules": None, "train_images": 50_000,
             "data_sha256": [json.loads(path.read_text())["sha256"] for path in manifests if path.exists()],
         })  # fmt: skip
-
-
-def run_main(main: Any, monkeypatch: Any, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process, which saves it the imports; return exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    code = 0
-    try:
-        run_command(main)
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    return code, *capsys.readouterr()

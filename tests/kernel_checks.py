@@ -64,6 +64,20 @@ def assert_gradients_as_exact_as_eager(
         assert_as_exact_as_eager(*(torch.stack(tensors) for tensors in zip(*triples, strict=True)), what)
 
 
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of `step`, compiled outside the capture, and what its replays overwrite."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 @contextmanager
 def poisoned_buffers() -> Iterator[None]:
     """Within, what `torch.empty` and `torch.empty_like` give holds NaN: a kernel that leaves a place unwritten shows it."""

@@ -20,6 +20,7 @@ from fastcifar import evaluate, plots, predict
 from fastcifar.augmentation import __main__ as contact_sheet
 from fastcifar.beton import Manifest, read_beton
 from fastcifar.command import parse_command
+from fastcifar.dataset import ResidentSet
 from fastcifar.errors import InputError
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
@@ -295,10 +296,10 @@ def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, call):
     call(contact_sheet.main, *["--arch", "robust_resnet64", "--images", "4", "--epochs", "3"], "--data", betons, "--out", out)
     assert Image.open(out).size[0] > 200
     data = read_beton(betons / "train.beton")
-    images, index = torch.from_numpy(data.images[:4]), torch.arange(4)
+    few = ResidentSet(torch.from_numpy(data.images[:4]), torch.from_numpy(data.labels[:4]), torch.arange(4))
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
     plain = contact_sheet.Augmentation(crop_padding=0, flip="off")
-    assert np.array_equal(contact_sheet.seen(plain, images, index, mean, std, 0, 0, 1), images.numpy())  # nothing changed
+    assert np.array_equal(contact_sheet.seen(plain, few, mean, std, 0, 0, 1), few.images.numpy())  # nothing changed
 
 
 @pytest.mark.parametrize(

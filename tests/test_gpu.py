@@ -5,13 +5,13 @@ import torch
 from rich.console import Console
 
 from fastcifar.augmentation import Augmentation, augment, draw
+from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order, load_resident
 from fastcifar.recipes import RECIPES
-from fastcifar.run_folder import RunFolder, load_checkpoint
+from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
-from kernels.augment import augment as kernels_augment
-from kernels.augment.reference import augment_numpy
+from kernels.augment import augment_fused
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +32,7 @@ def test_augmentation_shows_the_cpus_pixels(betons, name):
         order = epoch_order(data.index, 0, 1)
         batches[device] = (
             order.cpu(),
-            augment(settings, data.images, order, draw(settings, data.index, 0, 1), mean, std).cpu(),
+            augment(settings, data, order, draw(settings, data.index, 0, 1), mean, std)[0].cpu(),
         )
     assert torch.equal(batches[CPU][0], batches[CUDA][0])
     levels = (batches[CPU][1] - batches[CUDA][1]).abs() * 255 * torch.tensor(CIFAR10_STD)[:, None, None]
@@ -46,25 +46,28 @@ def test_every_field_works_on_the_device(betons):
     mean, std = (torch.tensor(values, device=CUDA) for values in (CIFAR10_MEAN, CIFAR10_STD))
     for policy in ("auto_augment", "trivial_augment"):
         settings = Augmentation(crop_mode="reflect", flip="alternating", grayscale=0.5, policy=policy, random_erasing=0.5)
-        x = augment(settings, data.images, data.index, draw(settings, data.index, 0, 0), mean, std)
+        x, _ = augment(settings, data, data.index, draw(settings, data.index, 0, 0), mean, std)
         assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"reflect": True, "flip": "alternating", "cutout": 8}, {"padding": 31, "cutout": 32}])
-def test_the_fused_augmentation_shows_numpys_pixels(betons, dtype, settings):
-    data, _ = load_resident(betons / "train.beton", CUDA)
-    mean, std = (torch.tensor(values, device=CUDA) for values in (CIFAR10_MEAN, CIFAR10_STD))
-    order = epoch_order(data.index, 0, 1)
-    batch, labels = kernels_augment(
-        data.images, data.labels, order, 7, 3, 2**62 + 5, batch_size=150, index=data.index, mean=mean, std=std, dtype=dtype,
-        backend="triton", **settings,
-    )  # fmt: skip
-    on_host = [x.cpu().numpy() for x in (data.images, data.labels, data.index, order[7:157])]
-    plain = {"padding": 4, "reflect": False, "flip": "random", "cutout": 0} | settings
-    expected, own = augment_numpy(*on_host, 3, 2**62 + 5, mean=mean.cpu().numpy(), std=std.cpu().numpy(), **plain)
-    assert torch.equal(batch.cpu(), torch.from_numpy(expected).to(dtype))
-    assert torch.equal(labels.cpu(), torch.from_numpy(own))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Augmentation(), Augmentation(crop_mode="reflect", flip="alternating", cutout=8),
+        Augmentation(crop_padding=31, cutout=32),
+    ],
+)  # fmt: skip
+def test_the_fused_augmentation_shows_the_cpus_pixels_which_are_numpys(betons, dtype, settings):
+    batches = []
+    for device, backend in ((CPU, "numba"), (CUDA, "triton")):
+        data, _ = load_resident(betons / "train.beton", device)
+        mean, std = (torch.tensor(values, device=device) for values in (CIFAR10_MEAN, CIFAR10_STD))
+        positions, drawn = epoch_order(data.index, 0, 1)[7:157], draw(settings, data.index, 2**62 + 5, 3)
+        batches.append(augment(settings, data, positions, drawn, mean, std, backend=backend, dtype=dtype))
+    (expected, own), (batch, labels) = batches
+    assert torch.equal(batch.cpu(), expected)
+    assert torch.equal(labels.cpu(), own)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -74,10 +77,12 @@ def test_a_captured_augmentation_replays_with_the_cursor_and_epoch_of_the_moment
     order = epoch_order(data.index, 0, 0)
     cursor, epoch, seed = (torch.zeros((), dtype=torch.int64, device=CUDA) for _ in range(3))
 
-    def batch(cursor, epoch):
-        return kernels_augment(
-            data.images, data.labels, order, cursor, epoch, seed, batch_size=50, index=data.index, mean=mean, std=std, cutout=8
-        )
+    def batch(*keys):
+        cursor, epoch = (torch.as_tensor(key, device=CUDA) for key in keys)
+        return augment_fused(
+            data.images, data.labels, data.index, order, cursor, epoch, seed, mean, std,
+            batch_size=50, padding=4, reflect=False, flip="random", cutout=8, dtype=torch.bfloat16,
+        )  # fmt: skip
 
     batch(cursor, epoch)
     torch.cuda.synchronize()

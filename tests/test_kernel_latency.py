@@ -236,28 +236,26 @@ def test_what_is_recorded_is_what_auto_reads(told, tmp_path, monkeypatch):
 
 
 def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch):
-    data = kernel_latency.load(betons, CPU)
+    data = kernel_latency.load_all(betons, CPU)
     backwards = replace(data, train=data.train.subset(torch.arange(140, 80, -1)))  # sample indices that are not in order
-    monkeypatch.setattr(kernel_latency, "load", lambda folder, device: backwards)
-    monkeypatch.setattr(
-        kernel_latency, "pipeline", lambda name, data, folder, batch_size, rounds, console: (batch_size, rounds)
-    )
+    monkeypatch.setattr(kernel_latency, "load_all", lambda folder, device: backwards)
+    monkeypatch.setattr(kernel_latency, "pipeline", lambda name, data, folder, *sizes_and_console: sizes_and_console[:2])
     given = Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
     assert kernel_latency.cpu_part(*given) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
-    fused, loop = kernel_latency.augment, augmentation.augment
+    right = augmentation.augment
 
-    def wrong_when_it_overwrites(*arguments, out=None, **named):
-        x, labels = fused(*arguments, out=out, **named)
-        return (x if out is None else x.flip(3)), labels
+    def wrong_when_it_overwrites(*arguments, reuse=None, **named):
+        x, labels = right(*arguments, reuse=reuse, **named)
+        return (x if reuse is None else x.flip(3)), labels
 
-    def wrong_by_numba(*arguments):
-        return loop(*arguments) + (1e-7 if "numba" in arguments else 0)
+    def wrong_by_pytorch(*arguments, backend, **named):
+        x, labels = right(*arguments, backend=backend, **named)
+        return x, labels + (backend == "torch")
 
-    wrongs = (kernel_latency, wrong_when_it_overwrites, "NumPy's"), (augmentation, wrong_by_numba, "PyTorch's")
-    for module, wrong, whose in wrongs:
+    for wrong, whose in ((wrong_when_it_overwrites, "Numba's loop"), (wrong_by_pytorch, "PyTorch's form")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "augment", wrong)
-            with pytest.raises(InputError, match=f"{whose} pixels on this machine: not timed"):
+            patch.setattr(augmentation, "augment", wrong)
+            with pytest.raises(InputError, match=f"{whose} does not show NumPy's pixels on this machine: not timed"):
                 kernel_latency.cpu_part(*given)
 
 
@@ -287,13 +285,13 @@ def test_bad_options_are_named(given, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
-def test_what_is_for_triton_is_refused_without_a_gpu():
-    assert Options(kernels=tuple(KERNELS), batch_size=8, dtype="bf16").batch_size == 8
-    for given in ({"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"dtype": "fp32"}, {"record": True}):
-        with pytest.raises(InputError, match=f"^{next(iter(given))}: for the Triton kernels on a CUDA device"):
-            Options(**given)
-    with pytest.raises(InputError, match="dtype, kernels: for the Triton kernels on a CUDA device, and there is none"):
-        Options(kernels=("mish",), dtype="fp32")
+@pytest.mark.parametrize(
+    "given", [{"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"record": True}, {"dtype": "fp32", "kernels": ("mish",)}]
+)
+def test_what_is_for_triton_is_refused_without_a_gpu(given):
+    assert Options(kernels=tuple(KERNELS), batch_size=8, dtype="bf16").batch_size == 8  # as by default
+    with pytest.raises(InputError, match=f"^{', '.join(given)}: for the Triton kernels on a CUDA device, and there is none"):
+        Options(**given)
 
 
 def test_the_gpus_part_goes_through_every_map(told, monkeypatch):

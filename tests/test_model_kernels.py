@@ -95,7 +95,7 @@ def test_on_a_cpu_auto_is_torch_to_the_bit(block):
 def test_the_torch_path_is_the_modules_one_after_the_other(block):
     """What a run computed before there were kernels, to the bit."""
     model = small(block)
-    peer = deepcopy(model)
+    baseline = deepcopy(model)
 
     def basic(self, x):
         branch = self.dropout1(self.act1(self.bn1(self.conv1(x))))
@@ -108,15 +108,15 @@ def test_the_torch_path_is_the_modules_one_after_the_other(block):
         return self.shortcut(activated if self.projects else x) + self.drop_path(branch)
 
     def network(images):
-        x = peer.stem(images)
-        for stage in peer.stages:
+        x = baseline.stem(images)
+        for stage in baseline.stages:
             for layer in stage:
                 x = (basic if block is BasicBlock else pre_activation)(layer, x)
-        return peer.classifier(peer.dropout(peer.tail(x).mean(dim=(2, 3))))
+        return baseline.classifier(baseline.dropout(baseline.tail(x).mean(dim=(2, 3))))
 
-    peer.forward = network
+    baseline.forward = network
     for _ in range(2):
-        ours, theirs = step(model), step(peer)
+        ours, theirs = step(model), step(baseline)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from textwrap import dedent
 
 import numpy as np
 import psutil
@@ -24,23 +25,22 @@ def task(betons):
     return Task("se_resnet18", replace(reported("se_resnet18").recipe, batch_size=8), data, betons, steps=1)
 
 
-def script(tmp_path, *lines):
+def script(tmp_path, text=""):
     path = tmp_path / "outside.py"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(dedent(text))
     return path
 
 
 def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(task, tmp_path):
-    path = script(
-        tmp_path,
-        "import os, sys",
-        "assert sorted(os.listdir()) == ['cifar-10-batches-py', 'cifar10'], os.listdir()",
-        "assert os.path.isfile(os.environ['FASTCIFAR_DATA'] + '/train.beton')",
-        "names = 'EPOCHS', 'IMAGES', 'TARGET', 'BATCH_SIZE', 'ARCH', 'DEVICE'",
-        "assert [os.environ['FASTCIFAR_' + name] for name in names] == ['3', '64', '0.94', '8', 'se_resnet18', 'cpu']",
-        "print('epoch 1'); print('a warning', file=sys.stderr)",
-        """print('{"images": 192, "seconds": 2, "top1": 0.5, "seconds_to_accuracy": 1.5}')""",
-    )
+    path = script(tmp_path, """
+        import os, sys
+        assert sorted(os.listdir()) == ['cifar-10-batches-py', 'cifar10'], os.listdir()
+        assert os.path.isfile(os.environ['FASTCIFAR_DATA'] + '/train.beton')
+        names = 'EPOCHS', 'IMAGES', 'TARGET', 'BATCH_SIZE', 'ARCH', 'DEVICE'
+        assert [os.environ['FASTCIFAR_' + name] for name in names] == ['3', '64', '0.94', '8', 'se_resnet18', 'cpu']
+        print('epoch 1'); print('a warning', file=sys.stderr)
+        print('{"images": 192, "seconds": 2, "top1": 0.5, "seconds_to_accuracy": 1.5}')
+    """)  # fmt: skip
     timing = run_script("mine", path, task, epochs=3, logs=tmp_path / "logs", target=0.94)
     assert not timing.error, timing
     assert (timing.images_per_second, timing.top1, timing.seconds_to_accuracy) == ([96.0], 0.5, 1.5)
@@ -71,17 +71,17 @@ def test_the_data_are_offered_as_airbench_and_torchvision_read_them(task, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("lines", "error"),
+    ("text", "error"),
     [
-        (["import time; time.sleep(0.1)"], "no rate: its last line must be a JSON object"),
-        (["""print('{"images_per_second": 5}'); print('done')"""], "no rate: its last line must be a JSON object"),
-        (["raise RuntimeError('needs eight GPUs')"], "exit code 1: RuntimeError: needs eight GPUs"),
-        (["print('bye'); exit(3)"], "exit code 3: bye"),
-        (["exit(3)"], "exit code 3: no output"),
+        ("import time; time.sleep(0.1)", "no rate: its last line must be a JSON object"),
+        ("""print('{"images_per_second": 5}'); print('done')""", "no rate: its last line must be a JSON object"),
+        ("raise RuntimeError('needs eight GPUs')", "exit code 1: RuntimeError: needs eight GPUs"),
+        ("print('bye'); exit(3)", "exit code 3: bye"),
+        ("exit(3)", "exit code 3: no output"),
     ],
 )
-def test_an_outside_script_without_evidence_has_no_rate(task, tmp_path, lines, error):
-    timing = run_script("mine", script(tmp_path, *lines), task, epochs=1, logs=tmp_path)
+def test_an_outside_script_without_evidence_has_no_rate(task, tmp_path, text, error):
+    timing = run_script("mine", script(tmp_path, text), task, epochs=1, logs=tmp_path)
     assert timing.error.startswith(error)
     assert (timing.images_per_second, len(timing.error.splitlines())) == ([], 1)
 
@@ -108,13 +108,12 @@ def test_a_statement_is_evidence_or_refused(line, found):
 
 
 def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path, monkeypatch):
-    path = script(
-        tmp_path,
-        "import subprocess, sys, time",
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
-        "print(worker.pid, flush=True)",
-        "time.sleep(60)",
-    )
+    path = script(tmp_path, """
+        import subprocess, sys, time
+        worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+        print(worker.pid, flush=True)
+        time.sleep(60)
+    """)  # fmt: skip
     monkeypatch.setattr(outside, "PATIENCE", 2.0)
     timing = run_script("mine", path, task, epochs=1, logs=tmp_path)
     assert timing.error.startswith("not done after")

@@ -1,14 +1,19 @@
 """The smaller parts: losses, optimizers, averages, recipes, held-out split, metrics, inference, checkpoints, progress."""
 
 import json
+import math
 import pickle
+import zipfile
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.beton import Manifest
+from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.errors import InputError
 from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
@@ -17,7 +22,7 @@ from fastcifar.models.resnet import PixelClassifier
 from fastcifar.optimization import build_optimizer, mixed_cross_entropy, set_step
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.reporting import clock, epoch_line
-from fastcifar.run_folder import Checkpoint, RunFolder, load_checkpoint, load_model, save_checkpoint
+from fastcifar.run_folder import RunFolder
 from fastcifar.step import AveragedModel
 
 CPU = torch.device("cpu")
@@ -27,6 +32,13 @@ def checkpoint_of(arch="se_resnet18", classes=10):
     model = build_model(arch, classes)
     names = [f"class {c}" for c in range(classes)]
     return Checkpoint(arch, True, names, [0.5] * 3, [0.2] * 3, "data", ["a", "b"], 1, model.state_dict(), None, {}, 0.5, 1)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """A small architecture for what does not depend on it."""
+    row = replace(ARCHITECTURES["light_resnet18"], widths=(4, 8, 8, 16), blocks=(1, 1, 1, 1))
+    monkeypatch.setitem(ARCHITECTURES, "narrow_test", row)
 
 
 def test_mixed_loss_is_cross_entropy_against_the_mixed_smoothed_target():
@@ -50,38 +62,38 @@ def test_optimizers_are_what_they_say():
     assert [p.ndim for p in nesterov.param_groups[0]["params"]] == [2]
     assert [p.ndim for p in nesterov.param_groups[1]["params"]] == [1, 1, 1]
     assert [g["weight_decay"] for g in nesterov.param_groups] == [0.1, 0.0]
-    for kind, peer in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+    for kind, baseline in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         built = build_optimizer(model, kind, momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
-        assert type(built) is peer
+        assert type(built) is baseline
         assert built.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "adam", "adamw"])
 def test_optimizers_take_pytorchs_steps_with_moving_rate_and_momentum(kind):
-    """Coupled decay for Adam, a first beta that changes from step to step: PyTorch's unfused optimizers as peers."""
+    """Coupled decay for Adam, a first beta that changes from step to step: PyTorch's unfused optimizers as baselines."""
     torch.manual_seed(0)
     start = torch.randn(20)
     theirs = start.clone().requires_grad_()
     model = nn.Module()
     model.weight = nn.Parameter(start)
     built = build_optimizer(model, kind, momentum=0.95, weight_decay=0.1, decay_norm_and_bias=True)
-    peers = {
+    baselines = {
         "sgd": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, foreach=False),
         "nesterov": lambda: torch.optim.SGD([theirs], momentum=0.95, weight_decay=0.1, nesterov=True, foreach=False),
         "adam": lambda: torch.optim.Adam([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
         "adamw": lambda: torch.optim.AdamW([theirs], betas=(0.95, 0.999), weight_decay=0.1, foreach=False),
     }
-    peer = peers[kind]()
+    baseline = baselines[kind]()
     for step in range(6):
         rate, momentum = 0.1 / (step + 1), 0.95 - 0.02 * step
         model.weight.grad = torch.sin(model.weight.detach() * 3)
         theirs.grad = torch.sin(theirs.detach() * 3)
         set_step(built, rate, momentum)
         built.step()
-        for group in peer.param_groups:
+        for group in baseline.param_groups:
             group["lr"] = rate
             group |= {"momentum": momentum} if "momentum" in group else {"betas": (momentum, 0.999)}
-        peer.step()
+        baseline.step()
     torch.testing.assert_close(model.weight.detach(), theirs.detach())
 
 
@@ -204,6 +216,69 @@ def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):
         load_checkpoint(path, CPU)
 
 
+def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint_of("narrow_test"))
+    assert torch.load(path, weights_only=True)["epoch"] == 1  # the hash does not disturb other readers of the archive
+    content = path.read_bytes()
+    size = len(content)
+    rng = np.random.default_rng(0)
+    for position in (0, size - 1, size - 64, size - 65, size - 66, size - 86, size - 87, *rng.integers(0, size, 40).tolist()):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"last\.pt (is damaged|is not a checkpoint of this version)"):
+            load_checkpoint(path, CPU)
+
+
+WRONG_FIELDS = {
+    "arch": [3, None, ["se_resnet18"]],
+    "squeeze_excitation": [1, "yes"],
+    "class_names": [[], "abc", [1, 2]],
+    "mean": [[0.5], [0.5, 0.5, math.nan], "abc"],
+    "std": [[0.2, 0.2, 0.0], None],
+    "data_name": [7],
+    "data_sha256": ["abc", [1]],
+    "epoch": [-1, 1.0, True, "1"],
+    "model": [None, [], {"weight": 1}, {1: torch.zeros(1)}],
+    "average": [3, {"weight": "x"}],
+    "optimizer": [None, []],
+    "best_accuracy": [math.nan, 2.0, "best"],
+    "best_epoch": [-1, None],
+    "within": [3, "step"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FIELDS)
+def test_a_checkpoints_fields_have_their_types(tmp_path, name):
+    for value in WRONG_FIELDS[name]:
+        save_checkpoint(tmp_path / "x.pt", Checkpoint(**{**vars(checkpoint_of("narrow_test")), name: value}))
+        with pytest.raises(InputError, match=rf"x\.pt has fields that are not valid \({name}\)"):
+            load_checkpoint(tmp_path / "x.pt", CPU)
+
+
+def test_weights_that_are_not_finite_and_archives_that_unpack_to_more_are_refused(tmp_path):
+    checkpoint = checkpoint_of("narrow_test")
+    checkpoint.model["classifier.weight"][0, 0] = math.nan
+    save_checkpoint(tmp_path / "x.pt", checkpoint)
+    with pytest.raises(InputError, match=r"x\.pt holds weights that are not finite"):
+        load_checkpoint(tmp_path / "x.pt", CPU)
+    huge = {**vars(checkpoint_of("narrow_test")), "model": {"weight": torch.zeros(1).expand(1 << 40)}}
+    save_checkpoint(tmp_path / "x.pt", Checkpoint(**huge))
+    with pytest.raises(InputError, match="larger than the file"):
+        load_checkpoint(tmp_path / "x.pt", CPU)
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(tmp_path / "x.pt", CPU)
+
+
+def test_a_checkpoint_of_version_0_1_still_reads(tmp_path):
+    values = {name: value for name, value in vars(checkpoint_of("narrow_test")).items() if name != "within"}
+    torch.save({"format": 1, **values}, tmp_path / "old.pt")
+    assert load_checkpoint(tmp_path / "old.pt", CPU).within is None
+
+
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
     marker = tmp_path / "ran"
 
@@ -264,6 +339,26 @@ def test_cifar10_is_normalised_as_the_recipe_says_and_other_data_by_its_own_stat
     assert normalisation(Manifest(**other), (0.35,) * 3, everywhere=True) == (tuple(ours.mean), (0.35,) * 3)
     with pytest.raises(InputError, match="cannot be normalised"):
         normalisation(Manifest(**{**other, "std": [0.2, 0.0, 0.2]}))
+
+
+WRONG_CONFIGS = {
+    "epochs": ("recipe", "epochs", "3"), "bool": ("run", "plots", "yes"), "infinite": ("recipe", "weight_decay", math.inf),
+    "path": ("run", "data", 3), "literal": ("run", "device", "gpu"), "endless": ("run", "limit_train", 1 << 70),
+    "std": ("recipe", "std", [0.2, 0.2]), "unknown": ("run", "bogus", 1), "nested": ("recipe", "schedule", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_a_config_of_wrong_types_is_named(tmp_path, case):
+    part, name, value = WRONG_CONFIGS[case]
+    values = {"format": 2, "arch": "resnet42", "recipe_name": "resnet42"}
+    values |= {"recipe": to_dict(RECIPES["resnet42"].recipe), "run": to_dict(RunOptions())}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    RunFolder(tmp_path).read_config()
+    values[part][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"config\.json is not a run's config"):
+        RunFolder(tmp_path).read_config()
 
 
 def test_a_damaged_run_folder_is_named(tmp_path):

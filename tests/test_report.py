@@ -11,7 +11,7 @@ from bench import report
 from bench.report import build_report, escape, main, render, significant, target_top1, variant_rows
 from bench.results import Ablation, Arm, Comparison, Results, Run, Timing, Variant, write_results
 from fastcifar.errors import InputError
-from tests.bench_results import ARCHS, make_results, run_main
+from tests.bench_results import ARCHS, make_results
 
 HOSTILE = '</style></script><script>alert(1)</script>"><img src=x onerror=alert(2)>|`*_[x](http://evil) $\\frac{1 &amp; \u202e'
 
@@ -264,14 +264,12 @@ def test_significant_digits(value, text):
     assert significant(value) == text
 
 
-def test_the_command_writes_both_beside_the_results(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_both_beside_the_results(tmp_path, call):
     write_results(tmp_path, make_results())
-    code, said, _ = run_main(main, monkeypatch, capsys, tmp_path)
-    assert code == 0
-    assert str(tmp_path / "report.md") in said
+    assert str(tmp_path / "report.md") in call(main, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert len(page) < 250_000
-    run_main(main, monkeypatch, capsys, tmp_path / "results.json")
+    call(main, tmp_path / "results.json")
     assert (tmp_path / "report.html").read_text() == page  # the same results, the same page
 
 
@@ -279,20 +277,20 @@ def test_the_command_writes_both_beside_the_results(tmp_path, monkeypatch, capsy
     ("change", "words"),
     [
         (lambda text: text[: len(text) // 2], "not valid JSON"),
-        (lambda text: text.replace('"schema": 2', '"schema": 1'), "is of format 1, this version reads 2"),
+        (
+            lambda text: text.replace('"schema": 2', '"schema": 1'),
+            "json is of version 0.1, and this version reads format 2 only: read the report beside it",
+        ),
         (lambda text: text.replace('"seed": 0', '"seed": "0"', 1), "seed: expected int, found str"),
         (lambda text: text.replace('"seed": 0', '"sown": 0', 1), "unknown field 'sown'"),
         (lambda text: text.replace('"top1": 0.', '"top1": 1.', 1), "an accuracy is 1."),
     ],
 )
-def test_broken_results_are_one_line(change, words, tmp_path, monkeypatch, capsys):
+def test_broken_results_are_one_line(change, words, tmp_path, refused):
     write_results(tmp_path, make_results())
     file = tmp_path / "results.json"
     file.write_text(change(file.read_text()))
-    code, _, complaint = run_main(main, monkeypatch, capsys, tmp_path)
-    assert code == 2
-    assert words in complaint
-    assert len(complaint.splitlines()) == 1
+    assert words in refused(main, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """`kernels.residual_tail`: as exact as eager PyTorch in every form, on every shape; one operator to the compiler."""
 
-import subprocess
-import sys
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
@@ -13,9 +11,10 @@ from torch import nn
 from fastcifar.models import build_model, place
 from kernels import backends
 from kernels import residual_tail as tail
-from kernels.residual_tail import fusable, reference, residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail import fusable, reference, residual_tail, variant
 from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile
-from tests.kernel_checks import DEVICE, SLACK, poisoned_buffers, sample
+from tests.conftest import run_cli
+from tests.kernel_checks import DEVICE, SLACK, captured, poisoned_buffers, sample
 from tests.tail_cases import FORMS, TRITON, Case
 
 TRAINING = [
@@ -174,7 +173,7 @@ def test_gradcheck(activation, linear, shortcut, training):
 
     def function(*tensors):
         given = dict(zip(names, tensors, strict=True))
-        return residual_tail_fusable(
+        return FORMS["fusable"](
             given["conv_out"], given.get("shortcut"), given["bn_weight"], given["bn_bias"],
             *(drawn[name].double().cpu() for name in ("running_mean", "running_var")),
             training=training, momentum=0.1, eps=1e-5, se=tuple(given[name] for name in linear) or None, se_activation="mish",
@@ -278,15 +277,15 @@ def test_what_does_not_fit_is_named(message):
 def test_triton_wants_a_cuda_tensor_outside_the_interpreter():
     """And importing or running on the CPU does not import Triton."""
     code = (
-        "import os, sys, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from kernels.residual_tail import residual_tail as tail; v = torch.ones(4)\n"
+        "import sys, torch; from kernels.residual_tail import residual_tail; v = torch.ones(4)\n"
+        "given = torch.ones(2, 4, 3, 3), None, v, v, v.clone(), v.clone()\n"
         "options = dict(training=True, momentum=0.1, eps=1e-5)\n"
-        "run = lambda **backend: tail(torch.ones(2, 4, 3, 3), None, v, v, v.clone(), v.clone(), **options, **backend)\n"
-        "run(); assert 'triton' not in sys.modules\n"
-        "try:\n    run(backend='triton')\nexcept ValueError as error:\n    print(error)\n"
+        "residual_tail(*given, **options); assert 'triton' not in sys.modules\n"
+        "residual_tail(*given, **options, backend='triton')"
     )
-    process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "triton needs a CUDA tensor (or TRITON_INTERPRET=1), got [2, 4, 3, 3] float32 on cpu" in process.stdout
+    process = run_cli("-c", code, env={"TRITON_INTERPRET": "0"})
+    expected = "triton needs a CUDA tensor (or TRITON_INTERPRET=1), got [2, 4, 3, 3] float32 on cpu"
+    assert process.stderr.splitlines()[-1].endswith(expected)
 
 
 def test_on_the_cpu_auto_is_the_definition():
@@ -323,14 +322,7 @@ def test_twice_the_same_is_the_same_to_the_bit_and_a_captured_graph_replays_it_o
     inputs, fresh = (case.inputs(torch.bfloat16, kind) for kind in ("plain", "large"))
     expected = case.run(TRITON, fresh)
     assert_equal(case.run(TRITON, fresh), expected)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles outside capture
-        case.run(TRITON, inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = case.run(TRITON, inputs)
+    graph, found = captured(lambda: case.run(TRITON, inputs))
     for name, x in inputs.items():
         x.copy_(fresh[name])
     graph.replay()

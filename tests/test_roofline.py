@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.roofline import Convolution, Cost, Rates, cost_of, cost_of_arch, measure_rates
+from bench.roofline import Cost, Rates, cost_of, cost_of_arch, measure_rates
 from fastcifar.models import ARCHITECTURES, build_model
 
 H200 = Rates(790e12, 4.3e12)
@@ -51,9 +51,9 @@ def test_tracing_leaves_the_model_as_it_was_and_sees_what_is_left_out():
 
 
 def test_the_ceiling_is_additive_and_takes_the_longer_of_arithmetic_and_bytes():
-    conv = Convolution(flops=30_000, bytes=6_000)
-    assert Cost([conv], 0, 6_000).images_per_second(Rates(1e4, 1e9)) == pytest.approx(1 / 3, rel=1e-4)
-    assert Cost([conv], 0, 6_000).images_per_second(Rates(1e9, 1e3)) == pytest.approx(1 / 12, rel=1e-4)
+    cost = Cost(((30_000, 6_000), (0, 6_000)))
+    assert cost.images_per_second(Rates(1e4, 1e9)) == pytest.approx(1 / 3, rel=1e-4)
+    assert cost.images_per_second(Rates(1e9, 1e3)) == pytest.approx(1 / 12, rel=1e-4)
 
 
 def test_the_rates_of_this_machine_are_measured():

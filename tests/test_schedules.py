@@ -1,4 +1,4 @@
-"""Learning rates: the reports' values at their epochs, PyTorch's own schedulers as peers, and stretching."""
+"""Learning rates: the reports' values at their epochs, PyTorch's own schedulers as baselines, and stretching."""
 
 import pytest
 import torch

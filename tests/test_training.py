@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +15,24 @@ import torch
 from rich.console import Console
 
 from fastcifar.beton import Manifest
+from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, Stopped
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.recipes import RECIPES
-from fastcifar.run_folder import RunFolder, load_checkpoint
-from fastcifar.train import main, train
+from fastcifar.reporting import Curves
+from fastcifar.run_folder import RunFolder
+from fastcifar.state import TrainingState
+from fastcifar.step import TrainStep
+from fastcifar.train import count_spikes, main, train
 
 CPU = torch.device("cpu")
 FILES = {
     "config.json", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "loss.png", "accuracy.png", "best_accuracy.png",
     "learning_rate.png", "confusion_matrix.png",
 }  # fmt: skip
+
+TIMELESS = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "learning_rates", "epoch")
 
 # Everything a resume has to bring back besides weights and momentum.
 WITH_AVERAGE = ["--ema-decay", "0.9", "--optimizer", "adamw"]
@@ -38,8 +47,10 @@ def narrow(monkeypatch):
 
 def run(betons, out, *arguments, arch="narrow", recipe="se_resnet18"):
     """Train in this process on the small data."""
-    options = ("--arch", arch, "--recipe", recipe, "--data", str(betons), "--out", str(out), "--batch-size", "20", "--no-plots")
-    return train(parse_command([*options, "--limit-train", "100", "--limit-test", "20", *arguments]), Console(quiet=True))
+    options = ("--arch", arch, "--recipe", recipe, "--data", str(betons), "--out", str(out), "--no-plots", *arguments)
+    defaults = {"--batch-size": "20", "--limit-train": "100", "--limit-test": "20"}
+    chosen = [part for pair in defaults.items() if pair[0] not in arguments for part in pair]
+    return train(parse_command([*options, *chosen]), Console(quiet=True))
 
 
 @pytest.fixture
@@ -133,8 +144,7 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path
     if before.average is not None:
         assert_equal_weights(before.average, after.average)
     assert (before.best_accuracy, before.best_epoch) == (after.best_accuracy, after.best_epoch)
-    timeless = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "learning_rates", "epoch")
-    a, b = ([{key: row[key] for key in timeless} for row in folder.read_metrics()] for folder in (whole, resumed))
+    a, b = ([{key: row[key] for key in TIMELESS} for row in folder.read_metrics()] for folder in (whole, resumed))
     assert a == b
     assert resumed.read_summary()["final"] == whole.read_summary()["final"]
 
@@ -152,6 +162,112 @@ def test_a_streamed_run_ends_with_the_resident_runs_bits(betons, tmp_path, recip
 def test_pytorchs_augmentation_ends_with_numbas_bits(betons, tmp_path, recipe):
     folders = [run(betons, tmp_path / name, "--epochs", "1", "--kernels", name, recipe=recipe) for name in ("auto", "torch")]
     assert_equal_weights(*(weights(folder.path) for folder in folders))
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])  # of 5: after the last one evaluation is still to come
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_inside_the_epoch_and_a_resume_ends_with_the_same_bits(betons, tmp_path, monkeypatch, step, number):
+    recipe = "light_resnet18"  # dropout and stochastic depth draw from PyTorch's generators
+    options = ("--epochs", "3", "--held-out", "0", "--limit-train", "104", *WITH_AVERAGE)
+    whole = run(betons, tmp_path / "whole", *options, recipe=recipe)
+    original = TrainStep.__call__
+
+    def signalled(self, positions, at, *arguments):
+        original(self, positions, at, *arguments)
+        if at == step - 1 and self.average is not None and len(list(tmp_path.glob("cut/last.pt"))):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", signalled)
+        with pytest.raises(Stopped, match=f"saved in epoch 2 after step {step} of 5") as stopped:
+            run(betons, tmp_path / "cut", *options, recipe=recipe)
+    assert stopped.value.number == number
+    checkpoint = load_checkpoint(tmp_path / "cut" / "last.pt", CPU)
+    assert (checkpoint.epoch, checkpoint.within["step"]) == (1, step)
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)  # as before
+    resumed = train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True))
+    before, after = (load_checkpoint(folder.last, CPU) for folder in (whole, resumed))
+    assert_equal_weights(before.model, after.model)
+    assert_equal_weights(before.average, after.average)
+    a, b = ([{key: row[key] for key in TIMELESS} for row in folder.read_metrics()] for folder in (whole, resumed))
+    assert a == b
+    assert resumed.read_summary()["final"] == whole.read_summary()["final"]
+
+
+def test_a_signal_during_evaluation_is_heeded_at_once(betons, tmp_path, monkeypatch):
+    options = ("--epochs", "2")
+    whole = run(betons, tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingState, "measure", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+        with pytest.raises(Stopped, match="saved in epoch 1 after step 5 of 5"):
+            run(betons, tmp_path / "cut", *options)
+    resumed = train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True))
+    assert_equal_weights(weights(whole.path), weights(resumed.path))
+    assert resumed.read_summary()["final"] == whole.read_summary()["final"]
+
+
+def test_one_process_at_a_time_and_only_while_the_folder_is_there(betons, tmp_path, monkeypatch):
+    folder = run(betons, tmp_path / "run", "--epochs", "2", "--stop-after", "1")
+    with folder.held(new=False), pytest.raises(InputError, match="in use: another process"):
+        train(parse_command(["--resume", str(folder.path)]), Console(quiet=True))
+    with folder.held(new=False), pytest.raises(InputError, match="in use: another process"):
+        run(betons, folder.path, "--epochs", "1")
+
+    def removed(self, record):
+        shutil.rmtree(folder.path)
+
+    monkeypatch.setattr(Curves, "log", removed)
+    with pytest.raises(InputError, match="was removed or emptied while its run went on"):
+        train(parse_command(["--resume", str(folder.path)]), Console(quiet=True))
+    assert not folder.path.exists()
+
+
+def test_what_a_kill_leaves_can_be_started_or_resumed(betons, tmp_path, finished):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json.abc.partial").write_bytes(b"{")  # killed while config.json was written
+    run(betons, empty, "--epochs", "1", "--limit-train", "40")
+    assert not list(empty.glob("*.partial"))
+    assert_equal_weights(weights(empty), weights(finished.path))
+
+    finished.last.unlink()  # killed in the first epoch, between metrics.jsonl and last.pt
+    train(parse_command(["--resume", str(finished.path)]), Console(quiet=True))
+    assert_equal_weights(weights(empty), weights(finished.path))
+
+    longer = run(betons, tmp_path / "longer", "--epochs", "2", "--limit-train", "40")
+    longer.last.unlink()
+    with pytest.raises(InputError, match=r"last\.pt is missing, though the run has epochs"):
+        train(parse_command(["--resume", str(longer.path)]), Console(quiet=True))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(betons, tmp_path, monkeypatch, where):
+    original = TrainStep.loss
+
+    def poisoned(self, images, labels, partner_labels, lam):
+        loss, logits = original(self, images, labels, partner_labels, lam)
+        if len(seen) == 2:
+            weight = self.model.classifier.weight
+            loss = loss * math.nan if where == "loss" else loss + (weight.flatten()[0] - weight.flatten()[0].detach()).sqrt()
+        seen.append(float(loss.detach()))
+        return loss, logits
+
+    seen = []
+    monkeypatch.setattr(TrainStep, "loss", poisoned)
+    row = run(betons, tmp_path / "run", "--epochs", "1", "--skip-nonfinite").read_metrics()[0]
+    assert row["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    kept = [loss for at, loss in enumerate(seen) if at != 2]
+    assert row["train_loss"] == pytest.approx(sum(kept) / len(kept))
+    seen.clear()
+    with pytest.raises(InputError, match=r"infinite|became nan"):
+        run(betons, tmp_path / "stops", "--epochs", "1")
+
+
+def test_loss_spikes_are_counted():
+    assert count_spikes([1.0, 1.1, 0.9, 2.2], classes=10) == 0  # below ln 10
+    assert count_spikes([1.0, 1.1, 0.9, 2.4], classes=10) == 1
+    assert count_spikes([2.3, 2.31, 2.4], classes=10) == 0  # a network that has not begun to learn
 
 
 def test_resume_refuses_what_would_change_the_run_and_accepts_a_finished_one(finished, tmp_path):
@@ -278,7 +394,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_unreasonable_options_are_refused_with_one_line(betons, tmp_path, refused, message):
-    assert re.search(message, refused(main, "--data", betons, "--out", tmp_path / "run", *REFUSED[message]))
+    data = () if "--data" in REFUSED[message] else ("--data", betons)
+    assert re.search(message, refused(main, *data, "--out", tmp_path / "run", *REFUSED[message]))
     assert not (tmp_path / "run").exists()
 
 

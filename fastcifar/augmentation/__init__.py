@@ -5,7 +5,7 @@ samples, no host sync. `draws` draws them, the other modules apply them, `python
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +17,9 @@ from fastcifar.augmentation.geometry import Interpolation
 from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
 from fastcifar.beton import SIDE
+from fastcifar.dataset import ResidentSet
 from fastcifar.errors import require
+from kernels.augment import augment_fused
 from kernels.augment.reference import (
     Flip,
     clear_box,
@@ -28,10 +30,12 @@ from kernels.augment.reference import (
     noise_quantiles,
     normalise,
 )
+from kernels.backends import FLOATS, describe, interpreting
 
 CropMode = Literal["zero", "reflect"]
 ErasingValue = Literal["mean", "black", "noise"]
-Backend = Literal["torch", "numba"]  # what applies the drawn parameters: PyTorch anywhere, Numba on a CPU; the same pixels
+Backend = Literal["torch", "numba", "triton"]  # PyTorch anywhere, one loop on a CPU, one launch on CUDA; the same pixels
+BACKENDS = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         down=down,
         right=right,
         flipped=flipped,
+        seed=torch.tensor(seed, device=samples.device),
+        epoch=torch.tensor(epoch, device=samples.device),
         jitter=jitter,
         jitter_order=order,
         grey=draws.draw_grey(samples, seed, epoch, settings.grayscale) if settings.grayscale else None,
@@ -144,23 +150,92 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
 
 def augment(
     settings: Augmentation,
-    images: Tensor,
+    data: ResidentSet,
     positions: Tensor,
     drawn: Draws,
     mean: Tensor,
     std: Tensor,
+    *,
     backend: Backend = "torch",
+    dtype: torch.dtype = torch.float32,
     reuse: Tensor | None = None,
-) -> Tensor:
-    """Return the augmented, normalised float32 batch [B, 3, 32, 32] channels_last of the samples at `positions` [B].
+) -> tuple[Tensor, Tensor]:
+    """Return the augmented, normalised batch [B, 3, 32, 32] of `dtype`, channels_last, and its labels [B] int64.
 
-    images: [N, 32, 32, 3] uint8, the resident set. drawn: parameters of its N samples. mean, std: [3] float32 in 0..1.
-    reuse: an earlier batch of the same size whose memory the Numba form may overwrite.
+    data: the resident set of N samples. positions: [B] int64, which of them. drawn: the parameters of all N, by `draw` with
+    the same settings. mean, std: [3] float32 in 0..1. backend: numba leaves bilinear rotation to PyTorch; triton knows
+    crop, flip and cutout, which it draws for itself by `drawn`'s seed and epoch. reuse: an earlier batch, whose memory may be
+    overwritten if it has this one's size.
+
+    Raises ValueError naming what does not fit and what is expected. On CUDA, where reading them would wait for the device, the
+    values of `positions` are not looked at.
     """
-    if backend == "numba" and numba_serves(settings, images.device):
+    _check(settings, data, positions, drawn, mean, std, backend, dtype, reuse)
+    reuse = reuse if reuse is not None and len(reuse) == len(positions) else None
+    if backend == "triton" and len(positions):
+        return augment_fused(
+            data.images, data.labels, data.index, positions, _zero(positions.device), drawn.epoch, drawn.seed, mean, std,
+            batch_size=len(positions), padding=settings.crop_padding, reflect=settings.crop_mode == "reflect",
+            flip=settings.flip, cutout=settings.cutout, dtype=dtype, out=reuse,
+        )  # fmt: skip
+    if backend == "numba" and numba_serves(settings, data.images.device):
         from fastcifar.augmentation.compiled import augment_compiled  # here, since only a CPU's training needs Numba
 
-        return augment_compiled(settings, images, positions, drawn, mean, std, reuse)
+        x = augment_compiled(settings, data.images, positions, drawn, mean, std, reuse if dtype == torch.float32 else None)
+    else:
+        x = _augment_torch(settings, data.images, positions, drawn, mean, std)
+    return x.to(dtype), data.labels[positions]
+
+
+def _check(
+    settings: Augmentation, data: ResidentSet, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor,
+    backend: Backend, dtype: torch.dtype, reuse: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError for what `augment` does not take: behind it are loops that look at no bounds."""
+    count, device = len(data.images) if data.images.ndim else 0, data.images.device
+    expected = [
+        ("images", data.images, [count, SIDE, SIDE, 3], torch.uint8),
+        ("labels", data.labels, [count], torch.int64),
+        ("index", data.index, [count], torch.int64),
+        ("positions", positions, [positions.numel()], torch.int64),
+        ("mean", mean, [3], torch.float32),
+        ("std", std, [3], torch.float32),
+    ]
+    if reuse is not None:
+        nhwc = reuse.permute(0, 2, 3, 1) if reuse.ndim == 4 else reuse
+        expected.append(("reuse, as NHWC,", nhwc, [*reuse.shape[:1], SIDE, SIDE, 3], dtype))
+    for name, tensor, shape, kind in expected:
+        if list(tensor.shape) != shape or tensor.dtype != kind or tensor.device != device or not tensor.is_contiguous():
+            wanted = f"contiguous {shape} {str(kind).removeprefix('torch.')} on {device}"
+            raise ValueError(f"augment: {name} must be {wanted}, got {describe(tensor)}, strides {list(tensor.stride())}")
+    if backend not in BACKENDS or dtype not in FLOATS:
+        known = f"backend must be one of {', '.join(BACKENDS)} and dtype one of {FLOATS}"
+        raise ValueError(f"augment: {known}, got {backend!r} and {dtype}")
+    if backend == "triton" and not (data.images.is_cuda or interpreting()):
+        raise ValueError(f"augment: triton needs CUDA tensors (or TRITON_INTERPRET=1), got {describe(data.images)}")
+    if backend == "triton" and not triton_serves(settings):
+        raise ValueError(f"augment: triton knows crop, flip and cutout only: choose torch for {settings}")
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"augment: numba needs CPU tensors, got {describe(data.images)}")
+    if torch.compiler.is_compiling():
+        return
+    if drawn.rows != count:
+        raise ValueError(f"augment: drawn must hold the parameters of all {count} images, got those of {drawn.rows}")
+    if settings.erasing_value == "noise" and drawn.erased is not None and drawn.noise_seed is None:
+        raise ValueError("augment: drawn must be drawn with these settings: erasing_value is noise, and it has no noise_seed")
+    if device.type == "cpu" and len(values := positions.numpy()) and not 0 <= values.min() <= values.max() < count:
+        raise ValueError(f"augment: positions must be 0..{count - 1}, got {values.min()}..{values.max()}")
+
+
+@cache
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _augment_torch(
+    settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor
+) -> Tensor:
+    """`augment` in PyTorch operations, for any device and the compiler: float32 [B, 3, 32, 32]."""
     batch = drawn.at(positions)
     if any(settings.jitter) and settings.jitter_before_crop:
         images = as_pixels(jittered(settings, as_planes(images[positions]), batch)).to(torch.uint8)
@@ -186,6 +261,11 @@ def augment(
 def numba_serves(settings: Augmentation, device: torch.device) -> bool:
     """Whether the Numba form exists for these settings: on a CPU, all but bilinear rotation."""
     return device.type == "cpu" and not (settings.rotation and settings.rotation_interpolation == "bilinear")
+
+
+def triton_serves(settings: Augmentation) -> bool:
+    """Whether the one launch of `kernels.augment` does all that the settings ask for."""
+    return not (settings.recolours or settings.random_erasing)
 
 
 def as_planes(pixels: Tensor) -> Tensor:

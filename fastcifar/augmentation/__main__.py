@@ -7,15 +7,15 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import torch
-import tyro
 
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.augmentation.mixing import mix
-from fastcifar.dataset import load_resident, normalisation
+from fastcifar.dataset import ResidentSet, load_resident, normalisation
 from fastcifar.errors import require, run_command
 from fastcifar.files import atomic_path
 from fastcifar.models import architecture
@@ -42,14 +42,13 @@ class Options:
 
 def main() -> None:
     """Draw and write the sheet."""
-    options = tyro.cli(Options, prog="python -m fastcifar.augmentation")
+    options = parse_arguments(Options, "python -m fastcifar.augmentation")
     architecture(options.arch)
     row = reported(options.arch)
     data, manifest = load_resident(options.data / f"{options.split}.beton", torch.device("cpu"), limit=options.images)
     mean, std = (torch.tensor(values) for values in normalisation(manifest, row.recipe.std))
     columns = [data.images.numpy()] + [
-        seen(row.recipe.augmentation, data.images, data.index, mean, std, options.seed, epoch, options.epochs)
-        for epoch in range(options.epochs)
+        seen(row.recipe.augmentation, data, mean, std, options.seed, epoch, options.epochs) for epoch in range(options.epochs)
     ]
     names = [manifest.class_names[label] for label in data.labels.tolist()]
     sheet(columns, names, f"{options.arch}: {row.source}\n{manifest.name}, seed {options.seed}", options.out)
@@ -57,20 +56,12 @@ def main() -> None:
 
 
 def seen(
-    settings: Augmentation,
-    images: torch.Tensor,
-    index: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    seed: int,
-    epoch: int,
-    epochs: int,
+    settings: Augmentation, data: ResidentSet, mean: torch.Tensor, std: torch.Tensor, seed: int, epoch: int, epochs: int
 ) -> np.ndarray:
-    """What the network is shown of `images` in an epoch, as pixels again: uint8 [N, 32, 32, 3]. The images make one batch."""
-    x = augment(settings, images, torch.arange(len(images)), draw(settings, index, seed, epoch), mean, std)
+    """What the network is shown of `data` in an epoch, as pixels again: uint8 [N, 32, 32, 3]. The images make one batch."""
+    x, _ = augment(settings, data, torch.arange(len(data)), draw(settings, data.index, seed, epoch), mean, std)
     if settings.mixes:
-        progress = epoch / epochs
-        plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=progress, device=images.device)
+        plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=epoch / epochs, device=x.device)
         x = mix(x, plan.blend[0], plan.box[0])
     values = x.permute(0, 2, 3, 1) * (255 * std) + 255 * mean
     return values.round().clamp(0, 255).to(torch.uint8).numpy()

@@ -30,9 +30,9 @@ NOTHING: dict[str, compiled.Array] = {
 def augment_compiled(
     settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor, reuse: Tensor | None
 ) -> Tensor:
-    """`augment` for CPU tensors: the same pixels, bit for bit."""
+    """`augment` for CPU tensors, checked there: the same pixels, bit for bit, in float32."""
     count = len(positions)
-    out = torch.empty(count, SIDE, SIDE, 3) if reuse is None or len(reuse) != count else reuse.permute(0, 2, 3, 1)
+    out = torch.empty(count, SIDE, SIDE, 3) if reuse is None else reuse.permute(0, 2, 3, 1)
     jitters = drawn.jitter is not None
     table = _table(tuple(mean.tolist()), tuple(std.tolist()))
     # No tensor operation in here: PyTorch's idle threads spin for a while after each, on the cores these loops need.

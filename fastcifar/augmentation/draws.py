@@ -28,11 +28,17 @@ from fastcifar.augmentation.policies import (
     move_matrices,
 )
 from kernels.augment.operations import NUMBER, SIDE
+from kernels.backends import describe
 from kernels.philox import Purpose, below, philox, uniform
 
 ERASED_RATIO = (0.3, 3.3)  # random erasing: height to width, uniform in the logarithm (Zhong et al., AAAI 2020; torchvision)
 ERASING_TRIES = 10
 ORDERS = tuple(itertools.permutations(range(4)))  # of brightness, contrast, saturation, hue
+ROWS: dict[str, tuple[Any, ...]] = {  # the fields of Draws with a row for each sample: dtype, width; -1: a policy's operations
+    "down": (torch.int64,), "right": (torch.int64,), "flipped": (torch.bool,), "jitter": (torch.float32, 4),
+    "jitter_order": (torch.int64, 4), "grey": (torch.bool,), "degrees": (torch.float32,), "operations": (torch.int64, -1),
+    "magnitudes": (torch.float32, -1), "cutout": (torch.int64, 4), "erased": (torch.int64, 4), "noise_seed": (torch.int64,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Draws:
     down: Tensor  # [N] int64: where the crop's corner lies, pixels from the image's
     right: Tensor
     flipped: Tensor  # [N] bool
+    seed: Tensor  # 0-d int64, like epoch: what all was drawn by, and a kernel can draw again
+    epoch: Tensor
     jitter: Tensor | None = None  # [N, 4] float32: factors of brightness, contrast, saturation; turns of hue
     jitter_order: Tensor | None = None  # [N, 4] int64: which of the four comes first, second, ...
     grey: Tensor | None = None  # [N] bool
@@ -52,6 +60,22 @@ class Draws:
     erased: Tensor | None = None  # [N, 4] int64: the same of random erasing, empty where nothing is erased
     noise_seed: Tensor | None = None  # [N] int64: seed of the noise that erases
     quantiles: Tensor | None = None  # [65536] float32, what the noise is looked up in: shared by all samples
+
+    @cached_property
+    def rows(self) -> int:
+        """N. Raises ValueError where a field is of another dtype or shape, or lacks the one it is used with."""
+        places = -1 if self.operations is None else self.operations.shape[-1]
+        for name, (dtype, *widths) in ROWS.items():
+            value = getattr(self, name)
+            shape = [len(self.down), *(places if width == -1 else width for width in widths)]
+            if value is not None and (list(value.shape) != shape or value.dtype != dtype):
+                raise ValueError(f"draws: {name} must be {shape} {str(dtype).removeprefix('torch.')}, got {describe(value)}")
+        for name, other in (("jitter", "jitter_order"), ("operations", "magnitudes"), ("noise_seed", "quantiles")):
+            if (getattr(self, name) is None) != (getattr(self, other) is None):
+                raise ValueError(f"draws: {name} and {other} go together, got only one of them")
+        if self.quantiles is not None and list(self.quantiles.shape) != [65_536]:
+            raise ValueError(f"draws: quantiles must be [65536], got {describe(self.quantiles)}")
+        return len(self.down)
 
     @cached_property
     def moves(self) -> Tensor | None:
@@ -70,7 +94,7 @@ class Draws:
         values: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            values[entry.name] = value if value is None or entry.name == "quantiles" else value[positions]
+            values[entry.name] = value[positions] if value is not None and entry.name in ROWS else value
         batch = Draws(**values)
         for name in ("moves", "rotations"):  # what is computed already need not be computed again
             if self.__dict__.get(name) is not None:

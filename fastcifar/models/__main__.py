@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fastcifar.arguments import parse_arguments
 from fastcifar.errors import run_command
 from fastcifar.models import ARCHITECTURES, BUDGET, build_model, count_parameters
 from fastcifar.models.summary import flops_per_image, trace_layers
@@ -68,7 +68,7 @@ def summary_table(name: str) -> Table:
 
 def main() -> None:
     """Print what was asked for."""
-    options = tyro.cli(Options, prog="python -m fastcifar.models")
+    options = parse_arguments(Options, "python -m fastcifar.models")
     console = Console()
     if options.summary is not None:
         console.print(summary_table(options.summary))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.activations import Activation
 from kernels.backends import resolve
-from kernels.residual_tail import residual_tail, residual_tail_fusable, variant
+from kernels.residual_tail import residual_tail, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a baseline in measurements.
 Kernels = Literal["auto", "torch", "triton", "fusable"]
@@ -106,7 +106,7 @@ def norm_act(
     assert isinstance(bn, nn.BatchNorm2d)
     if bn.training and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    tail: Callable[..., Tensor] = residual_tail_fusable if form == "fusable" else partial(residual_tail, backend="triton")
+    tail: Callable[..., Tensor] = partial(residual_tail, backend=form)
     return tail(
         x, shortcut, bn.weight, bn.bias, bn.running_mean, bn.running_var,
         training=bn.training, momentum=bn.momentum, eps=bn.eps, activation=name,

@@ -1,18 +1,18 @@
 """The augmentation on a CPU: one image after the other from set to batch, each while it lies in the first-level cache.
 
-Two loops over a batch, both compiled once and kept on disk: `gather_batch` draws crop, flip and cutout itself; `recipe_batch`
-applies what `fastcifar.augmentation.draw` drew, every operation of every recipe. Arithmetic is float32 in the order of the
-PyTorch definitions, so that both give the same pixels to the bit. All of it stands in one file because Numba's cache
-notices only changes in the file of the function that is called.
+`recipe_batch`, compiled once and kept on disk, applies what `fastcifar.augmentation.draw` drew, every operation of every
+recipe. Arithmetic is float32 in the order of the PyTorch definitions, so that both give the same pixels to the bit. All of
+it stands in one file because Numba's cache notices only changes in the file of the function that is called.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +28,10 @@ f32, u64 = np.float32, np.uint64
 ZERO, ONE, TOP = f32(0), f32(1), f32(BRIGHTEST)
 MASK, HALF_WORD = u64(keyed.MASK), u64(32)
 M0, M1, W0, W1 = u64(keyed.M0), u64(keyed.M1), u64(keyed.W0), u64(keyed.W1)
-CROP_FLIP, CUTOUT, FIRST_FLIP = u64(keyed.Purpose.CROP_FLIP), u64(keyed.Purpose.CUTOUT), u64(keyed.Purpose.FIRST_FLIP)
 NOISE = u64(keyed.Purpose.NOISE)
 RED, GREEN, BLUE = (f32(weight) for weight in LUMA)
 FIRST_MOVE, LAST_MOVE = MOVES[0], MOVES[-1]
-BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = (
-    NUMBER[name]
-    for name in (
-        "Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-    )
-)  # fmt: skip
+BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = range(LAST_MOVE + 1, len(NUMBER))
 THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
 
 
@@ -52,28 +46,15 @@ KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "nu
 ANY_ORDER: dict[str, Any] = {**KEPT, "fastmath": {"reassoc", "nnan", "nsz"}}
 
 
-class BatchLoop(Protocol):
-    """A compiled loop over images first..last-1 of a batch."""
-
-    def __call__(self, *arguments: Any) -> None: ...
-
-
-def in_threads(loop: BatchLoop, count: int, *arguments: Any) -> None:
-    """Run `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
-    if count == 0:
-        return
-    parts = min(torch.get_num_threads(), count)
+def in_threads(loop: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run a compiled `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
+    parts = max(min(torch.get_num_threads(), count), 1)
     edges = [count * part // parts for part in range(parts + 1)]
     others = [_pool(parts - 1, os.getpid()).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
     loop(edges[0], edges[1], *arguments)
     wait(others)
     for other in others:
         other.result()
-
-
-def plain(tensor: torch.Tensor) -> Array:
-    """A CPU tensor as an array over the same memory; two-byte floats, which Numba has not, as int16 of the same bits."""
-    return (tensor.view(torch.int16) if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
 
 
 @cache
@@ -95,11 +76,6 @@ def philox(seed, sample, epoch, purpose):
         c0, c1, c2, c3 = (p1 >> HALF_WORD) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF_WORD) ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + W0) & MASK, (k1 + W1) & MASK
     return c0, c1, c2, c3
-
-
-@njit(**KEPT)
-def below(word, bound):
-    return np.int64((word * u64(bound)) >> HALF_WORD)
 
 
 @njit(**KEPT)
@@ -134,44 +110,20 @@ def normalise(moved, table, out):
 
 
 @njit(**KEPT)
-def clear(image, top, bottom, left, right):
-    """Set a box, clipped, of [32, 96] to 0, in every dtype the bits of its zero."""
-    for y in range(max(top, 0), min(bottom, SIDE)):
-        image[y, 3 * max(left, 0) : 3 * min(right, SIDE)] = 0
+def clear(image, box):
+    """Set a box (top, bottom, left, right), clipped, of [32, 96] to 0."""
+    for y in range(max(box[0], 0), min(box[1], SIDE)):
+        image[y, 3 * max(box[2], 0) : 3 * min(box[3], SIDE)] = 0
 
 
 @njit(**KEPT)
-def fill_with_noise(image, top, bottom, left, right, seed, quantiles):
-    """Set a box inside [32, 96] to the noise of its places, kernels.augment.reference.noise."""
-    for y in range(top, bottom):
-        for x in range(3 * left, 3 * right):
+def fill_with_noise(image, box, seed, quantiles):
+    """Set a box, clipped, of [32, 96] to the noise of its places, kernels.augment.reference.noise."""
+    for y in range(max(box[0], 0), min(box[1], SIDE)):
+        for x in range(3 * max(box[2], 0), 3 * min(box[3], SIDE)):
             value = y * ROW + x
             words = philox(seed, u64(value >> 3), u64(0), NOISE)
             image[y, x] = quantiles[np.int64((words[(value & 7) >> 1] >> u64(16 * (value & 1))) & u64(0xFFFF))]
-
-
-@njit(**KEPT)
-def gather_batch(
-    first, last, images, labels, index, positions, seed, epoch, padding, reflect, flip, cutout, table, out, out_labels
-):
-    """kernels.augment: out [B, 32, 96] is of the table's dtype."""
-    moved = np.empty((SIDE, ROW), np.uint8)
-    for b in range(first, last):
-        position = positions[b]
-        out_labels[b] = labels[position]
-        sample = u64(index[position])
-        down, right, flip_word, _ = philox(seed, sample, epoch, CROP_FLIP)
-        flipped = flip == 1 and below(flip_word, 2) == 1
-        if flip == 2:
-            own, _, _, _ = philox(seed, sample, u64(0), FIRST_FLIP)
-            flipped = (below(own, 2) + np.int64(epoch)) % 2 == 1
-        rows, columns = below(down, 2 * padding + 1) - padding, below(right, 2 * padding + 1) - padding
-        move(images[position], rows, columns, flipped, reflect, moved)
-        normalise(moved, table, out[b])
-        if cutout > 0:
-            row, column, _, _ = philox(seed, sample, epoch, CUTOUT)
-            top, left = below(row, SIDE) - cutout // 2, below(column, SIDE) - cutout // 2
-            clear(out[b], top, top + cutout, left, left + cutout)
 
 
 # Operations on one image: planes [3, 1024] float32 of whole levels, changed in place. Definitions: fastcifar.augmentation
@@ -209,20 +161,18 @@ def extremes(plane):
 
 @njit(**KEPT)
 def brightness(x, factor):
-    for channel in range(3):
-        plane = x[channel]
-        for i in range(AREA):
-            plane[i] = whole(plane[i] * factor)
+    values = x.reshape(3 * AREA)
+    for i in range(3 * AREA):
+        values[i] = whole(values[i] * factor)
 
 
 @njit(**KEPT)
 def contrast(x, factor, grey):
     grey_plane(x, grey)
     mean = mean_level(grey)
-    for channel in range(3):
-        plane = x[channel]
-        for i in range(AREA):
-            plane[i] = whole(mean + (plane[i] - mean) * factor)
+    values = x.reshape(3 * AREA)
+    for i in range(3 * AREA):
+        values[i] = whole(mean + (values[i] - mean) * factor)
 
 
 @njit(**KEPT)
@@ -272,19 +222,17 @@ def sharpness(x, factor, before):
 @njit(**KEPT)
 def posterize(x, bits):
     step = f32(1 << (8 - int(bits)))
-    for channel in range(3):
-        plane = x[channel]
-        for i in range(AREA):
-            plane[i] = np.floor(plane[i] / step) * step
+    values = x.reshape(3 * AREA)
+    for i in range(3 * AREA):
+        values[i] = np.floor(values[i] / step) * step
 
 
 @njit(**KEPT)
 def solarize(x, threshold):
     limit = TOP * threshold
-    for channel in range(3):
-        plane = x[channel]
-        for i in range(AREA):
-            plane[i] = TOP - plane[i] if plane[i] >= limit else plane[i]
+    values = x.reshape(3 * AREA)
+    for i in range(3 * AREA):
+        values[i] = TOP - values[i] if values[i] >= limit else values[i]
 
 
 @njit(**KEPT)
@@ -375,10 +323,7 @@ def apply_operation(x, operation, magnitude, matrix, spare):
     elif operation == EQUALIZE:
         equalize(x)
     elif operation == INVERT:
-        for channel in range(3):
-            plane = x[channel]
-            for i in range(AREA):
-                plane[i] = TOP - plane[i]
+        solarize(x, ZERO)
 
 
 @njit(**KEPT)
@@ -424,24 +369,18 @@ def recipe_batch(
             if jitters:
                 jitter(x, factors[position], order[position], turns_hue, spare[0])
             if len(grey) > 0 and grey[position]:
-                grey_plane(x, spare[0])
-                for channel in range(3):
-                    x[channel] = spare[0]
+                saturation(x, ZERO, spare[0])
             for k in range(operations.shape[1]):
                 apply_operation(x, operations[position, k], magnitudes[position, k], moves[position, k], spare)
             if len(rotations) > 0:
                 affine(x, rotations[position], spare)
             to_pixels(x, moved)
         if len(erased) > 0 and erases_by == 1:
-            box = erased[position]
-            clear(moved, box[0], box[1], box[2], box[3])
+            clear(moved, erased[position])
         normalise(moved, table, out[b])
-        if len(erased) > 0 and erases_by != 1:
-            box = erased[position]
-            if erases_by == 0:
-                clear(out[b], box[0], box[1], box[2], box[3])
-            else:
-                fill_with_noise(out[b], box[0], box[1], box[2], box[3], u64(noise_seeds[position]), quantiles)
+        if len(erased) > 0 and erases_by == 0:
+            clear(out[b], erased[position])
+        if len(erased) > 0 and erases_by == 2:
+            fill_with_noise(out[b], erased[position], u64(noise_seeds[position]), quantiles)
         if len(cutout) > 0:
-            box = cutout[position]
-            clear(out[b], box[0], box[1], box[2], box[3])
+            clear(out[b], cutout[position])

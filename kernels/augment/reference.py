@@ -118,7 +118,7 @@ def augment_torch(
     images: Tensor, labels: Tensor, index: Tensor, positions: Tensor, epoch: Any, seed: Any, *,
     padding: int, reflect: bool, flip: Flip, cutout: int, mean: Tensor, std: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`kernels.augment` in PyTorch operations, at `positions` [B]; no host sync."""
+    """The operator in PyTorch operations, at `positions` [B]; no host sync."""
     samples = index[positions]
     down, right, flipped = draw_geometry(samples, seed, epoch, padding, flip)
     pixels = crop_and_flip(images, positions, down, right, flipped, reflect=reflect)
@@ -133,7 +133,7 @@ def augment_numpy(
     images: np.ndarray, labels: np.ndarray, index: np.ndarray, positions: np.ndarray, epoch: int, seed: int, *,
     padding: int, reflect: bool, flip: Flip, cutout: int, mean: np.ndarray, std: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """`kernels.augment` in NumPy: float32 [B, 3, 32, 32] and labels [B]."""
+    """The operator in NumPy: float32 [B, 3, 32, 32] and labels [B]."""
     samples = index[positions]
     downs, rights, flips = draw_geometry(samples, seed, epoch, padding, flip)
     boxes = draw_cutout(samples, seed, epoch, cutout)

@@ -72,14 +72,10 @@ def augment_kernel(
     tl.store(out + b * 3072 + (y * 96 + in_row), value.to(out.dtype.element_ty), mask=in_row < 96)
 
 
-def launch(
-    images: Tensor, labels: Tensor, index: Tensor, permutation: Tensor, cursor: Tensor, epoch: Tensor, seed: Tensor,
-    mean: Tensor, std: Tensor, padding: int, reflect: bool, flip: int, cutout: int, out: Tensor, out_labels: Tensor,
-) -> None:  # fmt: skip
-    """Fill out [B, 32, 32, 3] and out_labels [B]; arguments as `kernels.augment`, checked there. No host sync."""
-    with torch.cuda.device_of(images):
-        augment_kernel[(len(out_labels),)](
-            images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
-            padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
+def launch(*tensors: Tensor, padding: int, reflect: bool, flip: int, cutout: int) -> None:
+    """Fill out [B, 32, 32, 3] and out_labels [B], the last of the kernel's `tensors`. No host sync."""
+    with torch.cuda.device_of(tensors[0]):
+        augment_kernel[(len(tensors[-1]),)](
+            *tensors, padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
             enable_fp_fusion=False,  # level - 255 mean in one rounding would not be NumPy's pixel
         )  # fmt: skip

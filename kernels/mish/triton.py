@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Mish in Triton, and the activations of all kernels here: the formulas of `activations.py` on float32 blocks."""
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -64,13 +67,11 @@ def backward_kernel(gradient, x, out, size, block: tl.constexpr):
     tl.store(out + start + lane, (g * mish_slope(value)).to(out.dtype.element_ty), mask=mask)
 
 
-def forward(x: Tensor, y: Tensor) -> None:
-    """Fill y, which has x's dtype and strides and, like x, no gaps."""
-    with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), block=BLOCK, num_warps=WARPS)
+def launch(kernel: Any, *tensors: Tensor) -> None:
+    """Fill the last of `tensors`, all of them of one dtype and strides, without gaps."""
+    size = tensors[0].numel()
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(triton.cdiv(size, BLOCK),)](*tensors, size, block=BLOCK, num_warps=WARPS)
 
 
-def backward(gradient: Tensor, x: Tensor, out: Tensor) -> None:
-    """Fill `out` with gradient * mish'(x); all three of one dtype and strides, without gaps."""
-    with torch.cuda.device_of(x):
-        backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](gradient, x, out, x.numel(), block=BLOCK, num_warps=WARPS)
+forward, backward = partial(launch, forward_kernel), partial(launch, backward_kernel)

@@ -12,8 +12,7 @@ To PyTorch it is three operators. An operator that changes its arguments has no 
 own; the gradient of `fastcifar::residual_tail` accounts for how they depend on conv_out.
 """
 
-from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ from kernels.backends import Backend, describe, resolve, runs_triton, unfilled
 from kernels.residual_tail import fusable, reference
 from kernels.residual_tail.fusable import GIVEN, Settings, Tensors
 from kernels.residual_tail.reference import SqueezeExcitation, TailActivation
+
+CHANNELS_LAST = torch.channels_last
 
 
 def residual_tail(
@@ -39,49 +40,37 @@ def residual_tail(
     se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: TailActivation = "relu",
-    backend: Backend = "auto",
+    backend: Backend | Literal["fusable"] = "auto",
 ) -> Tensor:
     """BN, squeeze-excitation where `se` is given, sum with `shortcut` where there is one, activation.
 
     conv_out, shortcut: [N, C, H, W], of one dtype, which the result has. bn_weight, bn_bias, running_mean, running_var:
     [C]. se: (w_reduce [R, C], w_expand [C, R], b_reduce [R] or None, b_expand [C] or None), or the first two of these.
-    training: normalise by the batch and move the running statistics as nn.BatchNorm2d does. Everything between is computed in
-    float32 (float64 for float64), under autocast too.
+    training: normalise by the batch and move the running statistics as nn.BatchNorm2d does. backend: "fusable" computes by the
+    kernels' algebra on any device. Everything between is computed in float32 (float64 for float64), under autocast too.
 
     Raises ValueError, naming shape and expectation, for tensors that do not fit, one value per channel in training, and a
     backend that cannot serve conv_out.
     """
     channels = (bn_weight, bn_bias, running_mean, running_var)
-    check(conv_out, shortcut, channels, training, se, se_activation, activation)
-    if resolve(variant(shortcut, se, activation), backend, conv_out) == "torch":
+    _check(conv_out, shortcut, channels, training, se, se_activation, activation)
+    form = backend if backend == "fusable" else resolve(variant(shortcut, se, activation), backend, conv_out)
+    if form == "torch":
         return reference.residual_tail(
             conv_out, shortcut, *channels,
             training=training, momentum=momentum, eps=eps, se=se, se_activation=se_activation, activation=activation,
         )  # fmt: skip
-    tensors = _prepare(_statistics, conv_out, shortcut, channels, se, training, momentum)
-    return _tail(*tensors[:GIVEN], *Settings(training, eps, se_activation, activation))[0]
-
-
-def residual_tail_fusable(
-    conv_out: Tensor,
-    shortcut: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    se: SqueezeExcitation | None = None,
-    se_activation: Activation = "relu",
-    activation: TailActivation = "relu",
-) -> Tensor:
-    """`residual_tail` by the algebra of the fused kernels, in PyTorch operations that torch.compile may fuse; any device."""
-    channels = (bn_weight, bn_bias, running_mean, running_var)
-    check(conv_out, shortcut, channels, training, se, se_activation, activation)
-    tensors = _prepare(fusable.statistics, conv_out, shortcut, channels, se, training, momentum)
-    return fusable.tail(tensors, Settings(training, eps, se_activation, activation))
+    # The statistics are taken outside autograd: the gradient of the tail accounts for how they depend on conv_out.
+    statistics = fusable.statistics if form == "fusable" else _statistics
+    image_mean, mean, variance = None, running_mean, running_var
+    if training:
+        image_mean, mean, variance = statistics(conv_out.detach(), running_mean, running_var, momentum, se is not None)
+    elif se is not None:  # the squeeze wants the means of images; nothing moves
+        image_mean, _, _ = statistics(conv_out.detach(), mean.clone(), variance.clone(), 0.0, True)
+    image_mean = None if se is None else image_mean
+    tensors = Tensors(conv_out, shortcut, bn_weight, bn_bias, *_linear(se), image_mean, mean, variance)
+    settings = Settings(training, eps, se_activation, activation)
+    return fusable.tail(tensors, settings) if form == "fusable" else _tail(*tensors[:GIVEN], *settings)[0]
 
 
 def variant(shortcut: Any, se: Any, activation: str) -> str:
@@ -93,71 +82,54 @@ def variant(shortcut: Any, se: Any, activation: str) -> str:
     return "residual_tail/" + "+".join(parts)
 
 
-def _prepare(
-    statistics: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    conv_out: Tensor,
-    shortcut: Tensor | None,
-    channels: tuple[Tensor, Tensor, Tensor, Tensor],
-    se: SqueezeExcitation | None,
-    training: bool,
-    momentum: float,
-) -> Tensors:
-    """Take the statistics, outside autograd: the gradient of the tail accounts for how they depend on conv_out."""
-    weight, bias, mean, variance = channels
-    image_mean = None
-    if training:
-        image_mean, mean, variance = statistics(conv_out.detach(), mean, variance, momentum, se is not None)
-    elif se is not None:  # the squeeze wants the means of images; nothing moves
-        image_mean, _, _ = statistics(conv_out.detach(), mean.clone(), variance.clone(), 0.0, True)
-    if se is None:
-        return Tensors(conv_out, shortcut, weight, bias, None, None, None, None, None, mean, variance)
-    b_reduce, b_expand = se[2:] if len(se) == 4 else (None, None)
-    return Tensors(conv_out, shortcut, weight, bias, se[0], se[1], b_reduce, b_expand, image_mean, mean, variance)
-
-
-def check(
-    conv_out: Tensor,
-    shortcut: Tensor | None,
-    channels: tuple[Tensor, Tensor, Tensor, Tensor],
-    training: bool,
-    se: SqueezeExcitation | None,
-    se_activation: str,
-    activation: str,
-) -> None:
+def _check(
+    conv_out: Tensor, shortcut: Tensor | None, channels: tuple[Tensor, ...], training: bool, se: SqueezeExcitation | None,
+    se_activation: str, activation: str,
+) -> None:  # fmt: skip
     """Raise ValueError for what no form of the tail accepts."""
     if conv_out.dim() != 4 or not conv_out.is_floating_point() or conv_out.numel() == 0:
         raise ValueError(f"residual_tail: conv_out must be a filled floating-point [N, C, H, W], got {describe(conv_out)}")
-    n, c, height, width = conv_out.shape
-    if training and n * height * width == 1:
+    c, units = conv_out.shape[1], len(se[0]) if se is not None else 0
+    if training and conv_out.numel() == c:
         raise ValueError(f"residual_tail: training needs more than one value per channel, got {describe(conv_out)}")
     if shortcut is not None and (shortcut.shape, shortcut.dtype) != (conv_out.shape, conv_out.dtype):
         raise ValueError(f"residual_tail: shortcut must be like conv_out, {describe(conv_out)}, got {describe(shortcut)}")
-    names = ("bn_weight", "bn_bias", "running_mean", "running_var")
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [(name, x, (c,)) for name, x in zip(names, channels, strict=True)]
-    if se is not None:
-        hidden = se[0].shape[0]
-        expected += [("w_reduce", se[0], (hidden, c)), ("w_expand", se[1], (c, hidden))]
-        biases = zip(("b_reduce", "b_expand"), se[2:], ((hidden,), (c,)), strict=False)
-        expected += [(name, b, shape) for name, b, shape in biases if b is not None]
-    for name, x, shape in expected:
-        if tuple(x.shape) != shape or not x.is_floating_point() or (x.dim() == 1 and not x.is_contiguous()):
+    names = ("bn_weight", "bn_bias", "running_mean", "running_var", "w_reduce", "w_expand", "b_reduce", "b_expand", "shortcut")
+    shapes = ((c,), (c,), (c,), (c,), (units, c), (c, units), (units,), (c,), conv_out.shape)
+    for name, x, shape in zip(names, (*channels, *_linear(se), shortcut), shapes, strict=True):
+        if x is None:
+            continue
+        if x.shape != shape or not x.is_floating_point() or (x.dim() == 1 and not x.is_contiguous()):
             raise ValueError(f"residual_tail: {name} must be floating-point, dense, {list(shape)}, got {describe(x)}")
-    others = [(name, x) for name, x, _ in expected] + ([("shortcut", shortcut)] if shortcut is not None else [])
-    for name, x in others:
         if x.device != conv_out.device:
             raise ValueError(f"residual_tail: {name} must be on {conv_out.device} like conv_out, got {describe(x)}")
-    if activation not in ("relu", "mish", "none"):
+    if activation not in get_args(TailActivation):
         raise ValueError(f"residual_tail: activation must be relu, mish or none, got {activation!r}")
-    if se_activation not in ("relu", "mish"):
+    if se_activation not in get_args(Activation):
         raise ValueError(f"residual_tail: se_activation must be relu or mish, got {se_activation!r}")
+
+
+def _linear(se: SqueezeExcitation | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """w_reduce, w_expand, b_reduce and b_expand, or None."""
+    if se is None:
+        return None, None, None, None
+    return se if len(se) == 4 else (*se, None, None)
+
+
+# The operators
 
 
 def _schema(tensors: int) -> str:
     """The arguments of an operator on the first `tensors` of Tensors and the settings, which so stand in one place."""
     kinds = {name: "Tensor?" if type(None) in get_args(hint) else "Tensor" for name, hint in get_type_hints(Tensors).items()}
-    scalars = {bool: "bool", float: "float", str: "str"}
     named = [f"{kinds[name]} {name}" for name in Tensors._fields[:tensors]]
-    return ", ".join(named + [f"{scalars[hint]} {name}" for name, hint in get_type_hints(Settings).items()])
+    return ", ".join(named + [f"{hint.__name__} {name}" for name, hint in get_type_hints(Settings).items()])
+
+
+def _unpack(arguments: tuple[Any, ...]) -> tuple[Tensors, Settings]:
+    """An operator's arguments as its schema names them."""
+    scalars = len(Settings._fields)
+    return Tensors(*arguments[:-scalars]), Settings(*arguments[-scalars:])
 
 
 def _form(x: Tensor) -> Any:
@@ -167,11 +139,6 @@ def _form(x: Tensor) -> Any:
     from kernels.residual_tail import triton
 
     return triton
-
-
-def _like_map(x: Tensor) -> Tensor:
-    """Unfilled, of x's shape and dtype, channels_last."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _stores_dz(tensors: Tensors, settings: Settings) -> bool:
@@ -195,18 +162,17 @@ def _(x: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool) ->
 @torch.library.custom_op("fastcifar::residual_tail", mutates_args=(), schema=f"({_schema(GIVEN)}) -> (Tensor, Tensor, Tensor)")
 def _tail(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out, scale and hidden; the last two empty without squeeze-excitation."""
-    tensors = Tensors(*arguments[:GIVEN])
-    out, *excited = _form(tensors.conv_out).apply(tensors, Settings(*arguments[GIVEN:]))
+    tensors, settings = _unpack(arguments)
+    out, *excited = _form(tensors.conv_out).apply(tensors, settings)
     scale, hidden = (unfilled(out, 0) if x is None else x for x in excited)
-    return out.contiguous(memory_format=torch.channels_last), scale, hidden
+    return out.contiguous(memory_format=CHANNELS_LAST), scale, hidden
 
 
 @_tail.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = Tensors(*arguments[:GIVEN])
-    x, w_expand = tensors.conv_out, tensors.w_expand
+    x, w_expand = arguments[0], _unpack(arguments)[0].w_expand
     scale, hidden = (unfilled(x, *((0,) if w_expand is None else (len(x), w_expand.shape[side]))) for side in (0, 1))
-    return _like_map(x), scale, hidden
+    return torch.empty_like(x, memory_format=CHANNELS_LAST), scale, hidden
 
 
 @torch.library.custom_op(
@@ -215,25 +181,23 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 )  # fmt: skip
 def _tail_backward(gradient: Tensor, *arguments: Any) -> list[Tensor]:
     """The gradients of the first eight of Tensors; empty where absent, and for a shortcut whose gradient is `gradient`."""
-    tensors, settings = Tensors(*arguments[: -len(Settings._fields)]), Settings(*arguments[-len(Settings._fields) :])
+    tensors, settings = _unpack(arguments)
     d_conv, dz, *parameters = _form(tensors.conv_out).gradients(gradient, tensors, settings)
     maps = (d_conv, dz if _stores_dz(tensors, settings) else None)
-    dense = (None if x is None else x.contiguous(memory_format=torch.channels_last) for x in maps)
+    dense = (None if x is None else x.contiguous(memory_format=CHANNELS_LAST) for x in maps)
     return [gradient.new_empty(0) if x is None else x for x in (*dense, *parameters)]
 
 
 @_tail_backward.register_fake
 def _(gradient: Tensor, *arguments: Any) -> list[Tensor]:
-    tensors, settings = Tensors(*arguments[: -len(Settings._fields)]), Settings(*arguments[-len(Settings._fields) :])
-    dz = _like_map(gradient) if _stores_dz(tensors, settings) else gradient.new_empty(0)
-    parameters = (gradient.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors[2:8])
-    return [_like_map(gradient), dz, *parameters]
+    stored = (True, _stores_dz(*_unpack(arguments)))
+    maps = [torch.empty_like(gradient, memory_format=CHANNELS_LAST) if each else gradient.new_empty(0) for each in stored]
+    return maps + [gradient.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[2:8]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    excited = output[1:] if inputs[4] is not None else (None, None)
-    ctx.save_for_backward(*inputs[:GIVEN], *excited)
-    ctx.settings = Settings(*inputs[GIVEN:])
+    tensors, ctx.settings = _unpack(inputs)
+    ctx.save_for_backward(*tensors[:GIVEN], *(output[1:] if tensors.w_reduce is not None else (None, None)))
     ctx.set_materialize_grads(False)
 
 

@@ -15,20 +15,10 @@ SqueezeExcitation = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None,
 
 
 def residual_tail(
-    conv_out: Tensor,
-    shortcut: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    se: SqueezeExcitation | None = None,
-    se_activation: Activation = "relu",
+    conv_out: Tensor, shortcut: Tensor | None, bn_weight: Tensor, bn_bias: Tensor, running_mean: Tensor, running_var: Tensor, *,
+    training: bool, momentum: float, eps: float, se: SqueezeExcitation | None = None, se_activation: Activation = "relu",
     activation: TailActivation = "relu",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """act(shortcut + SE(BN(conv_out))), the end of a residual block (He et al., CVPR 2016); running statistics move in place.
 
     conv_out, shortcut [N, C, H, W]; the statistics and bn_* [C]; se: (w_reduce [R, C], w_expand [C, R]),

@@ -21,6 +21,10 @@ class Tile:
     def warps(self) -> int:
         return min(max(self.rows * self.channels // (32 * self.per_thread), 1), 8)
 
+    def sizes(self, rows: str = "rows") -> dict[str, int]:
+        """As kernels take them; `rows` is their name for what else a tile has than channels."""
+        return {f"block_{rows}": self.rows, "block_channels": self.channels, "num_warps": self.warps}
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n >= 1."""

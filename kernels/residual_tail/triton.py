@@ -18,7 +18,6 @@ from kernels.mish.triton import activate, times_slope
 from kernels.residual_tail.fusable import Gradients, Settings, Tensors
 from kernels.residual_tail.tiles import (
     IMAGES_TILE,
-    Tile,
     channel_block,
     group_rows,
     image_tile,
@@ -371,11 +370,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[Tile, int, int]:
-    """The tile of a pass over a map, tiles for each image's rows, tiles in all: `row_range` reads them."""
+def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid of a pass over a map, and what `row_range` reads it by; with a scale, each image has its own tiles."""
     tile = row_tile(channels, positions if per_image else n * positions, largest=4096)
     chunks = cdiv(positions, tile.rows) if per_image else 1
-    return tile, chunks, n * chunks if per_image else cdiv(n * positions, tile.rows)
+    blocks = n * chunks if per_image else cdiv(n * positions, tile.rows)
+    return (blocks, cdiv(channels, tile.channels)), {"chunks": chunks, **tile.sizes()}
 
 
 def statistics(
@@ -388,82 +388,77 @@ def statistics(
     groups = cdiv(rows, group)
     group_mean, group_m2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
     mean, variance = unfilled(x, channels), unfilled(x, channels)
-    tile, merge = row_tile(channels, group), channel_block(groups)
+    tile, merge, sizes = row_tile(channels, group), channel_block(groups), {"channels": channels, "group": group}
     with torch.cuda.device_of(x):
-        statistics_kernel[(groups, cdiv(channels, tile.channels))](
-            channels_last(x), group_mean, group_m2, rows, channels=channels, group=group,
-            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
-        )  # fmt: skip
+        statistics_kernel[groups, cdiv(channels, tile.channels)](
+            channels_last(x), group_mean, group_m2, rows, **sizes, **tile.sizes()
+        )
         batch_kernel[(cdiv(channels, merge.channels),)](
             group_mean, group_m2, mean, variance, running_mean, running_var, groups, rows, momentum,
-            channels=channels, group=group, block_groups=merge.rows, block_channels=merge.channels, num_warps=merge.warps,
+            **sizes, **merge.sizes("groups"),
         )  # fmt: skip
     return group_mean if per_image else unfilled(x, 0), mean, variance
 
 
 def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`fusable.apply`."""
-    conv_out, shortcut, weight, bias, w_reduce, w_expand, b_reduce, b_expand, image_mean, mean, variance, scale, hidden = (
-        tensors
-    )
-    n, channels, positions = conv_out.shape[0], conv_out.shape[1], conv_out.shape[2] * conv_out.shape[3]
+    conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
+    (n, channels), positions = conv_out.shape[:2], conv_out.shape[2] * conv_out.shape[3]
     x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        if w_reduce is not None and w_expand is not None:
-            units = len(w_reduce)
+        if tensors.w_reduce is not None:
+            units = len(tensors.w_reduce)
             scale, hidden = unfilled(x, n, channels), unfilled(x, n, units)
-            tile = image_tile(channels, units)
             excite_kernel[(n,)](
-                image_mean, mean, variance, weight, bias, w_reduce.contiguous(), w_expand.contiguous(), b_reduce, b_expand,
-                scale, hidden, settings.eps, channels=channels, units=units, activation=settings.se_activation,
-                block_channels=tile.channels, block_units=tile.rows, num_warps=tile.warps,
+                image_mean, mean, variance, weight, bias, *map(dense, linear), scale, hidden, settings.eps, channels=channels,
+                units=units, activation=settings.se_activation, **image_tile(channels, units).sizes("units"),
             )  # fmt: skip
-        tile, chunks, blocks = map_grid(n, channels, positions, scale is not None)
-        tail_kernel[(blocks, cdiv(channels, tile.channels))](
+        grid, sizes = map_grid(n, channels, positions, scale is not None)
+        tail_kernel[grid](
             x, r, weight, bias, mean, variance, scale, out, n * positions, positions, settings.eps,
-            channels=channels, activation=settings.activation, chunks=chunks,
-            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+            channels=channels, activation=settings.activation, **sizes,
         )  # fmt: skip
     return out, scale, hidden
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
 
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """`fusable.gradients`; None for a shortcut whose gradient is `gradient`."""
     conv_out, shortcut, weight, bias, *_, mean, variance, scale, _ = tensors
     x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
-    n, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     group = positions if scale is not None else group_rows(channels, n * positions)
     groups = cdiv(n * positions, group)
     s1, s2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
     dz = None if r is None or settings.activation == "none" else torch.empty_like(x)
     source, activation = channels_last(gradient), settings.activation
+    dm: Tensor | None = None
     d_linear: Gradients = (None,) * 4
     d_weight, d_bias, d_conv = unfilled(x, channels), unfilled(x, channels), torch.empty_like(x)
     with torch.cuda.device_of(x):
         tile = sums_tile(channels, group)
-        sums_kernel[(groups, cdiv(channels, tile.channels))](
+        sums_kernel[groups, cdiv(channels, tile.channels)](
             source, x, r, weight, bias, mean, variance, scale, dz, s1, s2, n * positions, settings.eps,
-            channels=channels, group=group, activation=activation,
-            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+            channels=channels, group=group, activation=activation, **tile.sizes(),
         )  # fmt: skip
         if scale is None:
-            dm = None
             tile = channel_block(groups)
             channel_gradient_kernel[(cdiv(channels, tile.channels),)](
-                s1, s2, variance, d_weight, d_bias, groups, settings.eps,
-                channels=channels, block_groups=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
-            )  # fmt: skip
+                s1, s2, variance, d_weight, d_bias, groups, settings.eps, channels=channels, **tile.sizes("groups")
+            )
         else:
             dm, d_linear = _excite_gradients(s1, s2, tensors, settings, d_weight, d_bias)
         if dz is not None:
             source, activation = dz, "none"
-        tile, chunks, blocks = map_grid(n, channels, positions, scale is not None)
-        map_gradient_kernel[(blocks, cdiv(channels, tile.channels))](
+        grid, sizes = map_grid(n, channels, positions, scale is not None)
+        map_gradient_kernel[grid](
             source, x, weight, bias, mean, variance, scale, dm, d_weight, d_bias, d_conv, n * positions, positions,
             settings.eps, 1 / positions, 1 / (n * positions),
-            channels=channels, activation=activation, training=settings.training, chunks=chunks,
-            block_rows=tile.rows, block_channels=tile.channels, num_warps=tile.warps,
+            channels=channels, activation=activation, training=settings.training, **sizes,
         )  # fmt: skip
     return d_conv, dz, d_weight.to(weight.dtype), d_bias.to(bias.dtype), *d_linear
 
@@ -472,25 +467,20 @@ def _excite_gradients(
     s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings, d_weight: Tensor, d_bias: Tensor
 ) -> tuple[Tensor, Gradients]:
     """Fill d_weight and d_bias; return dm [N, C] and the gradients of w_reduce, w_expand, b_reduce and b_expand."""
-    _, _, weight, bias, w_reduce, w_expand, b_reduce, b_expand, image_mean, mean, variance, scale, hidden = tensors
-    assert w_reduce is not None
-    assert w_expand is not None
+    _, _, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
     assert scale is not None
     assert hidden is not None
-    (images, channels), units = scale.shape, len(w_reduce)
+    (images, channels), units = scale.shape, hidden.shape[1]
     dt, dq, dm = torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(scale)
-    linear = (w_reduce, w_expand, b_reduce, b_expand)
     d_linear = tuple(None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in linear)
-    tile = image_tile(channels, units)
+    shared = {"channels": channels, "units": units, "activation": settings.se_activation}
     excite_gradient_kernel[(images,)](
-        s1, s2, scale, hidden, weight, bias, variance, w_reduce.contiguous(), w_expand.contiguous(), dt, dq, dm, settings.eps,
-        channels=channels, units=units, activation=settings.se_activation,
-        block_channels=tile.channels, block_units=tile.rows, num_warps=tile.warps,
+        s1, s2, scale, hidden, weight, bias, variance, *map(dense, linear[:2]), dt, dq, dm, settings.eps,
+        **shared, **image_tile(channels, units).sizes("units"),
     )  # fmt: skip
-    tile, side = IMAGES_TILE, min(max(power_of_two(units), 16), 32)  # tl.dot wants 16 at least
-    parameter_gradient_kernel[(cdiv(channels, tile.channels), cdiv(units, side))](
+    side = min(max(power_of_two(units), 16), 32)  # tl.dot wants 16 at least
+    parameter_gradient_kernel[cdiv(channels, IMAGES_TILE.channels), cdiv(units, side)](
         s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, dt, dq, dm, d_weight, d_bias, *d_linear,
-        images, settings.eps, channels=channels, units=units, activation=settings.se_activation,
-        block_images=tile.rows, block_channels=tile.channels, block_units=side, num_warps=tile.warps,
+        images, settings.eps, **shared, block_units=side, **IMAGES_TILE.sizes("images"),
     )  # fmt: skip
     return dm, d_linear

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.activations import Activation
-from kernels.backends import Backend, describe, resolve, runs_triton, unfilled
+from kernels.backends import Backend, describe, resolve, runs_triton
 from kernels.squeeze_excite import reference
+from kernels.squeeze_excite.reference import Results, unfilled_gradients, unfilled_results
 
 
 def squeeze_excite(
@@ -35,28 +36,23 @@ def squeeze_excite(
     result has x's shape and dtype, and its layout where that is contiguous or channels_last; else "triton" returns
     channels_last. Raises ValueError naming what does not fit, and where the backend cannot serve x.
     """
-    check(x, w_reduce, w_expand, activation, b_reduce, b_expand)
+    _check(x, activation, {"w_reduce": w_reduce, "w_expand": w_expand, "b_reduce": b_reduce, "b_expand": b_expand})
     if resolve("squeeze_excite", backend, x) == "torch":
         return reference.squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand)
     return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation)[0]
 
 
-def check(
-    x: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str, b_reduce: Tensor | None, b_expand: Tensor | None
-) -> None:
+def _check(x: Tensor, activation: str, parameters: dict[str, Tensor | None]) -> None:
     """Raise ValueError, naming shape and expectation, unless the arguments fit one another."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"squeeze_excite: x must be a floating-point map [N, C, H, W], got {describe(x)}")
     if activation not in get_args(Activation):
         raise ValueError(f"squeeze_excite: activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
+    w_reduce = parameters["w_reduce"]
+    assert w_reduce is not None
     channels, reduced = x.shape[1], w_reduce.shape[0] if w_reduce.dim() else 0
-    expected = {
-        "w_reduce": (w_reduce, [max(reduced, 1), channels]),
-        "w_expand": (w_expand, [channels, reduced]),
-        "b_reduce": (b_reduce, [reduced]),
-        "b_expand": (b_expand, [channels]),
-    }
-    for name, (parameter, shape) in expected.items():
+    shapes = ([max(reduced, 1), channels], [channels, reduced], [reduced], [channels])
+    for (name, parameter), shape in zip(parameters.items(), shapes, strict=True):
         if parameter is None:
             continue
         if list(parameter.shape) != shape:
@@ -68,60 +64,27 @@ def check(
             )
 
 
-def layout_of(x: Tensor) -> torch.memory_format:
-    """The layout a map is read and its results are written in: its own if contiguous, else channels_last."""
-    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
+def _form(x: Tensor) -> Any:
+    """The module that serves x: both have the functions forward and backward."""
+    if not runs_triton(x):
+        return reference
+    from kernels.squeeze_excite import triton
 
-
-Results = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _results(x: Tensor, w_reduce: Tensor) -> Results:
-    """Unfilled y in `layout_of(x)`, squeezed [N, C], hidden [N, R], scale [N, C]."""
-    n, channels = x.shape[:2]
-    squeezed, hidden, scale = (unfilled(x, n, width) for width in (channels, w_reduce.shape[0], channels))
-    return torch.empty_like(x, memory_format=layout_of(x)), squeezed, hidden, scale
-
-
-def _gradients(x: Tensor, hidden: Tensor, scale: Tensor) -> Results:
-    """Unfilled gradients of x, of the sigmoid's argument and of hidden, and act(hidden)."""
-    d_x = torch.empty_like(x, memory_format=layout_of(x))
-    return d_x, torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(hidden)
+    return triton
 
 
 @torch.library.custom_op("fastcifar::squeeze_excite", mutates_args=())
 def _squeeze_excite(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = layout_of(x)
-    if not runs_triton(x):
-        found = reference.forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
-        return found[0].contiguous(memory_format=layout), *found[1:]
-    from kernels.squeeze_excite import triton
-
-    results = _results(x, w_reduce)
-    parameters = tuple(None if w is None else w.contiguous() for w in (w_reduce, w_expand, b_reduce, b_expand))
-    triton.forward(x.contiguous(memory_format=layout), parameters, activation, results, layout == torch.contiguous_format)
-    return results
+    return _form(x).forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
 
 
 @torch.library.custom_op("fastcifar::squeeze_excite_backward", mutates_args=())
 def _squeeze_excite_backward(
     gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = layout_of(x)
-    if not runs_triton(x):
-        found = reference.backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
-        return found[0].contiguous(memory_format=layout), *found[1:]
-    from kernels.squeeze_excite import triton
-
-    results = _gradients(x, hidden, scale)
-    maps = [t.contiguous(memory_format=layout) for t in (gradient, x)]
-    rest = [t.contiguous() for t in (hidden, scale, w_reduce, w_expand)]
-    triton.backward((*maps, *rest), activation, results, layout == torch.contiguous_format)
-    return results
+    return _form(x).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -148,6 +111,6 @@ def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | Non
         )
 
 
-_squeeze_excite.register_fake(lambda x, w_reduce, *_: _results(x, w_reduce))
-_squeeze_excite_backward.register_fake(lambda _, x, hidden, scale, *__: _gradients(x, hidden, scale))
+_squeeze_excite.register_fake(lambda x, w_reduce, *_: unfilled_results(x, w_reduce))
+_squeeze_excite_backward.register_fake(lambda _, x, hidden, scale, *__: unfilled_gradients(x, hidden, scale))
 _squeeze_excite.register_autograd(_gradient, setup_context=_keep)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.mish.triton import activate, times_slope
+from kernels.squeeze_excite.reference import Results, layout_of, unfilled_gradients, unfilled_results
 
 TILE = 4096  # elements a program holds at once: 16 a thread, which are two 16-byte accesses of bf16
 REDUCED = 4  # units of the bottleneck in one turn of the loop over them
@@ -143,42 +144,40 @@ def backward_kernel(
         tl.store(x_gradient + offsets, (g * s + shift).to(x_gradient.dtype.element_ty), mask=mask)
 
 
-def blocks(channels: int, positions: int, reduced: int, itemsize: int, contiguous: bool) -> dict[str, int]:
-    """The compile-time sizes of both kernels (and the warps of a program) for a map of one shape, dtype and layout."""
-    wide = ACCESS // itemsize
+def blocks(x: Tensor, reduced: int) -> dict[str, int]:
+    """The compile-time sizes of both kernels (and the warps of a program) for a map of x's shape, dtype and layout."""
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    contiguous, wide = layout_of(x) == torch.contiguous_format, ACCESS // x.element_size()
     lanes = channels if contiguous else channels * min(wide // gcd(wide, channels), positions)
-    rows = -(-positions * channels // lanes)
     block_lanes = triton.next_power_of_2(lanes)
-    block_rows = min(triton.next_power_of_2(rows), max(TILE // block_lanes, 1))
+    block_rows = min(triton.next_power_of_2(-(-positions * channels // lanes)), max(TILE // block_lanes, 1))
     return {
-        "channels": channels,
-        "positions": positions,
-        "reduced": reduced,
-        "lanes": lanes,
-        "contiguous": contiguous,
-        "block_rows": block_rows,
-        "block_lanes": block_lanes,
-        "block_channels": triton.next_power_of_2(channels),
+        "channels": channels, "positions": positions, "reduced": reduced, "lanes": lanes, "contiguous": contiguous,
+        "block_rows": block_rows, "block_lanes": block_lanes, "block_channels": triton.next_power_of_2(channels),
         "block_reduced": min(REDUCED, triton.next_power_of_2(reduced)),
         "num_warps": min(max(block_rows * block_lanes // 512, 1), 8),
-    }
+    }  # fmt: skip
 
 
 def forward(
-    x: Tensor, weights: tuple[Tensor | None, ...], activation: str, results: tuple[Tensor, ...], contiguous: bool
-) -> None:
-    """Fill results (y, squeezed, hidden, scale). weights: w_reduce, w_expand, b_reduce, b_expand, each contiguous."""
-    sizes = blocks(x.shape[1], x.shape[2] * x.shape[3], results[2].shape[1], x.element_size(), contiguous)
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
+) -> Results:
+    """`reference.forward`."""
+    results = unfilled_results(x, w_reduce)
+    parameters = (None if w is None else w.contiguous() for w in (w_reduce, w_expand, b_reduce, b_expand))
+    rows = x.contiguous(memory_format=layout_of(x))
     with torch.cuda.device_of(x):
-        forward_kernel[(len(x),)](x, *weights, *results, activation=activation, **sizes)
+        forward_kernel[(len(x),)](rows, *parameters, *results, activation=activation, **blocks(x, len(w_reduce)))
+    return results
 
 
-def backward(inputs: tuple[Tensor, ...], activation: str, results: tuple[Tensor, ...], contiguous: bool) -> None:
-    """Fill results (x's gradient, the logits', the hidden units', the units' activation).
-
-    inputs: the gradient of y, x, hidden, scale, w_reduce, w_expand; the maps of one layout, the rest contiguous.
-    """
-    x, hidden = inputs[1], inputs[2]
-    sizes = blocks(x.shape[1], x.shape[2] * x.shape[3], hidden.shape[1], x.element_size(), contiguous)
+def backward(
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
+) -> Results:
+    """`reference.backward`."""
+    results = unfilled_gradients(x, hidden, scale)
+    maps = (t.contiguous(memory_format=layout_of(x)) for t in (gradient, x))
+    rest = (t.contiguous() for t in (hidden, scale, w_reduce, w_expand))
     with torch.cuda.device_of(x):
-        backward_kernel[(len(x),)](*inputs, *results, activation=activation, **sizes)
+        backward_kernel[(len(x),)](*maps, *rest, *results, activation=activation, **blocks(x, hidden.shape[1]))
+    return results

@@ -1,0 +1,113 @@
+"""Short forms of the trials under tests/reliability, and faults of the machine: memory, disk, clock."""
+
+import json
+import os
+import time
+
+import pytest
+from rich.console import Console
+
+from fastcifar.command import parse_command
+from fastcifar.errors import InputError
+from fastcifar.train import main, train
+from tests.conftest import assert_user_error, run_cli
+from tests.reliability import soak
+
+OPTIONS = "--arch dropout_resnet24 --epochs 2 --limit-train 40 --limit-test 20 --batch-size 20 --no-plots"
+
+
+def run(betons, out, *more):
+    """Start a run in this process."""
+    return train(parse_command([*OPTIONS.split(), *more, "--data", str(betons), "--out", str(out)]), Console(quiet=True))
+
+
+def trial(name, *options):
+    """The figures of a trial in its own process, whose children must not inherit pytest's threads."""
+    process = run_cli("-m", f"tests.reliability.{name}", *options, timeout=600)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return json.loads(process.stdout)
+
+
+def test_every_mistake_is_refused_in_one_line():
+    figures = trial("mistakes", "--count", 54)
+    assert figures["failures"] == []
+    assert figures["tried"] > 30
+
+
+@pytest.mark.slow
+def test_killed_processes_leave_what_goes_on_to_the_same_bits():
+    figures = trial("soak", "--kills", 10)
+    assert figures["differences"] == []
+    assert figures["killed"]["training"] >= 5
+
+
+LIMITED = """
+import resource, sys
+import psutil
+from fastcifar import train
+from fastcifar.errors import run_command
+if sys.argv[1] == "memory":
+    room = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+del sys.argv[1]
+run_command(train.main)
+"""
+
+
+@pytest.mark.parametrize(("what", "said"), [("memory", "memory is used up"), ("disk", "file size limit")])
+def test_a_limit_of_the_machine_ends_in_one_line_and_the_run_goes_on_without_it(betons, tmp_path, what, said):
+    whole = run(betons, tmp_path / "whole")
+    part = run(betons, tmp_path / "part", "--stop-after", "1")
+    before = part.last.read_bytes()
+    assert_user_error(run_cli("-c", LIMITED, what, "--resume", part.path), said)
+    assert part.last.read_bytes() == before
+    assert not list(part.path.glob("*.partial"))
+    resumed = train(parse_command(["--resume", str(part.path)]), Console(quiet=True))
+    assert resumed.read_summary()["final"] == whole.read_summary()["final"]
+
+
+def test_a_full_disk_says_how_to_go_on(betons, tmp_path, monkeypatch, refused):
+    part = run(betons, tmp_path / "part", "--stop-after", "1")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert f"go on with: python -m fastcifar.train --resume {part.path}" in refused(main, "--resume", part.path)
+    assert train(parse_command(["--resume", str(part.path)]), Console(quiet=True)).read_summary()["epochs_trained"] == 2
+
+
+def test_a_clock_that_is_set_back_changes_nothing(betons, tmp_path, monkeypatch):
+    whole, now = run(betons, tmp_path / "whole"), time.time
+    folder = run(betons, tmp_path / "backwards", "--stop-after", "1")
+    monkeypatch.setattr(time, "time", lambda: now() - 86400)
+    resumed = train(parse_command(["--resume", str(folder.path)]), Console(quiet=True))
+    assert soak.outcome(resumed.path)["TensorBoard"] == soak.outcome(whole.path)["TensorBoard"]
+    assert resumed.read_summary()["final"] == whole.read_summary()["final"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(betons, tmp_path, monkeypatch, refused):
+    def read_only(*arguments, **keywords):
+        raise OSError(30, "Read-only file system", str(tmp_path / "run"))
+
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    said = refused(main, *OPTIONS.split(), "--data", betons, "--out", tmp_path / "run")
+    assert "config.json: Read-only file system; the file system is read-only: choose another folder" in said
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_epoch_of_one_step_works_and_one_of_none_is_refused(betons, tmp_path, images):
+    if images == 1:
+        with pytest.raises(InputError, match=r"batch_size 2 is larger than the training set of 1"):
+            run_few(betons, tmp_path, images)
+    else:
+        assert run_few(betons, tmp_path, images).read_summary()["epochs_trained"] == 2
+
+
+def run_few(betons, tmp_path, images):
+    """Two epochs of so many images."""
+    options = f"--arch dropout_resnet24 --epochs 2 --limit-train {images} --limit-test 1 --batch-size 2 --no-plots"
+    return train(parse_command([*options.split(), "--data", str(betons), "--out", str(tmp_path / "few")]), Console(quiet=True))
