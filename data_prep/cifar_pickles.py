@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from fastcifar.beton import printable
 from fastcifar.errors import InputError, shortened
-from fastcifar.safe_pickle import load_pickle
+from fastcifar.safe_pickle import decode_name, load_pickle
 
 ROW = 3072  # bytes of one image: 1024 red, 1024 green, 1024 blue, each row by row
 
@@ -91,9 +92,13 @@ def _file_names(layout: Layout) -> list[str]:
     return [name for split in layout.splits.values() for name in split] + list(layout.meta)
 
 
-def source_md5(folder: Path, layout: Layout, split: str) -> dict[str, str]:
-    """Return {file name: md5} of a split's pickles and the class names' file."""
-    return {name: _md5(folder / name) for name in (*layout.splits[split], *layout.meta)}
+def digests(folder: Path, layout: Layout, split: str, algorithm: str) -> dict[str, str]:
+    """Return {file name: digest} of a split's pickles and the class names' file. algorithm: "md5" or "sha256"."""
+    found = {}
+    for name in (*layout.splits[split], *layout.meta):
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    return found
 
 
 def is_official(md5: dict[str, str], layout: Layout) -> bool:
@@ -143,7 +148,7 @@ def _read_class_names(path: Path, layout: Layout) -> list[str]:
             f"{path} names {len(names)} classes, this layout has {layout.classes}: only CIFAR-10's layout and "
             "CIFAR-100's (--dataset cifar100) can be converted"
         )
-    return [name.decode("latin1") if isinstance(name, bytes) else name for name in names]
+    return [printable(decode_name(name)) for name in names]
 
 
 def _entry(batch: dict[str, Any], key: str, path: Path) -> Any:
@@ -151,8 +156,3 @@ def _entry(batch: dict[str, Any], key: str, path: Path) -> Any:
         found = shortened(", ".join(sorted(batch)) or "none")
         raise InputError(f"{path} has no entry {key!r} (it has {found}): is it the right dataset?")
     return batch[key]
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -85,6 +85,7 @@ def write_pickles(folder: Path, *, train: int, test: int, seed: int = 0) -> Iter
 
     train, test: images in each split; `train` is a multiple of 5. The same seed gives the same bytes.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = {f"data_batch_{i + 1}": train // 5 for i in range(5)} | {"test_batch": test}
     for stream, (name, size) in enumerate(sizes.items()):
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, stream]))

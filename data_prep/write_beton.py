@@ -5,6 +5,7 @@ python data_prep/write_beton.py                          # finds the data, or do
 python data_prep/write_beton.py --source DIR --out data/beton
 python data_prep/write_beton.py --dataset cifar100
 python data_prep/write_beton.py --synthetic              # a synthetic dataset: ten drawn shapes
+python data_prep/write_beton.py --check                  # writes nothing: do the betons still hold what was in their pickles?
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from data_prep import cifar_pickles, synthetic
 from data_prep.cifar_pickles import LAYOUTS, Layout
 from fastcifar import __version__
 from fastcifar.arguments import parse_arguments
-from fastcifar.beton import Manifest, parse, read_beton
+from fastcifar.beton import Beton, Manifest, channel_statistics, check_statistics, in_parts, parse, printable, read_beton
 from fastcifar.errors import InputError, run_command
 from fastcifar.files import atomic_path
 from fastcifar.versions import installed
@@ -45,9 +46,12 @@ class Options:
     synthetic: bool = False  # write a synthetic dataset instead of CIFAR: accuracy means nothing
     train_images: int = 50_000  # size of the synthetic training split, a multiple of 5
     test_images: int = 10_000  # size of the synthetic test split
+    check: bool = False  # only compare the betons in --out with their manifests, and with their pickles where those are found
     force: bool = False  # write again even when an intact beton is there, and replace one made from other data
 
     def __post_init__(self) -> None:
+        if self.check and self.force:
+            raise InputError("--check writes nothing and --force writes all again: choose one")
         if self.synthetic and self.dataset != "cifar10":
             raise InputError("the synthetic dataset has ten classes: use --synthetic without --dataset cifar100")
         if self.train_images < 5 or self.train_images % 5:
@@ -67,8 +71,11 @@ class Source:
 def main() -> None:
     """Find the pickles, then write both splits."""
     options = parse_arguments(Options, "python data_prep/write_beton.py")
-    layout = LAYOUTS[options.dataset]
     console = Console(soft_wrap=True, highlight=False, markup=False)  # a name or path may hold brackets
+    if options.check:
+        check(options, console)
+        return
+    layout = LAYOUTS[options.dataset]
     source = find_source(options, layout, console)
     if source is None:
         console.print(f"{options.out} holds intact betons and no source was named: left alone")
@@ -130,6 +137,45 @@ def make_synthetic(options: Options, console: Console) -> Source:
     return Source(folder, synthetic=True)
 
 
+def check(options: Options, console: Console) -> None:
+    """Compare both betons with their manifests, and with their pickles where those are found. Raises InputError."""
+    betons = {split: read_beton(options.out / f"{split}.beton") for split in ("train", "test")}
+    manifest = betons["train"].manifest
+    layout = LAYOUTS[manifest.dataset]
+    named = options.source or (Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None)
+    if named is not None:
+        folder: Path | None = cifar_pickles.find_pickles(named, layout)
+    else:
+        train, test = (beton.manifest.count for beton in betons.values())
+        usual = DATA / (f"synthetic-{train}-{test}" if manifest.synthetic else layout.folder)
+        folder = usual if cifar_pickles.is_complete(usual, layout) else None
+    for split, beton in betons.items():
+        path = options.out / f"{split}.beton"
+        check_statistics(path, beton.manifest, in_parts(beton.images))
+        compared = "no pickles at hand to compare with"
+        if folder is not None:
+            compare(path, beton, folder, layout)
+            compared = f"byte for byte as in {folder}"
+        console.print(f"{path}: {beton.manifest.count:,} images, {beton.manifest.name}, hash and statistics right, {compared}")
+
+
+def compare(path: Path, beton: Beton, folder: Path, layout: Layout) -> None:
+    """Raise InputError unless the pickles in `folder` are those the beton was made of, and hold what it holds."""
+    manifest = beton.manifest
+    expected, algorithm = (manifest.source_sha256, "sha256") if manifest.source_sha256 else (manifest.source_md5, "md5")
+    found = cifar_pickles.digests(folder, layout, manifest.split, algorithm)
+    changed = [name for name in found if found[name] != expected.get(name)]
+    if changed:
+        raise InputError(
+            f"{folder / changed[0]} does not have the {algorithm} of what {path} was made of: "
+            "name the right folder with --source, or get the file again"
+        )
+    data = cifar_pickles.read_split(folder, layout, manifest.split)
+    same = np.array_equal(beton.images, data.images) and np.array_equal(beton.labels, data.labels)
+    if not same or beton.manifest.class_names != data.class_names:
+        raise InputError(f"{path} does not hold what is in {folder}: write it again with --force")
+
+
 def existing(path: Path, dataset: str | None = None) -> Manifest | None:
     """The manifest of an intact beton (of `dataset`), None when there is none."""
     try:
@@ -145,9 +191,9 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
     Raises InputError when the file there is intact, was made from other data and is not synthetic, since that would be lost.
     """
     path = options.out / f"{split}.beton"
-    md5 = cifar_pickles.source_md5(source.folder, layout, split)
+    md5, sha256 = (cifar_pickles.digests(source.folder, layout, split, algorithm) for algorithm in ("md5", "sha256"))
     official = cifar_pickles.is_official(md5, layout)
-    name = options.name or _default_name(options.dataset, official, source.synthetic)
+    name = printable(options.name) if options.name else _default_name(options.dataset, official, source.synthetic)
     old = existing(path)
     if old is not None and not options.force:
         if old.source_md5 == md5 and old.dataset == options.dataset and old.name == name:
@@ -159,7 +205,7 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
         console.print(f"{source.folder}: not the official archive (md5 differs); going on", style="yellow")
 
     data = cifar_pickles.read_split(source.folder, layout, split)
-    mean, std = channel_statistics(data.images)
+    mean, std = channel_statistics(in_parts(data.images))
     _require_space(options.out, data.images.nbytes)
 
     from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and only writing needs it
@@ -168,7 +214,7 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
         with progress(console) as bar:
             task = bar.add_task(f"writing {path.name}", total=len(data.images))
             ffcv_writer.write(partial, data.images, data.labels, lambda: bar.advance(task))
-        sha256 = verify(partial, data)
+        written = verify(partial, data)
         manifest = Manifest(
             dataset=options.dataset,
             split=split,
@@ -177,10 +223,11 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
             class_names=data.class_names,
             mean=mean,
             std=std,
-            sha256=sha256,
+            sha256=written,
             official=official,
             synthetic=source.synthetic,
             source_md5=md5,
+            source_sha256=sha256,
             versions={"fastcifar": __version__, **installed("ffcv", "numpy")},
         )
     manifest.save(path)
@@ -195,17 +242,6 @@ def verify(path: Path, data: cifar_pickles.Split) -> str:
     if not same or not np.array_equal(index, np.arange(len(labels))):
         raise InputError(f"{path} does not read back as it was written: check the disk, then run again")
     return hashlib.sha256(content).hexdigest()
-
-
-def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation per channel, in 0..1, of uint8 images [N, 32, 32, 3]; exact, from histograms."""
-    values = np.arange(256) / 255
-    mean, std = [], []
-    for channel in range(3):
-        share = np.bincount(images[..., channel].reshape(-1), minlength=256) / (images.size // 3)
-        mean.append(float(share @ values))
-        std.append(float(np.sqrt(share @ (values - mean[-1]) ** 2)))
-    return mean, std
 
 
 def progress(console: Console) -> Progress:

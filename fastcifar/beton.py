@@ -9,6 +9,8 @@ once, hashed, and every pointer is compared with the region it must lie in befor
 """
 
 import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastcifar import files
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, shortened
 
 SIDE = 32  # pixels; CIFAR images are square
 IMAGE_BYTES = SIDE * SIDE * 3
@@ -40,6 +42,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = (("image", 2), ("label", 1), ("index", 1))  # name and FFCV's type number: 2 = RGBImageField, 1 = IntField
 MODE_RAW = 1  # FFCV's number for uncompressed pixels
 
+MAX_MANIFEST = 1 << 20  # bytes; CIFAR-100's has 4 kB
+MAX_NAME = 200  # characters of a data set's or a class's name
 REWRITE = "write it again with `python data_prep/write_beton.py --force`"
 
 
@@ -58,30 +62,38 @@ class Manifest:
     official: bool  # every source file has the md5 of the official archive's
     synthetic: bool  # a synthetic dataset: accuracy means nothing
     source_md5: dict[str, str] = field(default_factory=dict)  # pickle's name -> md5
+    source_sha256: dict[str, str] = field(default_factory=dict)  # likewise; none: written by version 0.2 or before
     versions: dict[str, str | None] = field(default_factory=dict)  # of what wrote the file
+
+    def encoded(self) -> bytes:
+        """This manifest as JSON; its last entry is the sha256 of the others, so that no changed byte passes."""
+        values = asdict(self)
+        own = hashlib.sha256(json.dumps(values, allow_nan=False).encode()).hexdigest()
+        return (json.dumps(values | {"manifest_sha256": own}, indent=2) + "\n").encode()
 
     def save(self, beton: Path) -> None:
         """Write this manifest beside `beton`, atomically."""
-        files.write_json(manifest_path(beton), asdict(self))
+        files.write_bytes(manifest_path(beton), self.encoded())
 
     @classmethod
     def load(cls, beton: Path) -> "Manifest":
-        """Read the manifest beside `beton`. Raises InputError when it is missing, not JSON, or lacks a field."""
+        """Read the manifest beside `beton`. Raises InputError when it is missing, not as it was written, or of wrong types.
+
+        Manifests of version 0.2 and before have no hash of themselves: `read_beton` computes their statistics again.
+        """
         path = manifest_path(beton)
+        _require_regular(path, MAX_MANIFEST)
         values: Any = files.read_json(path, remedy=REWRITE)
-        expected = {entry.name: entry.type for entry in fields(cls)}
-        if not isinstance(values, dict) or set(values) != set(expected):
+        expected = {entry.name for entry in fields(cls)}
+        older = isinstance(values, dict) and set(values) == expected - {"source_sha256"}
+        if not older and (not isinstance(values, dict) or set(values) != expected | {"manifest_sha256"}):
             raise InputError(f"{path} does not have the fields of a manifest of this version: {REWRITE}")
-        manifest = cls(**values)
-        valid = (
-            isinstance(manifest.count, int)
-            and isinstance(manifest.sha256, str)
-            and isinstance(manifest.class_names, list)
-            and all(isinstance(name, str) for name in manifest.class_names)
-            and all(_is_colour(value) for value in (manifest.mean, manifest.std))
-        )
-        if not valid:
-            raise InputError(f"{path} has fields of the wrong type: {REWRITE}")
+        manifest = cls(**{name: value for name, value in values.items() if name in expected})
+        for name, is_valid in VALID.items():
+            if not is_valid(getattr(manifest, name)):
+                raise InputError(f"{path}: {name} cannot be {shortened(getattr(manifest, name))!r}: {REWRITE}")
+        if not older and path.read_bytes() != manifest.encoded():
+            raise InputError(f"{path} is not as it was written, by its own sha256: {REWRITE}")
         return manifest
 
 
@@ -95,8 +107,35 @@ class Beton:
     manifest: Manifest
 
 
+def printable(name: str) -> str:
+    """A name that any file may have made up, for terminals and pages: no control character, and not too long."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:MAX_NAME])[:MAX_NAME]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value == printable(value)
+
+
 def _is_colour(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) and 0 <= v <= 1 for v in value)
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
+
+
+def _maps_names(value: object) -> bool:
+    return isinstance(value, dict) and all(entry is None or _is_name(entry) for entry in (*value, *value.values()))
+
+
+# What a manifest's fields may be.
+VALID: dict[str, Callable[[Any], bool]] = {
+    "dataset": lambda value: value in ("cifar10", "cifar100"),
+    "split": lambda value: value in ("train", "test"),
+    "name": _is_name,
+    "count": lambda value: type(value) is int and value > 0,
+    "class_names": lambda value: isinstance(value, list) and bool(value) and all(map(_is_name, value)),
+    **dict.fromkeys(("mean", "std"), _is_colour),
+    "sha256": _is_name,
+    **dict.fromkeys(("official", "synthetic"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("source_md5", "source_sha256", "versions"), _maps_names),
+}
 
 
 def manifest_path(beton: Path) -> Path:
@@ -110,18 +149,57 @@ def read_beton(path: Path, *, verify: bool = True) -> Beton:
     verify: also compare the file's sha256 with the manifest's (about 0.1 s); pointers, counts and label ranges are
     always checked. Raises InputError naming the file and the remedy.
     """
-    require_file(path)
-    manifest = Manifest.load(path)
+    manifest = load_manifest(path)
     content = path.read_bytes()  # one immutable copy: what was checked is what is used
     images, labels, index = parse(content, path)
     check_content(path, manifest, labels, hashlib.sha256(content).hexdigest() if verify else None)
+    if verify and not manifest.source_sha256:
+        check_statistics(path, manifest, in_parts(images))
     return Beton(images, labels, index, manifest)
 
 
-def require_file(path: Path) -> None:
-    """Raise InputError that says how to write the beton when it is missing."""
+def load_manifest(path: Path) -> Manifest:
+    """The manifest of the beton at `path`: of the split of that name, and of a file not far larger than it says.
+
+    Raises InputError.
+    """
     if not path.exists():
         raise InputError(f"{path} is missing: write it with `python data_prep/write_beton.py --out {path.parent}`")
+    manifest = Manifest.load(path)
+    if path.stem in ("train", "test") and path.stem != manifest.split:
+        raise InputError(f"{path} is the {manifest.split} split under another name: {REWRITE}")
+    _require_regular(path, 2 * IMAGE_BYTES * manifest.count + (64 << 20))  # FFCV fills up two pages, of 8 MiB by default
+    return manifest
+
+
+def _require_regular(path: Path, limit: int) -> None:
+    if path.exists() and not path.is_file():  # a pipe or device may have no end
+        raise InputError(f"{path} is not a file: {REWRITE}")
+    if path.exists() and path.stat().st_size > limit:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, far more than it needs: {REWRITE}")
+
+
+def in_parts(images: np.ndarray) -> Iterable[np.ndarray]:
+    """Images a thousand at a time."""
+    return (images[first : first + 1000] for first in range(0, len(images), 1000))
+
+
+def channel_statistics(parts: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, in 0..1, of parts [N, 32, 32, 3] uint8; exact, from histograms."""
+    counts = np.zeros((3, 256), np.int64)
+    for part in parts:
+        for channel in range(3):
+            counts[channel] += np.bincount(part[..., channel].reshape(-1), minlength=256)
+    share, values = counts / counts[0].sum(), np.arange(256) / 255
+    mean = [float(channel @ values) for channel in share]
+    return mean, [float(np.sqrt(channel @ (values - m) ** 2)) for channel, m in zip(share, mean, strict=True)]
+
+
+def check_statistics(path: Path, manifest: Manifest, parts: Iterable[np.ndarray]) -> None:
+    """Raise InputError unless the manifest's mean and standard deviation are those of the images."""
+    measured = channel_statistics(parts)
+    if not np.allclose(measured, (manifest.mean, manifest.std), rtol=0, atol=1e-9):  # sums may round in another order
+        raise InputError(f"{manifest_path(path)} has another mean or std than the images: {REWRITE}")
 
 
 def check_content(path: Path, manifest: Manifest, labels: np.ndarray, sha256: str | None, limit: int = 0) -> None:
@@ -132,7 +210,8 @@ def check_content(path: Path, manifest: Manifest, labels: np.ndarray, sha256: st
     if sha256 is not None and sha256 != manifest.sha256:
         raise InputError(f"{path} does not have the sha256 of its manifest (a byte changed): {REWRITE}")
     if len(labels) != manifest.count:
-        raise InputError(f"{path} holds {len(labels)} images, its manifest says {manifest.count}: {REWRITE}")
+        said = shortened(manifest.count)
+        raise InputError(f"{path} holds {len(labels)} images, its manifest says {said}: {REWRITE}")
     if labels.max() >= len(manifest.class_names):
         raise InputError(f"{path} has label {labels.max()} for {len(manifest.class_names)} classes: {REWRITE}")
     if limit > len(labels):
@@ -144,14 +223,15 @@ def parse(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
     path: named in errors only. Raises InputError.
     """
-    pointers, labels, index = layout(content, path)
+    view = memoryview(content)
+    pointers, labels, index = layout(lambda start, length: view[start : start + length], len(content), path)
     return _gather_images(content, pointers), labels, index
 
 
-def layout(content: "bytes | np.ndarray", path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each image begins [N], labels [N] and index [N], int64, of a beton's bytes, every bound checked.
+def layout(read: Callable[[int, int], Any], size: int, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each image begins [N], labels [N] and index [N], int64, of a beton, every bound checked.
 
-    path: named in errors only. Raises InputError.
+    read: (start, length) -> those bytes. size: of the file, in bytes. path: named in errors only. Raises InputError.
     """
 
     def demand(condition: bool, problem: str) -> None:
@@ -159,17 +239,17 @@ def layout(content: "bytes | np.ndarray", path: Path) -> tuple[np.ndarray, np.nd
             raise InputError(f"{path} is damaged ({problem}): {REWRITE}")
 
     metadata_start = HEADER.itemsize + len(FIELDS) * FIELD_DESCRIPTOR.itemsize
-    demand(len(content) >= metadata_start, f"{len(content)} bytes are too few for a header")
-    header = np.frombuffer(content, HEADER, 1)[0]
+    demand(size >= metadata_start, f"{size} bytes are too few for a header")
+    header = np.frombuffer(read(0, HEADER.itemsize), HEADER)[0]
     if header["version"] != VERSION:
         raise InputError(f"{path} has beton version {header['version']}, this reads version {VERSION}: {REWRITE}")
     demand(header["num_fields"] == len(FIELDS), f"{header['num_fields']} fields instead of {len(FIELDS)}")
-    descriptors = np.frombuffer(content, FIELD_DESCRIPTOR, len(FIELDS), HEADER.itemsize)
+    descriptors = np.frombuffer(read(HEADER.itemsize, metadata_start - HEADER.itemsize), FIELD_DESCRIPTOR)
     found = tuple((bytes(d["name"]).rstrip(b"\0").decode("latin1"), int(d["type_id"])) for d in descriptors)
     demand(found == FIELDS, f"fields {found} instead of {FIELDS}")
 
     # Python integers from here on: a pointer near 2^64 must not wrap around into bounds.
-    size, count, table_start = len(content), int(header["num_samples"]), int(header["alloc_table_ptr"])
+    count, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
     metadata_end = metadata_start + count * SAMPLE_METADATA.itemsize
     demand(count > 0, "no samples")
     demand(metadata_end <= table_start <= size, f"allocation table at byte {table_start} of {size}")
@@ -177,8 +257,8 @@ def layout(content: "bytes | np.ndarray", path: Path) -> tuple[np.ndarray, np.nd
         size - table_start == count * ALLOCATION.itemsize,
         f"allocation table of {size - table_start} bytes for {count} samples: the file is truncated or extended",
     )
-    metadata = np.frombuffer(content, SAMPLE_METADATA, count, metadata_start)
-    table = np.frombuffer(content, ALLOCATION, count, table_start)
+    metadata = np.frombuffer(read(metadata_start, metadata_end - metadata_start), SAMPLE_METADATA)
+    table = np.frombuffer(read(table_start, size - table_start), ALLOCATION)
 
     image = metadata["image"]
     demand(bool(np.all(image["mode"] == MODE_RAW)), "an image is not stored raw")

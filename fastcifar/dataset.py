@@ -1,7 +1,9 @@
 """Betons as sets that live on the device as uint8, each epoch's order, and what is held out from training."""
 
 import hashlib
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.beton import IMAGE_BYTES, SIDE, Manifest, check_content, layout, read_beton, require_file
+from fastcifar.beton import (
+    IMAGE_BYTES,
+    REWRITE,
+    SIDE,
+    Manifest,
+    check_content,
+    check_statistics,
+    layout,
+    load_manifest,
+    read_beton,
+)
 from fastcifar.errors import InputError
 from kernels.philox import Purpose, philox
 
@@ -37,30 +49,69 @@ class ResidentSet:
         return ResidentSet(self.images[positions], self.labels[positions], self.index[positions])
 
 
+class OpenFile:
+    """A file held open: renamed over or deleted it stays readable, overwritten or truncated it is refused, not believed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.descriptor = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size, self.state = os.fstat(self.descriptor).st_size, self._state()
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def _state(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise InputError when the file was written to since it was opened."""
+        if self._state() != self.state:
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(f"{self.path} changed while it was read: {REWRITE}, then resume")
+
+    def read_into(self, rows: np.ndarray[Any, Any], starts: Iterable[int]) -> None:
+        """Fill rows [B, L] uint8 with the L bytes from each of `starts` [B]. Raises InputError, or OSError of the disk."""
+        try:
+            for row, start in zip(rows, starts, strict=True):
+                if os.preadv(self.descriptor, [row], start) != len(row):
+                    raise self._changed()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        self.check()
+
+    def read(self, start: int, length: int) -> np.ndarray[Any, Any]:
+        """The bytes [length] from `start`."""
+        content = np.empty((1, length), np.uint8)
+        self.read_into(content, [start])
+        return content[0]
+
+
 class StreamedSet:
     """A set too large for the memory given to it: its images stay in their file, labels and numbers are on the device.
 
-    The file is mapped, and each batch's pixels are copied out by the pointers of its samples, in our own order. A sample's
-    randomness is keyed by its number, so a streamed run sees the resident run's pixels.
+    Each batch's pixels are read by the pointers of its samples, in our own order. A sample's randomness is keyed by its
+    number, so a streamed run sees the resident run's pixels.
     """
 
-    def __init__(self, content: np.ndarray[Any, Any], pointers: np.ndarray[Any, Any], labels: Tensor, index: Tensor) -> None:
-        """content: the file's bytes, mapped. pointers: [N] int64, where each image begins. labels, index: [N] int64."""
-        self.content, self.pointers, self.labels, self.index = content, pointers, labels, index
+    def __init__(self, file: OpenFile, pointers: np.ndarray[Any, Any], labels: Tensor, index: Tensor) -> None:
+        """pointers: [N] int64, where each image begins in the file. labels, index: [N] int64."""
+        self.file, self.pointers, self.labels, self.index = file, pointers, labels, index
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> "StreamedSet":
         """The samples at `positions`, which keep their numbers and so their randomness."""
-        return StreamedSet(self.content, self.pointers[positions.cpu().numpy()], self.labels[positions], self.index[positions])
+        return StreamedSet(self.file, self.pointers[positions.cpu().numpy()], self.labels[positions], self.index[positions])
 
     def fetch(self, positions: Tensor) -> ResidentSet:
         """Read the samples at `positions` [B] onto the device; on a GPU the host waits for the positions."""
         images = torch.empty(len(positions), IMAGE_BYTES, dtype=torch.uint8, pin_memory=positions.is_cuda)
-        rows = images.numpy()
-        for row, pointer in enumerate(self.pointers[positions.cpu().numpy()].tolist()):
-            rows[row] = self.content[pointer : pointer + IMAGE_BYTES]
+        self.file.read_into(images.numpy(), self.pointers[positions.cpu().numpy()].tolist())
         pixels = images.to(self.labels.device, non_blocking=True).view(-1, SIDE, SIDE, 3)
         return ResidentSet(pixels, self.labels[positions], self.index[positions])
 
@@ -80,6 +131,7 @@ class Splits:
     sha256: tuple[str, str]  # of train.beton and test.beton
     mean: Tensor  # [3] float32, of normalisation, 0..1
     std: Tensor
+    warnings: list[str] = field(default_factory=list)  # one line each, to be shown before training
 
     @property
     def classes(self) -> int:
@@ -108,8 +160,12 @@ def load_splits(
     load = load_streamed if stream else load_resident
     full, manifest = load(folder / "train.beton", device, limit=limit_train, verify=verify)
     test, test_manifest = load_resident(folder / "test.beton", device, limit=limit_test, verify=verify)
+    if manifest.sha256 == test_manifest.sha256:
+        raise InputError(f"{folder}: train.beton and test.beton are the same file: {REWRITE}")
     if (manifest.dataset, manifest.class_names) != (test_manifest.dataset, test_manifest.class_names):
         raise InputError(f"{folder}: train.beton and test.beton are of different data: write them again with --force")
+    twice = count_shared(full, test)
+    warnings = [f"{twice:,} of {len(test):,} test images are also training images: accuracy is too high"] if twice else []
     select, select_name = test, "test"
     if val_fraction:
         full, held_out = hold_out(full, val_fraction, seed)
@@ -117,9 +173,12 @@ def load_splits(
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
         select_name = "held-out"
         select = held_out.fetch(torch.arange(len(held_out))) if isinstance(held_out, StreamedSet) else held_out
+    if len(full) < 2:
+        raise InputError(f"{folder}/train.beton: one image is too few to train on (batch norm needs two): give it more")
     statistics = normalisation(manifest, std, everywhere=std_everywhere)
-    tensors = (torch.tensor(values, device=device) for values in statistics)
-    return Splits(full, select, select_name, test, manifest, (manifest.sha256, test_manifest.sha256), *tensors)
+    mean, deviation = (torch.tensor(values, device=device) for values in statistics)
+    sha256 = manifest.sha256, test_manifest.sha256
+    return Splits(full, select, select_name, test, manifest, sha256, mean, deviation, warnings)
 
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
@@ -132,19 +191,52 @@ def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: b
 
 
 def load_streamed(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[StreamedSet, Manifest]:
-    """Map a beton. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
-    require_file(path)
-    manifest = Manifest.load(path)
-    content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-    pointers, labels, index = layout(content, path)
-    digest = None
-    if verify:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    check_content(path, manifest, labels, digest, limit)
+    """Open a beton. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
+    manifest = load_manifest(path)
+    file = OpenFile(path)
+    pointers, labels, index = layout(file.read, file.size, path)
+    digest = hashlib.sha256()
+    for start in range(0, file.size if verify else 0, 1 << 20):
+        digest.update(file.read(start, min(1 << 20, file.size - start)).data)
+    check_content(path, manifest, labels, digest.hexdigest() if verify else None, limit)
     part = slice(limit or None)
     tensors = (torch.from_numpy(array[part]).to(device) for array in (labels, index))
-    return StreamedSet(content, pointers[part], *tensors), manifest
+    streamed = StreamedSet(file, pointers[part], *tensors)
+    if verify and not manifest.source_sha256:
+        whole = StreamedSet(file, pointers, torch.from_numpy(labels), torch.from_numpy(index))
+        parts = (whole.fetch(positions).images.numpy() for positions in torch.arange(len(labels)).split(1000))
+        check_statistics(path, manifest, parts)
+    return streamed, manifest
+
+
+KEY = slice(16 * 96, 16 * 96 + 64)  # bytes of an image: two thirds of its middle row, which few pairs of images share
+
+
+def count_shared(train: AnySet, test: ResidentSet) -> int:
+    """How many test images are, byte for byte, training images too: those whose keys agree are compared whole."""
+    keys = [_middles(part) for part in (train, test)]
+    common = set(keys[0]) & set(keys[1])
+    if not common:
+        return 0
+    alike = [
+        torch.tensor([place for place, key in enumerate(part) if key in common], device=test.labels.device) for part in keys
+    ]
+    tested = [image.tobytes() for image in test.subset(alike[1]).images.cpu().numpy()]
+    wanted, trained = set(tested), set()
+    for positions in alike[0].split(1000):
+        part = train.fetch(positions) if isinstance(train, StreamedSet) else train.subset(positions)
+        trained |= wanted.intersection(image.tobytes() for image in part.images.cpu().numpy())
+    return sum(image in trained for image in tested)
+
+
+def _middles(part: AnySet) -> list[bytes]:
+    """Each image's key."""
+    if isinstance(part, StreamedSet):
+        keys = np.empty((len(part), KEY.stop - KEY.start), np.uint8)
+        part.file.read_into(keys, (part.pointers + KEY.start).tolist())
+    else:
+        keys = part.images.view(-1, IMAGE_BYTES)[:, KEY].contiguous().cpu().numpy()
+    return keys.view(f"V{keys.shape[1]}")[:, 0].tolist()
 
 
 def is_cifar10(manifest: Manifest) -> bool:

@@ -6,13 +6,15 @@ python -m fastcifar.predict --checkpoint runs/se_resnet18-seed0/best.pt --input 
 import csv
 import io
 import re
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE, read_beton
@@ -21,10 +23,10 @@ from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.evaluate import TTA, class_probabilities
 from fastcifar.files import write_bytes
-from fastcifar.safe_pickle import load_pickle
+from fastcifar.safe_pickle import decode_name, load_pickle
 
 MAX_ID = 255  # characters of an ID, as of a file's name
-EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's modes that turn into RGB without loss of range
+MAX_PNG = 1 << 22  # bytes; 32x32 pixels take 4 kB, profiles and texts beside them vary
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def main() -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ID", "Labels"])
     writer.writerows(zip(unlabelled.ids, labels, strict=True))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(options.out, text.getvalue().encode())
     print(f"{options.out}: {len(labels):,} predictions")
 
@@ -79,19 +82,38 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
         tta=options.tta,
         autocast_dtype=choose_precision(options.precision, device),
     )
-    return torch.cat([probabilities.argmax(1) for probabilities in batches]).tolist(), unlabelled
+    labels: list[int] = []
+    for probabilities in batches:
+        if not bool(probabilities.isfinite().all()):
+            raise InputError(f"{options.checkpoint} predicts NaN or infinity: its training diverged, choose another checkpoint")
+        labels += probabilities.argmax(1).tolist()
+    return labels, unlabelled
 
 
 def read_unlabelled(path: Path) -> Unlabelled:
-    """Read a folder of PNGs, a beton or a pickle. Raises InputError naming what does not fit."""
+    """Read a folder of PNGs, a beton or a pickle. Raises InputError naming what does not fit.
+
+    IDs go into the CSV as they are, since a competition compares them; so those that a spreadsheet would take for a formula,
+    that hold control characters, or that stand for two images are refused rather than altered.
+    """
     if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
+        unlabelled = _read_folder(path)
+    elif not path.exists():
         raise InputError(f"{path} is missing: name a pickle, a .beton file or a folder of PNGs")
-    if path.suffix == ".beton":
+    elif path.suffix == ".beton":
         beton = read_beton(path)
-        return Unlabelled(beton.images, [str(number) for number in beton.index.tolist()])
-    return _read_pickle(path)
+        unlabelled = Unlabelled(beton.images, [str(number) for number in beton.index.tolist()])
+    else:
+        unlabelled = _read_pickle(path)
+    (most, times), *_ = Counter(unlabelled.ids).most_common(1)
+    if times > 1:
+        raise InputError(f"{path} has ID {most!r} {times} times: give every image an ID of its own")
+    for name in unlabelled.ids:
+        if not name.isprintable() or name[:1] in ("", "=", "+", "@") or (name[0] == "-" and not name[1:].isdecimal()):
+            raise InputError(
+                f"{path} has ID {name!r}: rename it, an ID must not be empty, a formula or hold control characters"
+            )
+    return unlabelled
 
 
 def _read_folder(path: Path) -> Unlabelled:
@@ -101,17 +123,26 @@ def _read_folder(path: Path) -> Unlabelled:
         raise InputError(f"{path} holds no .png file: name a folder of 32x32 PNGs")
     images = np.empty((len(files), SIDE, SIDE, 3), np.uint8)
     for number, file in enumerate(files):
+        if not file.is_file() or file.stat().st_size > MAX_PNG:
+            raise InputError(f"{file} is not a file of at most {MAX_PNG:,} bytes: images must be {SIDE}x{SIDE} PNGs")
         try:
-            with Image.open(file) as image:
-                if image.size != (SIDE, SIDE):
-                    width, height = image.size
-                    raise InputError(f"{file} is {width}x{height} pixels: images must be {SIDE}x{SIDE}, resize it first")
-                if image.mode not in EIGHT_BIT:
-                    raise InputError(f"{file} has mode {image.mode}: images must have 8 bits a channel, convert it first")
-                images[number] = np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{file} is not a valid PNG ({' '.join(str(error).split())}): get it again") from None
+            images[number] = _decode_png(file)
+        except Exception as error:  # Pillow's decoder raises almost anything
+            problem = " ".join(shortened(error).split())
+            raise InputError(
+                f"{file} is no {SIDE}x{SIDE} PNG of 8 bits a channel ({problem}): convert it, or get it again"
+            ) from None
     return Unlabelled(images, [file.stem for file in files])
+
+
+def _decode_png(file: Path) -> np.ndarray[Any, Any]:
+    """Pixels [32, 32, 3] of a PNG of at most 8 bits a channel. Raises ValueError, or whatever Pillow does."""
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=["PNG"]) as image:
+        if image.size != (SIDE, SIDE):
+            raise ValueError(f"{image.width}x{image.height} pixels instead of {SIDE}x{SIDE}")
+        if any("16" in str(raw_mode) for *_, raw_mode in image.tile):  # which Pillow would cut to 8 without a word
+            raise ValueError("16 bits a channel")
+        return np.asarray(image.convert("RGB"))
 
 
 def _natural(file: Path) -> list[Any]:
@@ -149,7 +180,7 @@ def _read_ids(ids: Any, count: int, path: Path) -> list[str]:
             raise InputError(f"{path}: an id is {shortened(entry)}: is it the right file?")
         if isinstance(entry, bytes | str) and len(entry) > MAX_ID:
             raise InputError(f"{path}: an id is a text of {len(entry)} characters, more than {MAX_ID}: is it the right file?")
-    return [entry.decode("latin1") if isinstance(entry, bytes) else str(entry) for entry in entries]
+    return [decode_name(entry) if isinstance(entry, bytes) else str(entry) for entry in entries]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ a class or function of this module: NumPy trusts the state it unpickles (a forge
 to any address), so the stream never gets hold of a real dtype or array. BUILD, which sets attributes, works only on those
 classes.
 The unpickler is Python's own in Python: the one in C hashes keys of any depth and makes room for any memo number.
-What a stream can take of memory and time is bounded by its file's size: how many opcodes it has, and what `encode` makes.
+What a stream can take of memory and time is bounded by its file's size: how many opcodes it has, what `encode` makes, and
+how wide the characters of a long text are. The peak is about three times the file, that of an honest file twice.
 """
 
 import io
@@ -23,8 +24,10 @@ from fastcifar.errors import InputError, shortened
 MAX_BYTES = 1 << 30  # of a file; CIFAR-100's training split, the largest, has 155 MB
 # An image has 3072 bytes and needs three opcodes (label, file name, memo), ten where labels are NumPy's numbers.
 FREE_OPCODES = 100_000
-BYTES_PER_OPCODE = 64
+BYTES_PER_OPCODE = 256
+LONG_TEXT = 1 << 16  # bytes; a longer text is pixels as Python 3 writes them for protocols 0 to 2: characters of one byte
 NUMBERS = {f"{kind}{size}" for kind, sizes in (("u", "1248"), ("i", "1248"), ("f", "248")) for size in sizes} | {"b1"}
+LATIN1_IN_UTF8 = bytes(range(0xC4))
 
 
 class _NdarrayType:
@@ -140,6 +143,22 @@ class SafeUnpickler(PythonUnpickler):  # type: ignore[misc]
             raise pickle.UnpicklingError("it encodes more text than it holds")
         return _encode(text, encoding)
 
+    def load_unicode(self) -> None:
+        """One character beyond latin1 makes Python store the whole text with two or four bytes a character."""
+        line = self.readline()[:-1]
+        if len(line) > LONG_TEXT and b"\\U" in line:
+            raise pickle.UnpicklingError("it has a long text of wide characters")
+        self.append(str(line, "raw-unicode-escape"))
+
+    def load_binunicode(self, length: str = "<I") -> None:
+        content = self.read(struct.unpack(length, self.read(struct.calcsize(length)))[0])
+        if len(content) > LONG_TEXT and content.translate(None, LATIN1_IN_UTF8):
+            raise pickle.UnpicklingError("it has a long text of wide characters")
+        self.append(str(content, "utf-8", "surrogatepass"))
+
+    def load_binunicode8(self) -> None:
+        self.load_binunicode("<Q")
+
     def load_bytearray8(self) -> None:
         """Python's own makes room for as many bytes as are announced, before it looks whether the file has them."""
         (length,) = struct.unpack("<Q", self.read(8))
@@ -167,6 +186,9 @@ class SafeUnpickler(PythonUnpickler):  # type: ignore[misc]
         (pickle.SETITEM, load_setitem),
         (pickle.SETITEMS, load_setitems),
         (pickle.DICT, load_dict),
+        (pickle.UNICODE, load_unicode),
+        (pickle.BINUNICODE, load_binunicode),
+        (pickle.BINUNICODE8, load_binunicode8),
         (pickle.BYTEARRAY8, load_bytearray8),
     ):
         dispatch[opcode[0]] = method
@@ -204,9 +226,21 @@ def load_pickle(path: Path) -> dict[str, Any]:
             return {_text(key): entry.array if isinstance(entry, _Array) else entry for key, entry in value.items()}
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is refused: {error}; get the file again from a source you trust") from None
+    except MemoryError:
+        raise InputError(f"{path}: its {len(content):,} bytes need more memory than there is: close other programs") from None
     except Exception as error:  # a malformed stream can raise almost anything: all of it means "not a valid pickle"
         raise InputError(f"{path} is damaged ({type(error).__name__}: {shortened(error)}): get the file again") from None
     raise InputError(f"{path} holds a {type(value).__name__}, not a dict: it is not a CIFAR pickle")
+
+
+def decode_name(name: bytes | str) -> str:
+    """A name as text: Python 2 stored bytes, in UTF-8 or, as a fallback, latin1."""
+    if isinstance(name, str):
+        return name
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        return name.decode("latin1")
 
 
 def _text(key: bytes | str) -> str:

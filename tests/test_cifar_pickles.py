@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, write_cifar100, write_cifar_pickles
 
-from data_prep.cifar_pickles import LAYOUTS, find_pickles, is_official, read_split, source_md5
+from data_prep.cifar_pickles import LAYOUTS, digests, find_pickles, is_official, read_split
 from fastcifar.errors import InputError
 
 CIFAR10, CIFAR100 = LAYOUTS["cifar10"], LAYOUTS["cifar100"]
@@ -174,8 +174,8 @@ def test_the_official_md5_sums_are_torchvisions(dataset: str) -> None:
 
 def test_data_is_official_only_when_each_of_its_splits_files_is(pickles: Path) -> None:
     expected = {name: hashlib.md5((pickles / name).read_bytes()).hexdigest() for name in ("test_batch", "batches.meta")}
-    assert source_md5(pickles, CIFAR10, "test") == expected
-    assert list(source_md5(pickles, CIFAR10, "train")) == [*(f"data_batch_{i}" for i in range(1, 6)), "batches.meta"]
+    assert digests(pickles, CIFAR10, "test", "md5") == expected
+    assert list(digests(pickles, CIFAR10, "train", "md5")) == [*(f"data_batch_{i}" for i in range(1, 6)), "batches.meta"]
     md5 = {**CIFAR10.splits["test"], **CIFAR10.meta}
     assert is_official(md5, CIFAR10)
     for name in md5:

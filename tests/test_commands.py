@@ -1,9 +1,14 @@
 """Evaluate, predict, plots and the contact sheet do what they say, on a network trained for a moment."""
 
 import csv
+import io
 import json
 import pickle
 import shutil
+import struct
+import warnings
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from rich.console import Console
 
 from fastcifar import evaluate, plots, predict
 from fastcifar.augmentation import __main__ as contact_sheet
-from fastcifar.beton import read_beton
+from fastcifar.beton import Manifest, read_beton
 from fastcifar.command import parse_command
 from fastcifar.dataset import ResidentSet
 from fastcifar.errors import InputError
@@ -68,9 +73,9 @@ def test_evaluate_prints_tables_and_json(finished, betons, call):
 
 def test_evaluate_refuses_data_of_other_classes(finished, betons, tmp_path):
     shutil.copytree(betons, tmp_path / "other")
-    manifest = json.loads((tmp_path / "other" / "test.json").read_text())
-    manifest["class_names"][0] = "something else"
-    (tmp_path / "other" / "test.json").write_text(json.dumps(manifest))
+    beton = tmp_path / "other" / "test.beton"
+    manifest = Manifest.load(beton)
+    replace(manifest, class_names=["something else", *manifest.class_names[1:]]).save(beton)
     with pytest.raises(InputError, match="knows other classes"):
         measure(finished, tmp_path / "other")
 
@@ -138,6 +143,79 @@ INVALID_PICKLES = [
 ]
 
 
+def png(channels, bits, change=lambda chunks: chunks):
+    """A PNG of 32x32 pixels that are all of one value; `change` has its blocks [(kind, content)] before they are summed up."""
+    row = b"\0" + b"\x12" * (32 * channels * bits // 8)
+    header = struct.pack(">IIBBBBB", 32, 32, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row * 32)), (b"IEND", b"")]
+    blocks = ((len(content).to_bytes(4) + kind + content, zlib.crc32(kind + content)) for kind, content in change(chunks))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(block + checksum.to_bytes(4) for block, checksum in blocks)
+
+
+def flipped(content, position):
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+GOOD_PNG = png(3, 8)
+GIF = io.BytesIO()
+Image.new("RGB", (32, 32)).save(GIF, "GIF")
+INVALID_PNGS = [
+    *((png(channels, 16), "16 bits a channel") for channels in (1, 2, 3, 4)),
+    (png(3, 16, lambda chunks: [(b"tEXt", b"a\0" + bytes([1] * 30)), *chunks]), "16 bits a channel"),
+    (png(3, 8, lambda chunks: [chunks[0], (b"IHDR", png(3, 16)[16:29]), *chunks[1:]]), "16 bits a channel"),
+    *((flipped(GOOD_PNG, position), "get it again") for position in (16, 24, 30, 50, 60)),
+    (GOOD_PNG[:40], "get it again"),
+    (png(3, 8, lambda chunks: [chunks[0], (b"IDAT", chunks[1][1][:10]), chunks[2]]), "truncated"),
+    (png(3, 8, lambda chunks: [chunks[0], chunks[2]]), "get it again"),
+    (b"not a picture", "cannot identify"),
+    (GIF.getvalue(), "cannot identify"),
+    (GOOD_PNG + bytes(1 << 22), "a file of at most"),
+]
+
+
+def test_the_pngs_of_these_tests_are_valid_but_for_their_damage(tmp_path):
+    for number, channels in enumerate((1, 2, 3, 4)):
+        (tmp_path / f"{number}.png").write_bytes(png(channels, 8))
+    palette = Image.new("P", (32, 32))
+    palette.putpalette([0x12] * 3)
+    palette.save(tmp_path / "4.png", transparency=b"\x80")  # about which Pillow would warn
+    with warnings.catch_warnings(action="error"):
+        assert (predict.read_unlabelled(tmp_path).images == 0x12).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        (["a", "b", "a"], "has ID 'a' 2 times"),
+        ([1, "1", 2], "has ID '1' 2 times"),
+        *(([1, 2, text], "rename it") for text in ("=1+1", "+1", "@a", "-cmd", "\t=1", "a\rb", "a\x1b[2J", "", "\u202ea")),
+        (["-1", -2, 3], None),
+        (["é", "é".encode(), "a b"], "has ID 'é' 2 times"),
+    ],
+)
+def test_ids_are_unique_and_no_formulas(tmp_path, ids, problem):
+    path = tmp_path / "ids.pkl"
+    path.write_bytes(pickle.dumps({"data": np.zeros((3, 3072), np.uint8), "ids": ids}))
+    if problem is None:
+        assert predict.read_unlabelled(path).ids == ["-1", "-2", "3"]
+    else:
+        with pytest.raises(InputError, match=problem):
+            predict.read_unlabelled(path)
+
+
+def test_one_name_in_two_spellings_is_refused(tmp_path):
+    for name in ("1.png", "1.PNG"):
+        (tmp_path / name).write_bytes(GOOD_PNG)
+    with pytest.raises(InputError, match="has ID '1' 2 times"):
+        predict.read_unlabelled(tmp_path)
+
+
+def test_probabilities_that_are_not_finite_are_refused(finished, betons, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "class_probabilities", lambda *_, **__: [torch.full((50, 10), torch.nan)])
+    with pytest.raises(InputError, match=r"last\.pt predicts NaN or infinity"):
+        predictions(finished, betons / "test.beton", tmp_path)
+
+
 def test_predict_refuses_what_is_no_set_of_images(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -145,13 +223,15 @@ def test_predict_refuses_what_is_no_set_of_images(tmp_path):
         predict.read_unlabelled(folder)
     path = folder / "small.png"
     Image.new("RGB", (31, 32)).save(path)
-    with pytest.raises(InputError, match=r"small\.png is 31x32 pixels"):
+    with pytest.raises(InputError, match=r"small\.png is no .* channel \(31x32 pixels"):
         predict.read_unlabelled(folder)
-    path.write_bytes(b"not a picture")
-    with pytest.raises(InputError, match=r"small\.png is not a valid PNG"):
-        predict.read_unlabelled(folder)
-    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(path)
-    with pytest.raises(InputError, match=r"small\.png has mode I;16"):
+    for content, problem in INVALID_PNGS:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"small\.png is no.*{problem}"):
+            predict.read_unlabelled(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=r"small\.png is not a file"):
         predict.read_unlabelled(folder)
     with pytest.raises(InputError, match="is missing"):
         predict.read_unlabelled(tmp_path / "nothing.pkl")

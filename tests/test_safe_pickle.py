@@ -256,18 +256,22 @@ def test_codecs_encode_is_what_python_3_writes_for_bytes_and_only_with_latin1(lo
 OBJECT_FIELD = b"(U\x01at}U\x01a(cnumpy\ndtype\nU\x02O8K\x00K\x01\x87RK\x00ts"  # names, {name: (dtype, offset)}
 POINTER_DTYPE = b"cnumpy\ndtype\nU\x02V8K\x00K\x01\x87R(K\x03U\x01|N" + OBJECT_FIELD + b"K\x08K\x01K\x00tb"  # no flags
 ENCODE = b"\x80\x02c_codecs\nencode\nq\x01X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20) + b"q\x02("
+WIDE = b"x" * (32 << 20)
 HOSTILE = {
     "object array with too short a list": entry(array(b"J\xa0\x86\x01\x00\x85", OBJECT, b"](K\x01e")),
     "object pointer as a scalar": entry(b"cnumpy.core.multiarray\nscalar\n" + POINTER_DTYPE + short(b"A" * 8) + b"\x86R"),
     "tuples so deep that their hash overflows the stack": b"\x80\x02}T"
-    + struct.pack("<I", 8 << 20)
-    + bytes(8 << 20)
+    + struct.pack("<I", 32 << 20)
+    + bytes(32 << 20)
     + b"0)"
     + b"\x85" * 200_000
     + b"K\x01s.",  # the bytes pay for the opcodes
     "bytes that the file does not have": b"\x80\x05}X\x04\x00\x00\x00data\x96" + struct.pack("<Q", 1 << 30) + b"xs.",
     "one text encoded many times": ENCODE + b"h\x01h\x02\x85R" * 800 + b"l.",
     "one text encoded many times, by another opcode": ENCODE + b"(h\x01h\x02o" * 800 + b"l.",
+    # One character beyond latin1 makes Python keep all of a text's at two or four bytes each.
+    "a long text with one wide character": entry(b"X" + struct.pack("<I", (32 << 20) + 4) + "\U0001f600".encode() + WIDE),
+    "a long line with one wide character": entry(b"V\\U0001f600" + WIDE + b"\n"),
     "sets": b"\x80\x04(" + b"\x8f" * 3_000_000 + b"l.",
     "lists": b"\x80\x02(" + b"]" * 6_000_000 + b"l.",
     "a name of 20 MB": b"\x80\x02c" + b"os." * 7_000_000 + b"\nsystem\n.",

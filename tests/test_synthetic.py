@@ -7,7 +7,7 @@ import pytest
 from conftest import learnable_images
 
 from data_prep import synthetic
-from data_prep.cifar_pickles import LAYOUTS, find_pickles, is_official, read_split, source_md5
+from data_prep.cifar_pickles import LAYOUTS, digests, find_pickles, is_official, read_split
 
 LAYOUT = LAYOUTS["cifar10"]
 Drawn = tuple[np.ndarray, np.ndarray]
@@ -64,7 +64,7 @@ def test_pickles_are_the_same_for_a_seed_and_pass_the_normal_reader(tmp_path: Pa
         assert splits[split].images.shape == (count, 32, 32, 3)
         assert set(splits[split].labels.tolist()) == set(range(10))
         assert splits[split].class_names == list(synthetic.SHAPES)
-        assert not is_official(source_md5(folder, LAYOUT, split), LAYOUT)
+        assert not is_official(digests(folder, LAYOUT, split, "md5"), LAYOUT)
     images = np.concatenate([split.images for split in splits.values()])
     assert len({image.tobytes() for image in images}) == 1300  # none twice, and none of the test in the training split
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastcifar.beton import Manifest
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
@@ -371,7 +372,7 @@ def test_a_resume_on_other_data_is_refused(betons, finished, tmp_path):
     other.mkdir()
     for split, source in (("train", "test"), ("test", "train")):
         shutil.copy(betons / f"{source}.beton", other / f"{split}.beton")
-        shutil.copy(betons / f"{source}.json", other / f"{split}.json")
+        replace(Manifest.load(betons / f"{source}.beton"), split=split).save(other / f"{split}.beton")
     with pytest.raises(InputError, match="trained on other files"):
         train(parse_command(["--resume", str(finished.path), "--data", str(other)]), Console(quiet=True))
     moved = shutil.copytree(betons, tmp_path / "moved")

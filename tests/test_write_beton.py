@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -31,6 +32,7 @@ from fastcifar.errors import InputError, run_command
 
 FILES = ["test.beton", "test.json", "train.beton", "train.json"]
 REAL_DOWNLOAD = write_beton.download
+METADATA = 24 + 3 * 1041  # where it begins: 32 bytes a sample, its label at 16, its index at 24
 SMALL = ("--train-images", 50, "--test-images", 10)
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 Command = Callable[..., str]
@@ -91,8 +93,12 @@ def unchanged(folder: Path) -> Iterator[None]:
     assert state(folder) == before
 
 
+def digest(path: Path, algorithm: str) -> str:
+    return hashlib.new(algorithm, path.read_bytes()).hexdigest()
+
+
 def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return digest(path, "md5")
 
 
 # What is written
@@ -108,6 +114,7 @@ def test_the_manifest_describes_the_data(betons: Path, pickles: Path, split: str
     versions = values.pop("versions")
     assert (versions["ffcv"], versions["numpy"]) == ("1.0.2", np.__version__)
     assert versions["fastcifar"]
+    assert len(values.pop("manifest_sha256")) == 64
     assert values == {
         "dataset": "cifar10",
         "split": split,
@@ -117,7 +124,10 @@ def test_the_manifest_describes_the_data(betons: Path, pickles: Path, split: str
         "sha256": hashlib.sha256((betons / f"{split}.beton").read_bytes()).hexdigest(),
         "official": False,
         "synthetic": False,
-        "source_md5": {name: md5(pickles / name) for name in (*batches, "batches.meta")},
+        **{
+            f"source_{algorithm}": {name: digest(pickles / name, algorithm) for name in (*batches, "batches.meta")}
+            for algorithm in ("md5", "sha256")
+        },
     }
 
 
@@ -204,6 +214,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing": lambda out: (out / "train.beton").unlink(),
     "no manifest": lambda out: (out / "train.json").unlink(),
     "broken manifest": lambda out: (out / "train.json").write_text('{"dataset": '),
+    "the test split's beton and manifest": lambda out: [
+        shutil.copy(path, path.with_stem("train")) for path in (out / "test.beton", out / "test.json")
+    ],
     "another's manifest": lambda out: shutil.copy(out / "test.json", out / "train.json"),
 }
 
@@ -339,6 +352,73 @@ def test_a_download_fails_quietly_only_without_network(
         socket.setdefaulttimeout(before)
 
 
+# Names, which any file may have made up
+
+
+def test_names_carry_nothing_that_would_steer_a_terminal(command: Command, other_pickles: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(other_pickles, tmp_path / "source"))
+    names = [b"\x1b]0;title\x07", "\u202eauto".encode(), "\xe9".encode(), b"\xe9", b"deer" * 100, *map(str, range(5))]
+    (source / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    printed = command("--source", source, "--out", tmp_path / "out", "--name", "\x1b[2J\udcff")
+    assert printed.replace("\n", "").isprintable()
+    manifest = Manifest.load(tmp_path / "out" / "test.beton")
+    assert manifest.name == r"\x1b[2J\udcff"
+    assert manifest.class_names[:5] == [r"\x1b]0;title\x07", r"\u202eauto", "\xe9", "\xe9", "deer" * 50]
+    assert "left alone" in command("--source", source, "--out", tmp_path / "out", "--name", "\x1b[2J\udcff")
+
+
+# --check
+
+
+def test_check_compares_hash_statistics_and_pickles(command: Command, pickles: Path, out: Path) -> None:
+    with unchanged(out), unchanged(pickles):
+        lines = command("--check", "--out", out).splitlines()
+        assert [line.split(":")[0] for line in lines] == [str(out / f"{split}.beton") for split in ("train", "test")]
+        assert all("hash and statistics right, no pickles at hand" in line for line in lines)
+        shutil.copytree(pickles, "data/cifar-10-batches-py")
+        assert command("--check", "--out", out).count("byte for byte as in data/cifar-10-batches-py") == 2
+        assert command("--check", "--out", out, "--source", pickles).count(f"byte for byte as in {pickles}") == 2
+
+
+def test_check_finds_the_pickles_of_a_synthetic_dataset(command: Command, drawn: Path) -> None:
+    shutil.copytree(drawn, ".", dirs_exist_ok=True)
+    assert command("--check").count("byte for byte as in data/synthetic-50-10") == 2
+
+
+def relabel(out: Path) -> None:
+    """Write the beton's labels anew, with a manifest that agrees with them: only its pickles tell."""
+    path = out / "train.beton"
+    labels = path.read_bytes()[METADATA + 16]
+    overwrite(path, METADATA + 16, bytes([(labels + 1) % 10]))
+    replace(Manifest.load(path), sha256=digest(path, "sha256")).save(path)
+
+
+CHECKS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    **{
+        name: (lambda out, _, damage=damage: damage(out), r"train\.(beton|json)")
+        for name, damage in DAMAGE.items()
+    },
+    "a pixel of a pickle": (lambda _, source: overwrite(source / "data_batch_3", 5000, b"new"), "data_batch_3 .* sha256"),
+    "a label": (lambda out, _: relabel(out), r"train\.beton does not hold what is in"),
+    "statistics": (
+        lambda out, _: replace(Manifest.load(out / "train.beton"), mean=[0.5, 0.5, 0.4]).save(out / "train.beton"),
+        r"train\.json has another mean or std",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHECKS)
+def test_check_names_what_differs_and_changes_nothing(
+    refused: Callable[..., str], pickles: Path, out: Path, tmp_path: Path, change: str
+) -> None:
+    source = Path(shutil.copytree(pickles, tmp_path / "source"))
+    damage, message = CHECKS[change]
+    damage(out, source)
+    with unchanged(out), unchanged(source):
+        assert re.search(message, refused(write_beton.main, "--check", "--out", out, "--source", source))
+        refused(write_beton.main, "--check", "--force", "--out", out)
+
+
 # What goes wrong on the way
 
 
@@ -385,7 +465,6 @@ def test_a_manifest_that_cannot_be_written_leaves_a_beton_that_is_written_again(
     assert contents(out) == before
 
 
-METADATA = 24 + 3 * 1041  # where it begins: 32 bytes a sample, its label at 16, its index at 24
 DISK_ERRORS = {
     "pixel": {(1 << 23) + 5000: b"new"},
     "label": {METADATA + 16 + 1: b"\1"},
