@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from fastcifar import files
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, shortened
 from fastcifar.run_folder import RunFolder, environment_facts
 
 VERSION = 2  # of the format; raise it when a field changes its meaning
@@ -172,6 +172,14 @@ class Results:
         return {name: comparison for name, comparison in named.items() if comparison is not None}
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the page computes with or calls by its name; the other facts it only prints."""
+
+    hardware: str | None = None
+    cores: int = 0
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit, command; clocks, load and threads as they are now."""
     facts = environment_facts(device) | {
@@ -250,12 +258,12 @@ def read_results(path: Path) -> tuple[Path, Results]:
     values = files.read_json(path, remedy=AGAIN)
     found = values.get("schema") if isinstance(values, dict) else None
     if found != VERSION:
-        whose = "of version 0.1" if found == 1 else f"of format {found}"
+        whose = "of version 0.1" if found == 1 else f"of format {shortened(found)}"
         raise InputError(
             f"{path} is {whose}, and this version reads format {VERSION} only: read the report beside it, or run the benchmark "
             "again with another --out"
         )
-    results = from_json(Results, values, str(path))
+    results = from_json(Results, _plain(values, str(path)), str(path))
     check(results, str(path))
     return path, results
 
@@ -266,8 +274,12 @@ def check(results: Results, where: str = "results") -> None:
     def within(what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max) -> None:
         for value in values:
             if value is not None and not low <= value <= high:  # NaN is not
-                raise InputError(f"{where}: {what} is {value}: {AGAIN}")
+                raise InputError(f"{where}: {shortened(what)} is {value}: {AGAIN}")
 
+    facts, load = results.environment, results.environment.get("load", {})
+    from_json(Facts, {name: facts[name] for name in ("hardware", "cores") if name in facts}, f"{where}: environment")
+    within("the load", [_value(float, value, f"{where}: load") for value in _typed(dict, load, f"{where}: load").values()])
+    within("target_top1", [_value(float | None, results.settings.get("target_top1"), f"{where}: target_top1")], high=1)
     for run in results.runs:
         within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
         within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
@@ -292,12 +304,28 @@ def from_json(kind: type[Row], values: Any, where: str) -> Row:
     """Rebuild a dataclass, nested ones included, checking names and types. Raises InputError naming the field."""
     hints = get_type_hints(kind)
     if unknown := _typed(dict, values, where).keys() - hints.keys():
-        raise InputError(f"{where}: unknown field {sorted(unknown)[0]!r}: {AGAIN}")
+        raise InputError(f"{where}: unknown field {shortened(repr(sorted(unknown)[0]))}: {AGAIN}")
     parsed = {name: _value(hints[name], entry, f"{where}: {name}") for name, entry in values.items()}
     try:
         return kind(**parsed)
     except TypeError as error:
         raise InputError(f"{where}: {error}: {AGAIN}") from None
+
+
+def _plain(value: Any, where: str) -> Any:
+    """JSON whose texts cannot steer a terminal, and whose numbers are finite and have an end. Raises InputError."""
+    match value:
+        case dict():
+            return {_plain(key, where): _plain(entry, where) for key, entry in value.items()}
+        case list():
+            return [_plain(entry, where) for entry in value]
+        case str():
+            return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
+        case int() if abs(value) >= 2**63:
+            raise InputError(f"{where}: a number of {value.bit_length()} bits: {AGAIN}")
+        case float() if not math.isfinite(value):
+            raise InputError(f"{where}: a number is {value}: {AGAIN}")
+    return value
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -56,8 +56,12 @@ def _channels(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, float) and math.isfinite(v) for v in value)
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) is Tensor and value.layout == torch.strided and not (value.is_meta or value.is_complex())
+
+
 def _weights(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return isinstance(value, dict) and all(isinstance(name, str) and _is_plain(tensor) for name, tensor in value.items())
 
 
 VALID: dict[str, Callable[[Any], bool]] = {
@@ -80,12 +84,20 @@ VALID: dict[str, Callable[[Any], bool]] = {
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a full disk or a kill leaves the previous file as it was. Raises OSError."""
-    buffer = io.BytesIO()  # PyTorch's own writer turns a full disk into a RuntimeError without the path
-    torch.save({"format": FORMAT, **vars(checkpoint)}, buffer)
-    buffer.seek(-2, io.SEEK_END)
-    buffer.write(DIGEST_BYTES.to_bytes(2, "little"))
-    content = buffer.getbuffer()
-    files.write_bytes(path, b"".join((content, hashlib.sha256(content).hexdigest().encode())))
+    files.write_bytes(path, sealed(serialised({"format": FORMAT, **vars(checkpoint)})))
+
+
+def serialised(values: dict[str, Any]) -> bytes:
+    """PyTorch's archive of plain values and tensors, made in memory: its own writer turns a full disk into a RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    return buffer.getvalue()
+
+
+def sealed(archive: bytes) -> bytes:
+    """A zip archive without a comment, with the hash of it as its comment."""
+    content = archive[:-2] + DIGEST_BYTES.to_bytes(2, "little")
+    return content + hashlib.sha256(content).hexdigest().encode()
 
 
 def load_checkpoint(path: Path, device: torch.device, *, arch: str | None = None) -> Checkpoint:

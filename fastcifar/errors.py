@@ -56,7 +56,7 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:
     known = sorted(known)
     nearest = get_close_matches(given, known, n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return InputError(f"unknown {kind} {given!r}: {hint}known are {', '.join(known)}")
+    return InputError(f"unknown {kind} {shortened(repr(given))}: {hint}known are {', '.join(known)}")
 
 
 def shortened(value: object, limit: int = 80) -> str:

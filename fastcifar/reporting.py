@@ -28,6 +28,8 @@ def announce(
     """Say what is about to happen."""
     recipe, row = command.settings, reported(command.recipe_name)
     warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
+    for warning in data.warnings:
+        console.print(f"warning: {warning}", style="yellow")
     claim = f", which claims {row.claim}" if row.claim else ""
     console.print(f"{state.arch}, {count_parameters(state.model):,} parameters; {row.source}{claim}")
     sizes = f"{len(data.train):,} training and {len(data.test):,} test images"

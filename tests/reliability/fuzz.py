@@ -165,9 +165,9 @@ def run(target: str, seed: int, first: int, cases: int) -> dict[str, Any]:
 
 def targets() -> dict[str, Callable[[random.Random], Case]]:
     """Name of a target -> the function that makes a case."""
-    from tests.reliability import data_cases  # here, since it imports this file
+    from tests.reliability import data_cases, run_cases  # here, since they import this file
 
-    return {**data_cases.TARGETS}
+    return {**data_cases.TARGETS, **run_cases.TARGETS}
 
 
 def main() -> None:
