@@ -140,7 +140,7 @@ def _read_folder(path: Path) -> Unlabelled:
 def _decode_png(file: Path) -> np.ndarray[Any, Any]:
     """Pixels [32, 32, 3] of a PNG of at most 8 bits a channel. Raises ValueError, or whatever Pillow does.
 
-    Every block's checksum is compared, since Pillow skips those of the pixels and stops before zlib's own.
+    Every block's checksum is compared, since Pillow skips those of the pixels, and zlib's own where the block is cut short.
     """
     content = file.read_bytes()
     start, kind = len(PNG_SIGNATURE), b""

@@ -165,8 +165,8 @@ INVALID_PNGS = [
     (png(3, 16, lambda chunks: [(b"tEXt", b"a\0" + bytes([1] * 30)), *chunks]), "16 bits a channel"),
     (png(3, 8, lambda chunks: [chunks[0], (b"IHDR", png(3, 16)[16:29]), *chunks[1:]]), "16 bits a channel"),
     *((flipped(GOOD_PNG, position), "get it again") for position in (16, 24, 30, 50, 60)),
-    # In a PNG whose pixels are not compressed, Pillow takes a changed byte for another pixel.
-    *((flipped(STORED_PNG, position), "damaged or cut short") for position in (1000, 2500)),
+    # The pixels' block one byte too short hides zlib's checksum from Pillow, which then takes a changed byte for a pixel.
+    (flipped(flipped(STORED_PNG, 1000), 36), "damaged or cut short"),
     (GOOD_PNG[:40], "damaged or cut short"),
     (png(3, 8, lambda chunks: [chunks[0], (b"IDAT", chunks[1][1][:10]), chunks[2]]), "truncated"),
     (png(3, 8, lambda chunks: [chunks[0], chunks[2]]), "get it again"),
