@@ -7,6 +7,7 @@ import csv
 import io
 import re
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastcifar.files import write_bytes
 from fastcifar.safe_pickle import decode_name, load_pickle
 
 MAX_ID = 255  # characters of an ID, as of a file's name
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PNG = 1 << 22  # bytes; 32x32 pixels take 4 kB, profiles and texts beside them vary
 
 
@@ -136,8 +138,19 @@ def _read_folder(path: Path) -> Unlabelled:
 
 
 def _decode_png(file: Path) -> np.ndarray[Any, Any]:
-    """Pixels [32, 32, 3] of a PNG of at most 8 bits a channel. Raises ValueError, or whatever Pillow does."""
-    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=["PNG"]) as image:
+    """Pixels [32, 32, 3] of a PNG of at most 8 bits a channel. Raises ValueError, or whatever Pillow does.
+
+    Every block's checksum is compared, since Pillow skips those of the pixels, and zlib's own where the block is cut short.
+    """
+    content = file.read_bytes()
+    start, kind = len(PNG_SIGNATURE), b""
+    while content.startswith(PNG_SIGNATURE) and kind != b"IEND":
+        end = start + 8 + int.from_bytes(content[start : start + 4])
+        kind = content[start + 4 : start + 8]
+        if len(content) < end + 4 or zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            raise ValueError("damaged or cut short")
+        start = end + 4
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         if image.size != (SIDE, SIDE):
             raise ValueError(f"{image.width}x{image.height} pixels instead of {SIDE}x{SIDE}")
         if any("16" in str(raw_mode) for *_, raw_mode in image.tile):  # which Pillow would cut to 8 without a word
