@@ -35,10 +35,13 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+NARROW = replace(ARCHITECTURES["light_resnet18"], widths=(2, 2, 2, 2), blocks=(1, 1, 1, 1))
+
+
 @cache
 def honest() -> tuple[Checkpoint, Tensor, Tensor]:
     """A checkpoint of a small network, an image, and the logits it gives for it."""
-    ARCHITECTURES["narrow"] = replace(ARCHITECTURES["light_resnet18"], widths=(2, 2, 2, 2), blocks=(1, 1, 1, 1))
+    ARCHITECTURES.setdefault("narrow", NARROW)
     torch.manual_seed(0)
     model = place(build_model("narrow", 10), CPU).eval()
     mean, std = [0.5, 0.25, 0.5], [0.25, 0.5, 0.25]
