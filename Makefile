@@ -17,7 +17,7 @@ BIN := .venv/bin
 # One process a core with one thread each (tests/conftest.py): two threads in each would slow each other twenty-fold.
 PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup data train demo test test-slow gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
+.PHONY: help setup data train demo test test-slow soak fuzz mistakes endurance audit gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,23 @@ bench-quick: data  ## the same in small: a complete report within ten minutes on
 
 bench-pipeline: data  ## input pipelines, training step and time to the first step, measured on this machine
 	@$(BIN)/python bench/input_pipelines.py
+
+soak: setup  ## kill training and the writing of betons at 200 random moments, go on, compare every bit (15 minutes)
+	@$(BIN)/python -m tests.reliability.soak --kills 200 $(SOAK)
+
+fuzz: setup  ## 3,000 damaged or hostile files for each of seven readers (15 minutes)
+	@$(BIN)/python -m tests.reliability.fuzz --target all --cases 3000 $(FUZZ)
+
+mistakes: setup  ## 500 wrong command lines over every command (2 minutes)
+	@$(BIN)/python -m tests.reliability.mistakes --count 650 $(MISTAKES)
+
+endurance: setup  ## an hour of training, resuming and evaluating in one process: does anything grow?
+	@$(BIN)/python -m tests.reliability.endurance --minutes 60 $(ENDURANCE)
+
+audit: setup  ## ask the public advisories about every locked package; needs a network
+	@export PATH="$$PWD/.uv/bin:$$PATH"; list=$$(mktemp); trap 'rm -f "$$list"' EXIT; \
+	uv export --locked --no-emit-project --quiet > "$$list"; \
+	uv tool run pip-audit --requirement "$$list" --disable-pip --require-hashes
 
 lint: setup  ## ruff, mypy and the import contracts only
 	@$(BIN)/ruff check .

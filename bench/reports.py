@@ -96,6 +96,7 @@ def main() -> None:
     for arch in options.archs:
         if arch not in curves:
             raise InputError(f"{options.curves} has no curve of {arch}, only of {', '.join(sorted(curves))}")
+        _ = options.job(arch, flags).command  # refused before anything is trained
     if not options.only_draw:
         with resumable(options.out):
             train_all(options, curves, flags, console)

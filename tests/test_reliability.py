@@ -2,15 +2,19 @@
 
 import json
 import os
+import socket
 import time
+import tomllib
 
 import pytest
 from rich.console import Console
 
+from data_prep import write_beton
+from fastcifar import evaluate, predict
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError
 from fastcifar.train import main, train
-from tests.conftest import assert_user_error, run_cli
+from tests.conftest import REPOSITORY, assert_user_error, run_cli
 from tests.reliability import soak
 
 OPTIONS = "--arch dropout_resnet24 --epochs 2 --limit-train 40 --limit-test 20 --batch-size 20 --no-plots"
@@ -111,3 +115,24 @@ def run_few(betons, tmp_path, images):
     """Two epochs of so many images."""
     options = f"--arch dropout_resnet24 --epochs 2 --limit-train {images} --limit-test 1 --batch-size 2 --no-plots"
     return train(parse_command([*options.split(), "--data", str(betons), "--out", str(tmp_path / "few")]), Console(quiet=True))
+
+
+def test_nothing_but_the_asked_for_download_uses_the_network(betons, tmp_path, monkeypatch, call):
+    def refuse(*arguments):
+        raise AssertionError(f"connects to {arguments[1:]}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    folder = run(betons, tmp_path / "run")
+    call(evaluate.main, "--checkpoint", folder.best, "--data", betons)
+    call(predict.main, "--checkpoint", folder.best, "--input", betons / "test.beton", "--out", tmp_path / "x.csv")
+    monkeypatch.chdir(tmp_path)  # the synthetic dataset's pickles go into data/
+    call(write_beton.main, "--out", tmp_path / "betons", "--synthetic", "--train-images", 10, "--test-images", 2)
+
+
+def test_every_locked_artifact_has_a_hash():
+    lock = tomllib.loads((REPOSITORY / "uv.lock").read_text())
+    artifacts = [part for package in lock["package"] for part in [*package.get("wheels", []), package.get("sdist")] if part]
+    assert len(artifacts) > 100
+    assert all(part["hash"].startswith("sha256:") for part in artifacts)
+    assert all(package["source"].keys() & {"registry", "editable"} for package in lock["package"])

@@ -18,12 +18,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from bench import ablate, compare, input_pipelines, kernel_latency, report, reports, roofline, run
+from bench.results import write_results
 from data_prep import write_beton
 from fastcifar import demo, evaluate, plots, predict, train
 from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import __main__ as contact_sheet
 from fastcifar.command import Command
 from fastcifar.models import __main__ as models
+from tests.bench_results import make_results
 from tests.conftest import write_cifar_pickles
 from tests.reliability.processes import start
 
@@ -58,6 +61,14 @@ TARGETS = {
     "models": Target(models.main, models.Options, ""),
     "augmentation": Target(contact_sheet.main, contact_sheet.Options, "--data {betons} --out {new}"),
     "write_beton": Target(write_beton.main, write_beton.Options, "--source {pickles} --out {new}"),
+    "bench/run": Target(run.main, run.Options, "--data {betons} --out {new}"),
+    "bench/ablate": Target(ablate.main, ablate.Options, "--data {betons} --out {new} --study report_d"),
+    "bench/reports": Target(reports.main, reports.Options, "--data {betons} --out {new}"),
+    "bench/compare": Target(compare.main, compare.Options, "{results} {results}"),
+    "bench/report": Target(report.main, report.Options, "{results}"),
+    "bench/roofline": Target(roofline.main, roofline.Options, ""),
+    "bench/input_pipelines": Target(input_pipelines.main, input_pipelines.Options, "--data {betons} --out {new}"),
+    "bench/kernel_latency": Target(kernel_latency.main, kernel_latency.Options, "--data {betons} --out {new}"),
 }
 
 # Replacements of an input by something else: (what it is called, how it is made at a path).
@@ -119,12 +130,14 @@ def trial(folder: Path, count: int, rng: random.Random, targets: dict[str, Targe
 
 def prepare(folder: Path) -> dict[str, str]:
     """Data, a finished run and paths that do not exist yet."""
-    pickles, betons, run = write_cifar_pickles(folder / "pickles"), folder / "betons", folder / "run"
-    train_line = f"--data {betons} --out {run} --epochs 1 --limit-train 40 --limit-test 20 --batch-size 20 --no-plots"
+    pickles, betons, trained = write_cifar_pickles(folder / "pickles"), folder / "betons", folder / "run"
+    train_line = f"--data {betons} --out {trained} --epochs 1 --limit-train 40 --limit-test 20 --batch-size 20 --no-plots"
     for main, line in ((write_beton.main, f"--source {pickles} --out {betons}"), (train.main, train_line)):
         _, status = os.waitpid(start(main, line.split()), 0)
         assert status == 0, line
-    paths = {"pickles": pickles, "betons": betons, "run": run, "checkpoint": run / "last.pt"}
+    write_results(folder / "results", make_results(seeds=1, epochs=2))
+    paths = {"pickles": pickles, "betons": betons, "run": trained, "checkpoint": trained / "last.pt"}
+    paths["results"] = folder / "results"
     return {name: str(path) for name, path in (paths | {"new": folder / "new", "input": folder / "input"}).items()}
 
 
@@ -168,6 +181,10 @@ def _with(
     return [*line_of(target, places, name), name, rng.choice(values)]
 
 
+def _without_value(line: list[str] | None) -> list[str] | None:
+    return line and line[:-1]
+
+
 def _misspelt(target: Target, places: dict[str, str], rng: random.Random) -> list[str]:
     known = option_types(target.options)
     while True:
@@ -188,7 +205,9 @@ def _damaged(target: Target, places: dict[str, str], rng: random.Random) -> list
     """One of its inputs is no such thing. The inputs of `plots` stand at the end, without a name."""
     parts = line_of(target, places)
     inputs = [
-        at for at, part in enumerate(parts) if any(part.startswith(places[name]) for name in ("pickles", "betons", "run"))
+        at
+        for at, part in enumerate(parts)
+        if any(part.startswith(places[name]) for name in ("pickles", "betons", "run", "results"))
     ]
     if not inputs:
         return None
@@ -223,10 +242,7 @@ MISTAKES: dict[str, Mistake] = {
     "empty value": lambda t, p, r: _with(t, p, r, (int, float, str, Path, Literal), [""]),
     "not UTF-8": lambda t, p, r: _with(t, p, r, (str, Path), [os.fsdecode(b"\xff\xfe"), os.fsdecode(b"a\x80")]),
     "value for a switch": lambda t, p, r: _with(t, p, r, (bool,), ["maybe", "2", "yes please"]),
-    "missing value": lambda t, p, r: [
-        *line_of(t, p),
-        r.choice([n for n, h in option_types(t.options).items() if h is not bool]),
-    ],
+    "missing value": lambda t, p, r: _without_value(_with(t, p, r, (int, float, str, Path, Literal), [""])),
     "stray word": lambda t, p, r: [*line_of(t, p), *(["--json"] if t.options is models.Options else []), "--", "stray"],
     "too long a path": lambda t, p, r: _with(t, p, r, (Path,), ["n" * 300, "x/" * 3000]),
 }
