@@ -263,6 +263,12 @@ def test_plots_of_one_run_and_of_several(finished, tmp_path, call):
     assert {path.name for path in two} >= CURVES
 
 
+def test_a_runs_name_may_hold_what_matplotlib_takes_for_mathematics(finished, tmp_path, call):
+    named = shutil.copytree(finished.path, tmp_path / "a$b^{c")
+    call(plots.main, named)
+    assert {path.name for path in named.iterdir()} >= CURVES
+
+
 def test_plots_of_a_run_unfinished_or_not_yet_evaluated_leave_out_what_is_unknown(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").unlink()
