@@ -105,12 +105,13 @@ class RunOptions:
     eval_batch_size: int = 500  # images per evaluation batch
     max_parameters: int = 5_000_000  # refuse larger models; 0 = no limit
     skip_nonfinite: bool = False  # leave out and count updates whose loss or gradients are not finite; off: stop
+    profile: int = 0  # steps to trace, from the fourth on, into the run folder's trace.json, with a table by stage; 0 = off
     verify: bool = True  # check the data's sha256 before training
     plots: bool = True  # draw the PNGs at the end
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
-        for name in ("limit_train", "limit_test", "max_parameters", "stop_after"):
+        for name in ("limit_train", "limit_test", "max_parameters", "stop_after", "profile"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
         require(self, 0 <= self.val_fraction < 1, "val_fraction", "0 to below 1")
         require(self, self.compile or self.compile_mode == "default", "compile_mode", "default without --compile")
