@@ -41,10 +41,6 @@ WARMUP = 1  # untimed rounds, after the first call that compiles
 WORKERS = 2  # of the loaders of ordinary scripts
 SHARED = Augmentation()  # crop with padding 4 and flip: what every baseline can do
 
-# What lets the compiler keep more in registers and recompute less (PERFORMANCE.md, "Compile settings"): 29 % fewer bytes on
-# mish_se_resnet18, 21 % and 16 % more on se_resnet18 and robust_resnet64.
-TUNED = {"realize_opcount_threshold": 200, "realize_reads_threshold": 32}
-
 Call = Callable[[], object]
 
 
@@ -221,9 +217,9 @@ def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
         raise InputError("needs torch.compile, which this ladder does without")
     run = RunOptions(
         data=task.folder, max_parameters=0, precision="bf16" if "bf16" in steps else "fp32", compile="compile" in steps,
-        kernels="auto" if "kernels" in steps else "torch",
+        compile_mode="tuned" if "tuned" in steps else "default", kernels="auto" if "kernels" in steps else "torch",
     )  # fmt: skip
-    return fastcifar_loop(task, run, channels_last="channels_last" in steps, tuned="tuned" in steps)
+    return fastcifar_loop(task, run, channels_last="channels_last" in steps)
 
 
 # ---- Baselines and architectures.
@@ -305,17 +301,13 @@ class NchwStep(TrainStep):
         return images.contiguous(), labels, partners
 
 
-def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True, tuned: bool = False) -> Call:
-    """The real training path: drawing an epoch, gathering, augmenting, training. tuned: compile with `TUNED`."""
+def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True) -> Call:
+    """The real training path: drawing an epoch, gathering, augmenting, training."""
     recipe, data = task.recipe, task.part
     state = build_state(task.arch, recipe, run, data, task.device)
     if not channels_last:
         state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch's stubs lack it
     step = build_step(state, recipe, run, data, TrainStep if channels_last else NchwStep)
-    if tuned:  # options of its own, or the compiler would hand out the untuned code of the same network
-        step._loss = compile_tuned(step.loss)
-        if step.augments_by == "torch":
-            step._prepare = compile_tuned(step.prepare)
     epochs = itertools.count()
 
     def call() -> None:
@@ -327,19 +319,6 @@ def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True, t
         for number, positions in enumerate(order.split(recipe.batch_size)):
             step(positions, number, RATE, plan, tally)
         synchronise(task.device)
-
-    return call
-
-
-def compile_tuned(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`function` compiled to fuse longer chains and to recompute more in the backward pass."""
-    import torch._functorch.config  # here, since importing the compiler takes a second
-
-    compiled = torch.compile(function, dynamic=False, options=dict(TUNED), **settings)
-
-    def call(*arguments: Any) -> Any:
-        with torch._functorch.config.patch(ban_recompute_used_far_apart=False):  # read when the compiler runs
-            return compiled(*arguments)
 
     return call
 

@@ -29,12 +29,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 
-from bench.baselines import compile_tuned, load_all, one_line, take_turns
+from bench.baselines import load_all, one_line, take_turns
 from bench.input_pipelines import CPU, PIPELINES
 from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
-from fastcifar import augmentation
+from fastcifar import augmentation, compiling
 from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
@@ -211,8 +211,8 @@ OURS, EAGER, COPY = "ours", "eager", "copy"
 def forms_of(row: KernelRow) -> dict[str, Form]:
     """Every form of a kernel by name. Compiled ones are compiled at their first call; earlier shapes' are forgotten."""
     torch._dynamo.reset()
-    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    forms = {EAGER: row.eager, "compiled": compiled(row.eager), "compiled tuned": compile_tuned(row.eager, fullgraph=True)}
+    compiled = partial(compiling.compiled, fullgraph=True)
+    forms = {EAGER: row.eager, "compiled": compiled(row.eager), "compiled tuned": compiled(row.eager, "tuned")}
     if row.same_algebra is not None:
         forms["compiled same algebra"] = compiled(row.same_algebra)
     return forms | {OURS: row.ours}

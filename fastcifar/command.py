@@ -64,7 +64,7 @@ def parse_command(arguments: list[str]) -> Command:
 def resumed(path: Path) -> Command:
     """The command with which the run in folder `path` began, set to go on."""
     arch, recipe_name, recipe, run = RunFolder(path).read_config()
-    return Command(arch, recipe_name, recipe, replace(run, resume=path, stop_after=0))
+    return Command(arch, recipe_name, recipe, replace(run, resume=path, stop_after=0, profile=0))
 
 
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
@@ -76,6 +76,7 @@ def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
         "resume",
         "stop_after",
         "skip_nonfinite",
+        "profile",
     }  # where the data is, how far to go, what comes after
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):

@@ -14,8 +14,9 @@ import torch
 from tyro.conf import OmitArgPrefixes
 
 from fastcifar.augmentation import Augmentation
+from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
-from fastcifar.models.layers import StochasticDepthMode
+from fastcifar.models.layers import Kernels, StochasticDepthMode
 from fastcifar.optimization import OptimizerKind, Schedule
 
 
@@ -87,8 +88,13 @@ class RunOptions:
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: what is measured fastest on this device (a CPU: Numba)
+    # auto: what is measured fastest on this device (a CPU: Numba); torch: PyTorch's operations; triton: our fused kernels, with
+    # CUDA; fusable: the kernels' formulas as operations for --compile to fuse
+    kernels: Kernels = "auto"
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile the step; on by default with CUDA
+    # of --compile; tuned: fuse longer chains and recompute more, which moves fewer bytes on some networks and more on others;
+    # combo: kernels that do not wait for one another share a launch. docs/step-cost.md has what each does to each network
+    compile_mode: CompileMode = "default"
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
@@ -99,14 +105,17 @@ class RunOptions:
     eval_batch_size: int = 500  # images per evaluation batch
     max_parameters: int = 5_000_000  # refuse larger models; 0 = no limit
     skip_nonfinite: bool = False  # leave out and count updates whose loss or gradients are not finite; off: stop
+    profile: int = 0  # steps to trace, from the fourth on, into the run folder's trace.json, with a table by stage; 0 = off
     verify: bool = True  # check the data's sha256 before training
     plots: bool = True  # draw the PNGs at the end
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
-        for name in ("limit_train", "limit_test", "max_parameters", "stop_after"):
+        for name in ("limit_train", "limit_test", "max_parameters", "stop_after", "profile"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
         require(self, 0 <= self.val_fraction < 1, "val_fraction", "0 to below 1")
+        require(self, self.compile or self.compile_mode == "default", "compile_mode", "default without --compile")
+        require(self, self.compile or self.kernels != "fusable", "kernels", "auto, torch or triton without --compile")
         for name in ("eval_every", "eval_batch_size"):
             require(self, getattr(self, name) >= 1, name, "at least 1")
 

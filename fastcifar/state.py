@@ -135,6 +135,7 @@ def build_step(
         seed=run.seed,
         autocast_dtype=choose_precision(run.precision, data.mean.device),
         compile=run.compile,
+        compile_mode=run.compile_mode,
         kernels=run.kernels,
         skip_nonfinite=run.skip_nonfinite,
     )

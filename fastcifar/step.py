@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
+from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet
+from fastcifar.models.layers import Kernels
 from fastcifar.optimization import mixed_cross_entropy, set_step
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
@@ -29,7 +31,8 @@ class StepSettings:
     seed: int
     autocast_dtype: torch.dtype | None  # None: float32 throughout
     compile: bool
-    kernels: Literal["auto", "triton", "torch"] = "auto"
+    kernels: Kernels = "auto"
+    compile_mode: CompileMode = "default"
     clip_gradient_value: float = 0.0  # 0 = off
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
 
@@ -78,9 +81,9 @@ class TrainStep:
         self._image_dtype = dtype if self.augments_by == "triton" else torch.float32
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
-            self._loss = torch.compile(self.loss, dynamic=False)
+            self._loss = compiled(self.loss, settings.compile_mode)
             if self.augments_by == "torch":
-                self._prepare = torch.compile(self.prepare, dynamic=False)
+                self._prepare = compiled(self.prepare, settings.compile_mode)
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -155,13 +158,14 @@ class TrainStep:
 
 
 def choose_augmentation(
-    augmentation: Augmentation, kernels: Literal["auto", "triton", "torch"], device: torch.device, dtype: torch.dtype
+    augmentation: Augmentation, kernels: Kernels, device: torch.device, dtype: torch.dtype
 ) -> Literal["torch", "numba", "triton"]:
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
-    if kernels == "auto" and numba_serves(augmentation, device):
+    chosen = kernels in ("auto", "fusable")  # fusable is said of the network
+    if chosen and numba_serves(augmentation, device):
         return "numba"
     able = device.type == "cuda" and triton_serves(augmentation)
-    if able and (kernels == "triton" or (kernels == "auto" and measured_faster(device, dtype))):
+    if able and (kernels == "triton" or (chosen and measured_faster(device, dtype))):
         return "triton"
     return "torch"
 

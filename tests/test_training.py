@@ -381,6 +381,8 @@ def test_a_resume_on_other_data_is_refused(betons, finished, tmp_path):
 
 REFUSED = {
     "kernels triton needs a CUDA device.*--kernels auto": ("--device", "cpu", "--kernels", "triton"),
+    "compile_mode must be default without --compile, got tuned": ("--no-compile", "--compile-mode", "tuned"),
+    "kernels must be auto, torch or triton without --compile, got fusable": ("--no-compile", "--kernels", "fusable"),
     "batch_size 5,000.*200 images.*--batch-size": ("--batch-size", "5000"),
     "se_resnet81.*did you mean se_resnet18": ("--arch", "se_resnet81"),
     "cutout must be 0..32 pixels, got 40": ("--cutout", "40"),

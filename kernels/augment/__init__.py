@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import Flip, augment_torch
+from kernels.operators import register_fake
 
 FLIPS: tuple[Flip, ...] = get_args(Flip)
 
@@ -62,4 +63,4 @@ def _augment(
         out_labels.copy_(own_labels)
 
 
-_augment.register_fake(lambda *_: None)
+register_fake(_augment)(lambda *_: None)

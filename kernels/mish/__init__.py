@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.backends import Backend, describe, resolve, runs_triton
 from kernels.mish import reference
+from kernels.operators import register_fake
 
 
 def mish(x: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -56,6 +57,6 @@ def _gradient(ctx: Any, gradient: Tensor) -> Tensor:
     return _mish_backward(gradient, *ctx.saved_tensors)
 
 
-_mish.register_fake(lambda x: torch.empty_like(x))
-_mish_backward.register_fake(lambda _, x: torch.empty_like(x))
+register_fake(_mish)(lambda x: torch.empty_like(x))
+register_fake(_mish_backward)(lambda _, x: torch.empty_like(x))
 _mish.register_autograd(_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

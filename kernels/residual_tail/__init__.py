@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.activations import Activation
 from kernels.backends import Backend, describe, resolve, runs_triton, unfilled
+from kernels.operators import register_fake
 from kernels.residual_tail import fusable, reference
 from kernels.residual_tail.fusable import GIVEN, Settings, Tensors
 from kernels.residual_tail.reference import SqueezeExcitation, TailActivation
@@ -153,7 +154,7 @@ def _statistics(
     return _form(x).statistics(x, running_mean, running_var, momentum, per_image)
 
 
-@_statistics.register_fake
+@register_fake(_statistics)
 def _(x: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, channels = x.shape[:2]
     return unfilled(x, n, channels) if per_image else unfilled(x, 0), unfilled(x, channels), unfilled(x, channels)
@@ -168,7 +169,7 @@ def _tail(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out.contiguous(memory_format=CHANNELS_LAST), scale, hidden
 
 
-@_tail.register_fake
+@register_fake(_tail)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, w_expand = arguments[0], _unpack(arguments)[0].w_expand
     scale, hidden = (unfilled(x, *((0,) if w_expand is None else (len(x), w_expand.shape[side]))) for side in (0, 1))
@@ -188,7 +189,7 @@ def _tail_backward(gradient: Tensor, *arguments: Any) -> list[Tensor]:
     return [gradient.new_empty(0) if x is None else x for x in (*dense, *parameters)]
 
 
-@_tail_backward.register_fake
+@register_fake(_tail_backward)
 def _(gradient: Tensor, *arguments: Any) -> list[Tensor]:
     stored = (True, _stores_dz(*_unpack(arguments)))
     maps = [torch.empty_like(gradient, memory_format=CHANNELS_LAST) if each else gradient.new_empty(0) for each in stored]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.activations import Activation
 from kernels.backends import Backend, describe, resolve, runs_triton
+from kernels.operators import register_fake
 from kernels.squeeze_excite import reference
 from kernels.squeeze_excite.reference import Results, unfilled_gradients, unfilled_results
 
@@ -111,6 +112,6 @@ def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | Non
         )
 
 
-_squeeze_excite.register_fake(lambda x, w_reduce, *_: unfilled_results(x, w_reduce))
-_squeeze_excite_backward.register_fake(lambda _, x, hidden, scale, *__: unfilled_gradients(x, hidden, scale))
+register_fake(_squeeze_excite)(lambda x, w_reduce, *_: unfilled_results(x, w_reduce))
+register_fake(_squeeze_excite_backward)(lambda _, x, hidden, scale, *__: unfilled_gradients(x, hidden, scale))
 _squeeze_excite.register_autograd(_gradient, setup_context=_keep)

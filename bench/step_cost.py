@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""What a training step costs before any GPU is asked: launches, bytes, host time, counted on a device that is not there.
+
+python -m bench.step_cost --archs se_resnet18 --forms eager compiled triton --batch-size 512 --out step-cost.json
+
+The project's own step by each architecture's recipe, without its policy, on black images. `bench.counting_device` says what is
+counted and how. Share of the roofline: time of the step at the stated rates if every kernel moved its fewest bytes, over the
+same with the bytes counted here; convolutions, each bound by arithmetic or bytes, are the same in both (bench/roofline.py).
+Launches count for nothing in it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Column, Table
+
+from bench.counting_device import environment
+from bench.roofline import Rates, cost_of_arch
+from fastcifar.arguments import parse_arguments
+from fastcifar.errors import InputError, require, run_command, unknown
+from fastcifar.files import write_json
+from fastcifar.models import ARCHITECTURES, architecture
+
+# {name: the options of training that make it}
+FORMS: dict[str, dict[str, Any]] = {
+    "eager": {"kernels": "torch", "compile": False},
+    "compiled": {"kernels": "torch", "compile": True},
+    "tuned": {"kernels": "torch", "compile": True, "compile_mode": "tuned"},
+    "combo": {"kernels": "torch", "compile": True, "compile_mode": "combo"},
+    "fusable": {"kernels": "fusable", "compile": True},
+    "fusable-tuned": {"kernels": "fusable", "compile": True, "compile_mode": "tuned"},
+    "triton": {"kernels": "triton", "compile": True},
+}
+ABSENT = {"captured": "not in this build: fastcifar/step.py does not capture the step yet"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Count what a training step launches, moves and waits for, on a device that is not there."""
+
+    archs: tuple[str, ...] = tuple(ARCHITECTURES)  # which, by name
+    forms: tuple[str, ...] = tuple(FORMS)  # eager, compiled, tuned, combo, fusable, fusable-tuned, triton, captured
+    batch_size: int = 512  # images a step
+    host_time: bool = False  # compile every kernel too, and time what the host spends on a step: to compare forms in one run by
+    top: int = 10  # kernels listed of each form, largest first, 0..10
+    flops: float = 790e12  # floating-point operations per second of the roofline; default: an H200's
+    bandwidth: float = 4.3e12  # bytes per second of the roofline, reads and writes together; default: an H200's
+    out: Path | None = None  # JSON to write
+
+    def __post_init__(self) -> None:
+        for arch in self.archs:
+            architecture(arch)
+        for form in self.forms:
+            if form not in {**FORMS, **ABSENT}:
+                raise unknown("form", form, [*FORMS, *ABSENT])
+        require(self, self.batch_size >= 2, "batch_size", "at least 2")
+        require(self, 0 <= self.top <= 10, "top", "0..10")
+        require(self, self.flops > 0, "flops", "above 0 per second")
+        require(self, self.bandwidth > 0, "bandwidth", "above 0 bytes per second")
+
+
+def count_steps(
+    arch: str, forms: tuple[str, ...], batch_size: int, *, host_time: bool = False, rates: Rates | None = None
+) -> dict[str, dict[str, Any]]:
+    """{form: counts of one step}, or {"error": why there are none}. Raises InputError where there is no counting device.
+
+    rates: of the roofline; default: an H200's.
+    """
+    rates = rates or Rates(Options.flops, Options.bandwidth)
+    wanted = {
+        "arch": arch, "batch_size": batch_size, "host_time": host_time,
+        "forms": {form: FORMS[form] for form in forms if form in FORMS},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "counts.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.counting_device.step", str(out)],
+            cwd=Path(__file__).parents[1], env=os.environ | environment(), input=json.dumps(wanted),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if not out.exists():
+            raise InputError(f"{arch} was not counted: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
+        counted = json.loads(out.read_text(encoding="utf-8"))
+    for counts in counted.values():
+        if "error" not in counts:
+            counts["roofline_share"] = roofline_share(arch, counts["pointwise_bytes"] / batch_size, rates)
+    return {form: counted.get(form) or {"error": ABSENT[form]} for form in forms}
+
+
+def roofline_share(arch: str, pointwise_bytes: float, rates: Rates) -> float:
+    """0..1 and, where weights' casts are not counted, a little above. pointwise_bytes: an image's, all but convolutions'."""
+    cost = cost_of_arch(arch)
+    ideal = 1 / cost.images_per_second(rates)
+    fewest = cost.parts[-1][1]  # of what stands between the convolutions
+    return ideal / (ideal + (pointwise_bytes - fewest) / rates.bytes_per_second)
+
+
+def table_of(arch: str, batch_size: int, counted: dict[str, dict[str, Any]]) -> Table:
+    """A row a form."""
+    heads = ("launches", "host ms*", "KB/img", "roofline", "breaks", "copies", "casts", "syncs", "pageable")
+    columns = (Column(head, justify="right") for head in heads)
+    table = Table(
+        Column("form", no_wrap=True), *columns, title=f"{arch}, batch {batch_size}, one step", box=None, padding=(0, 2, 0, 0)
+    )
+    for form, counts in counted.items():
+        if "error" in counts:
+            table.add_row(form, counts["error"])
+            continue
+        host = "-" if counts["host_ms"] is None else f"{counts['host_ms']:.1f}"
+        moved = f"{counts['pointwise_bytes'] / batch_size / 1e3:,.0f}"
+        waits = (str(counts[name]) for name in ("graph_breaks", "layout_copies", "casts", "syncs", "pageable_copies"))
+        table.add_row(form, str(counts["launches"]), host, moved, f"{counts['roofline_share']:.0%}", *waits)
+    return table
+
+
+def main() -> None:
+    """Count, print a table an architecture and each form's largest kernels."""
+    options = parse_arguments(Options, "python -m bench.step_cost")
+    console = Console(soft_wrap=True, highlight=False)
+    rates = Rates(options.flops, options.bandwidth)
+    rows: list[dict[str, Any]] = []
+    for arch in options.archs:
+        counted = count_steps(arch, options.forms, options.batch_size, host_time=options.host_time, rates=rates)
+        console.print(table_of(arch, options.batch_size, counted))
+        for form, counts in counted.items():
+            rows.append({"arch": arch, "batch_size": options.batch_size, "form": form} | counts)
+            largest = [f"{e['kernel']} {e['bytes'] / options.batch_size / 1e3:,.0f}" for e in counts.get("largest", [])]
+            if largest[: options.top]:
+                console.print(f"  {form}, KB/img: {'; '.join(largest[: options.top])}", markup=False)
+        if options.out is not None:  # after each: the next may take minutes
+            versions = {"torch": str(torch.__version__), "triton": triton.__version__}
+            facts = {"command": ["python", "-m", "bench.step_cost", *sys.argv[1:]], "versions": versions}
+            rates_json = {"flops_per_second": rates.flops_per_second, "bytes_per_second": rates.bytes_per_second}
+            write_json(options.out, facts | {"rates": rates_json, "rows": rows})
+    if options.host_time:
+        console.print("* the fastest of 20 steps on this machine's CPU: compare forms within a run, not with a GPU's host")
+
+
+if __name__ == "__main__":
+    run_command(main)
