@@ -89,6 +89,7 @@ class RunOptions:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: what is measured fastest on this device (a CPU: Numba)
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile the step; on by default with CUDA
+    capture: Literal["auto", "off"] = "auto"  # auto: CUDA replays the whole step as one graph where the recipe allows it
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all

@@ -18,8 +18,15 @@ import torch
 from rich.console import Console
 
 from fastcifar.command import Command, parse_command
-from fastcifar.dataset import Splits, epoch_order, load_splits
-from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
+from fastcifar.dataset import Splits, load_splits
+from fastcifar.device import (
+    choose_device,
+    choose_precision,
+    generator_states,
+    require_kernels,
+    set_generators,
+    set_up_process,
+)
 from fastcifar.errors import InputError, Stopped, run_command
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
@@ -32,9 +39,7 @@ from fastcifar.state import (
     TrainingState,
     build_state,
     build_step,
-    generator_states,
     restore,
-    set_generators,
     snapshot,
 )
 from fastcifar.step import TrainStep
@@ -92,7 +97,7 @@ def train(command: Command, console: Console) -> RunFolder:
             folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
         announce(console, command, data, state, folder, dtype)
 
-        train_step = build_step(state, recipe, run, data)
+        train_step = build_step(state, recipe, run, data, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         last = last_epoch(recipe, run, state.epoch)
         with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
@@ -174,26 +179,24 @@ def train_epoch(
     device, seed, batch_size, epoch = data.mean.device, train_step.settings.seed, recipe.batch_size, state.epoch
     meter.start()
     began = time.perf_counter()
-    order = epoch_order(data.train.index, seed, epoch)
-    plan = train_step.plan(epoch, steps, progress=epoch / recipe.epochs)
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
     resumed = state.within is not None
     within = state.within = state.within or EpochState.begin(steps, device)
-    tally, first, seconds_before = within.tally, within.step, within.seconds
+    first, seconds_before, progress_done = within.step, within.seconds, epoch / recipe.epochs
+    tally = within.tally = train_step.begin(
+        epoch, rates, progress=progress_done, momenta=momenta, tally=within.tally, first=first
+    )
     if within.generators:
         set_generators(within.generators, device)
     else:
         seed_torch(seed, epoch)
-    train_step.model.train()
     stops_at_nonfinite = (
         device.type == "cpu" and not train_step.settings.skip_nonfinite
     )  # free there; a GPU is asked at the end
     first_step_at, first_step, steps_began = time.time(), 0.0, time.perf_counter()
-    for step, positions in enumerate(order[first * batch_size : steps * batch_size].split(batch_size), first):
-        if step == steps:  # nothing was left of the epoch but its end
-            break
-        train_step(positions, step, rates[step], plan, tally, momenta[step])
+    for step in range(first, steps):
+        train_step()
         progress.advance(batch_size)
         if step == first:
             if device.type == "cuda":
