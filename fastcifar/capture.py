@@ -1,4 +1,4 @@
-"""A function of no arguments recorded once as a CUDA graph, and replayed from then on in one launch."""
+"""Functions of no arguments recorded once as a CUDA graph, and replayed from then on in one launch."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.device import generator_states, set_generators
+from fastcifar.errors import shortened
 
 Function = Callable[[], None]
 Recorder = Callable[[Function], Function]  # takes what is recorded, returns what replays it
@@ -22,11 +23,41 @@ def cuda_graph(function: Function) -> Function:
     return graph.replay
 
 
-def captured(function: Function, tensors: Callable[[], Iterable[Tensor]], device: torch.device, record: Recorder) -> Function:
+class Captured:
+    """A function that is called as it is, or, where `record` is given, recorded at the first call and replayed.
+
+    tensors: gives all that the function changes and that outlives it. name, say: in a line to `say`, what could not be recorded
+    and why; it is called as it is then.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        tensors: Callable[[], Iterable[Tensor]],
+        device: torch.device,
+        record: Recorder | None,
+        name: str,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self.function, self.tensors, self.device, self.name, self.say = function, tensors, device, name, say
+        self._record = record
+        self.replay: Function | None = None
+
+    def __call__(self) -> None:
+        record, self._record = self._record, None
+        if record is not None:
+            try:
+                self.replay = recorded(self.function, self.tensors, self.device, record)
+            except RuntimeError as error:  # of the driver, or for want of memory
+                self.say(f"{self.name} is not captured, and so slower: {shortened(str(error).splitlines()[0], 200)}")
+        (self.replay or self.function)()
+
+
+def recorded(function: Function, tensors: Callable[[], Iterable[Tensor]], device: torch.device, record: Recorder) -> Function:
     """Warm `function` up, record it, and leave everything as if it had never been called; return what replays it.
 
-    tensors: gives all that `function` changes and that outlives it. What it made itself, as an optimizer's first step does, is
-    set to zero. PyTorch's generators are put back too; a replay draws from them as a call would.
+    What it made itself, as an optimizer's first step does, is set to zero. PyTorch's generators are put back too; a replay
+    draws from them as a call would. Raises RuntimeError when recording fails.
     """
     kept = {id(tensor): tensor.detach().clone() for tensor in tensors()}
     states = generator_states(device)

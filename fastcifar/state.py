@@ -12,7 +12,7 @@ from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
 from fastcifar.errors import InputError
-from fastcifar.evaluate import TTA, Evaluation, evaluate
+from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
@@ -83,9 +83,22 @@ class TrainingState:
         self, data: Splits, split: ResidentSet, batch_size: int, dtype: torch.dtype | None, tta: TTA = "none"
     ) -> Evaluation:
         """Evaluate the weights that count on a split; waits for the device once."""
-        return evaluate(
-            PixelClassifier(self.evaluated, data.mean, data.std), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype
+        return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype)
+
+    def evaluator(self, data: Splits, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
+        """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""
+        device = data.mean.device
+        return Evaluator(
+            self._classifier(data),
+            data.select,
+            batch_size=run.eval_batch_size,
+            autocast_dtype=choose_precision(run.precision, device),
+            record=cuda_graph if captures(run, device) else None,
+            say=say,
         )
+
+    def _classifier(self, data: Splits) -> PixelClassifier:
+        return PixelClassifier(self.evaluated, data.mean, data.std)
 
 
 def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device) -> TrainingState:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
-from fastcifar.capture import Function, Recorder, captured
+from fastcifar.capture import Captured, Recorder
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
-from fastcifar.errors import shortened
 from fastcifar.optimization import mixed_cross_entropy, set_step
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
@@ -54,6 +53,12 @@ class EpochTally:
     losses: Tensor  # [steps] float32
     hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
     skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
+
+    def read(self, *more: Tensor) -> tuple[list[float], float, list[float]]:
+        """Wait for the device once; return the losses, the hits, and the values of 0-d tensors."""
+        parts = (self.losses.double(), self.hits[None], *(value.double()[None] for value in more))
+        values, steps = torch.cat(parts).tolist(), len(self.losses)  # host sync
+        return values[:steps], values[steps], values[steps + 1 :]
 
     @classmethod
     def begin(cls, steps: int, device: torch.device) -> "EpochTally":
@@ -110,8 +115,7 @@ class TrainStep:
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
-        self._record, self._say = record, say
-        self._replay: Function | None = None
+        self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
@@ -150,7 +154,7 @@ class TrainStep:
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
-        if self._replay is None:
+        if self._step.replay is None:
             self.tables = fresh
         else:
             self.tables.refill(fresh)
@@ -169,18 +173,8 @@ class TrainStep:
 
     def __call__(self) -> None:
         """Train on the next batch."""
-        if self._record is not None:
-            self._capture(self._record)
-        (self._replay or self.run)()
+        self._step()
         self.number += 1
-
-    def _capture(self, record: Recorder) -> None:
-        self._record = None
-        try:
-            self._replay = captured(self.run, self._changes, self.mean.device, record)
-        except RuntimeError as error:  # of the driver, or for want of memory: what a plain step needs is there
-            self.optimizer.zero_grad(set_to_none=True)
-            self._say(f"the step is not captured, and so slower: {shortened(str(error).splitlines()[0], 200)}")
 
     def _changes(self) -> list[Tensor]:
         """All that a step changes."""
@@ -192,6 +186,7 @@ class TrainStep:
 
     def run(self) -> None:
         """The step at the cursor, operation by operation."""
+        self.optimizer.zero_grad(set_to_none=True)
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
@@ -212,7 +207,6 @@ class TrainStep:
             self._update(rate)
             tally.losses.index_copy_(0, cursor, loss.detach()[None])
             tally.hits += hits
-        self.optimizer.zero_grad(set_to_none=True)
         cursor += 1
 
     def _update(self, rate: Tensor) -> None:

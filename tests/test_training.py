@@ -17,11 +17,11 @@ from rich.console import Console
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
+from fastcifar.evaluate import Evaluator
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.recipes import RECIPES
 from fastcifar.reporting import Curves
 from fastcifar.run_folder import RunFolder
-from fastcifar.state import TrainingState
 from fastcifar.step import TrainStep
 from fastcifar.train import count_spikes, main, train
 
@@ -197,7 +197,7 @@ def test_a_signal_during_evaluation_is_heeded_at_once(betons, tmp_path, monkeypa
     options = ("--epochs", "2")
     whole = run(betons, tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingState, "measure", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
+        patch.setattr(Evaluator, "__call__", lambda _: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))
         with pytest.raises(Stopped, match="saved in epoch 1 after step 5 of 5"):
             run(betons, tmp_path / "cut", *options)
     resumed = train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True))
