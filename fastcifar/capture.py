@@ -18,7 +18,7 @@ WARM_UPS = 3  # calls before recording: compilers, autotuning and libraries' wor
 def cuda_graph(function: Function) -> Function:
     """Record `function` on the current stream's device without running it. Raises RuntimeError when the driver refuses."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may wait for their copies meanwhile
         function()
     return graph.replay
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -84,6 +85,11 @@ class Splits:
     @property
     def classes(self) -> int:
         return len(self.manifest.class_names)
+
+    @cached_property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation on the host; the device is asked once."""
+        return self.mean.tolist(), self.std.tolist()
 
 
 def load_splits(

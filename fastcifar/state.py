@@ -175,12 +175,13 @@ def obstacle(recipe: Recipe, run: RunOptions) -> str:
 
 def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
     """Everything a resume or a prediction needs."""
+    mean, std = data.statistics
     return Checkpoint(
         arch=state.arch,
         squeeze_excitation=recipe.squeeze_excitation,
         class_names=data.manifest.class_names,
-        mean=data.mean.tolist(),
-        std=data.std.tolist(),
+        mean=mean,
+        std=std,
         data_name=data.manifest.name,
         data_sha256=list(data.sha256),
         epoch=state.epoch,

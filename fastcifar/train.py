@@ -35,6 +35,7 @@ from fastcifar.optimization import epoch_momenta, epoch_rates
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
+from fastcifar.saving import EpochWriter
 from fastcifar.signals import StopRequest
 from fastcifar.state import (
     EpochState,
@@ -103,7 +104,10 @@ def train(command: Command, console: Console) -> RunFolder:
         evaluator = state.evaluator(data, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         last = last_epoch(recipe, run, state.epoch)
-        with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
+        with (
+            EpochWriter(folder, device, background=device.type == "cuda") as writer,
+            TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress,
+        ):
             while state.epoch < last:
                 try:
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
@@ -112,12 +116,13 @@ def train(command: Command, console: Console) -> RunFolder:
                     ) % run.eval_every == 0 or state.epoch + 1 == recipe.epochs:  # wherever this command stops
                         record |= select_best(state, evaluator, data.select_name, stop)
                 except Stopped as end:
+                    writer.flush()
                     raise Stopped(end.number, save_within(folder, state, recipe, data)) from None
                 state.epoch, state.within = state.epoch + 1, None
                 record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
                 rows.append(record)
                 curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
-                folder.save_epoch(rows, snapshot(state, recipe, data))
+                writer.save(rows, snapshot(state, recipe, data))
                 progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
                 stop.check()
         curves.close()

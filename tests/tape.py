@@ -30,12 +30,18 @@ class Notes(TorchDispatchMode):
         if operation is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing: Tensor.item")
         result = operation(*arguments, **(keywords or {}))
-        aliases = [out.alias_info for out in operation._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)  # it stays one of the same memory
-        if not is_view and operation.namespace != "profiler":
+        given = {memory(value) for value in tree_leaves((arguments, keywords))} | {None}
+        made = [None if memory(value) in given else value for value in tree_leaves(result)]
+        writes = any(out.alias_info is not None and out.alias_info.is_write for out in operation._schema.arguments)
+        if (any(value is not None for value in made) or writes) and operation.namespace != "profiler":  # no view: it stays one
             fixed = tree_map(lambda value: value, (arguments, keywords or {}))  # lists are the optimizer's own
-            self.calls.append((operation, *fixed, [] if any(aliases) else tree_leaves(result)))
+            self.calls.append((operation, *fixed, made))
         return result
+
+
+def memory(value):
+    """Where a tensor's storage lies; None for anything else."""
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
 
 
 def tape(function):
@@ -47,10 +53,9 @@ def tape(function):
     def replay():
         for operation, arguments, keywords, outputs in notes.calls:
             results = tree_leaves(operation(*arguments, **keywords))
-            if outputs:
-                for old, new in zip(outputs, results, strict=True):
-                    if isinstance(old, torch.Tensor):
-                        old.copy_(new)
+            for old, new in zip(outputs, results, strict=True):
+                if old is not None:
+                    old.copy_(new)
 
     replay.calls = notes.calls
     return replay
