@@ -76,6 +76,7 @@ def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
         "resume",
         "stop_after",
         "skip_nonfinite",
+        "capture",
     }  # where the data is, how far to go, what comes after
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):

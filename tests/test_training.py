@@ -402,6 +402,8 @@ def test_unreasonable_options_are_refused_with_one_line(betons, tmp_path, refuse
 def test_a_disk_that_fills_up_while_saving_leaves_whole_files(finished, monkeypatch, fails):
     folder = finished
     checkpoint, rows = load_checkpoint(folder.last, CPU), folder.read_metrics()
+    if fails == "last.pt":  # of the best epoch it would be a second name of best.pt
+        checkpoint = replace(checkpoint, best_epoch=0)
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
     write = Path.write_bytes
 
