@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.results import Timing
 from fastcifar.augmentation import Augmentation
-from fastcifar.dataset import ResidentSet, Splits, epoch_order, load_splits
+from fastcifar.dataset import ResidentSet, Splits, load_splits
 from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.state import build_state, build_step
-from fastcifar.step import EpochTally, TrainStep, autocast
+from fastcifar.step import TrainStep, autocast
 
 RATE = 0.01  # learning rate of every timed step
 WARMUP = 1  # untimed rounds, after the first call that compiles
@@ -312,12 +312,9 @@ def fastcifar_loop(task: Task, run: RunOptions, *, channels_last: bool = True) -
 
     def call() -> None:
         epoch = next(epochs)
-        order = epoch_order(data.train.index, run.seed, epoch)
-        plan = step.plan(epoch, task.steps, progress=0.0)
-        zeros = partial(torch.zeros, device=task.device)
-        tally = EpochTally(zeros(task.steps), zeros((), dtype=torch.float64))
-        for number, positions in enumerate(order.split(recipe.batch_size)):
-            step(positions, number, RATE, plan, tally)
+        step.begin(epoch, [RATE] * task.steps)
+        for _ in range(task.steps):
+            step()
         synchronise(task.device)
 
     return call

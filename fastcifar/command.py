@@ -77,6 +77,7 @@ def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
         "stop_after",
         "skip_nonfinite",
         "profile",
+        "capture",
     }  # where the data is, how far to go, what comes after
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):

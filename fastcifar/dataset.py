@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -136,6 +137,11 @@ class Splits:
     @property
     def classes(self) -> int:
         return len(self.manifest.class_names)
+
+    @cached_property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation on the host; the device is asked once."""
+        return self.mean.tolist(), self.std.tolist()
 
 
 def load_splits(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastcifar.errors import InputError
 
@@ -41,6 +42,24 @@ def set_up_process(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to `device` without waiting for it: a GPU takes it from pinned memory when its turn comes."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of PyTorch's generators, which serve dropout and stochastic depth."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    """Set them as `generator_states` found them."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 # What a virtual machine calls just "AMD EPYC" is told by family and model. (vendor, family, model): microarchitecture

@@ -4,7 +4,8 @@ python -m fastcifar.evaluate --checkpoint runs/se_resnet18-seed0/best.pt --tta f
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE
+from fastcifar.capture import Captured, Recorder
 from fastcifar.checkpoint import load_model
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
@@ -70,16 +72,24 @@ class EvaluationTally:
         entries = labels * self.classes + best[:, 0]
         self.confusion.scatter_add_(0, entries, torch.ones_like(entries))  # bincount would make a GPU tell the host its range
 
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for count in (self.confusion, self.loss, self.top5):
+            count.zero_()
+
     def read(self) -> Evaluation:
-        """Wait for the device and return the figures."""
-        confusion = self.confusion.reshape(self.classes, self.classes).cpu()
-        images = int(confusion.sum())
+        """Wait for the device, once, and return the figures."""
+        parts = (self.confusion.double(), self.top5.double()[None], self.loss[None])  # counts are exact up to 2^53
+        *counts, loss = torch.cat(parts).tolist()
+        *entries, top5 = map(int, counts)
+        confusion = [entries[row : row + self.classes] for row in range(0, len(entries), self.classes)]
+        images = sum(entries)
         return Evaluation(
             images=images,
-            loss=float(self.loss) / images,
-            top1=int(confusion.diagonal().sum()) / images,
-            top5=int(self.top5) / images,
-            confusion=confusion.tolist(),
+            loss=loss / images,
+            top1=sum(row[c] for c, row in enumerate(confusion)) / images,
+            top5=top5 / images,
+            confusion=confusion,
         )
 
 
@@ -104,7 +114,25 @@ def views(images: Tensor, tta: TTA) -> list[Tensor]:
     return shown
 
 
-@torch.inference_mode()
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients within the block; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def mean_probabilities(model: PixelClassifier, images: Tensor, tta: TTA, autocast_dtype: torch.dtype | None) -> Tensor:
+    """Float32 probabilities [B, C] for uint8 images [B, 32, 32, 3], averaged over the views."""
+    with autocast(images.device, autocast_dtype):
+        outputs = [model(view) for view in views(images, tta)]
+    return torch.stack([output.float().softmax(1) for output in outputs]).mean(0)
+
+
 def class_probabilities(
     model: PixelClassifier,
     images: Tensor,
@@ -114,15 +142,53 @@ def class_probabilities(
     autocast_dtype: torch.dtype | None,
 ) -> Iterator[Tensor]:
     """Yield float32 probabilities [B, C] for uint8 images [N, 32, 32, 3], batch by batch, in eval mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in images.split(batch_size):
-            with autocast(images.device, autocast_dtype):
-                outputs = [model(view) for view in views(batch, tta)]
-            yield torch.stack([output.float().softmax(1) for output in outputs]).mean(0)
-    finally:
-        model.train(was_training)
+    for batch in images.split(batch_size):
+        with evaluating(model):
+            probabilities = mean_probabilities(model, batch, tta, autocast_dtype)
+        yield probabilities
+
+
+class Evaluator:
+    """Measures a model on a labelled set, as its weights are when called; waits for the device once a call, at the end.
+
+    record: what records the evaluation of a batch, so that later ones replay it. say: told where that fails.
+    """
+
+    def __init__(
+        self,
+        model: PixelClassifier,
+        data: ResidentSet,
+        *,
+        batch_size: int = 500,
+        tta: TTA = "none",
+        autocast_dtype: torch.dtype | None = None,
+        record: Recorder | None = None,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self.model, self.data, self.batch_size, self.tta, self.autocast_dtype = model, data, batch_size, tta, autocast_dtype
+        device = data.images.device
+        self._tally = EvaluationTally(model.classes, device)
+        self._positions = torch.arange(batch_size, device=device)  # of the batch that comes next
+        changes = (self._positions, self._tally.confusion, self._tally.loss, self._tally.top5)
+        self._batch = Captured(self._next_batch, lambda: changes, device, record, "evaluation", say)
+
+    def __call__(self) -> Evaluation:
+        whole, rest = divmod(len(self.data), self.batch_size)
+        with evaluating(self.model):
+            self._tally.reset()
+            torch.arange(self.batch_size, out=self._positions)
+            for _ in range(whole):
+                self._batch()
+            if rest:
+                self._count(self.data.images[-rest:], self.data.labels[-rest:])
+        return self._tally.read()
+
+    def _next_batch(self) -> None:
+        self._count(self.data.images.index_select(0, self._positions), self.data.labels.index_select(0, self._positions))
+        self._positions += self.batch_size
+
+    def _count(self, images: Tensor, labels: Tensor) -> None:
+        self._tally.add(mean_probabilities(self.model, images, self.tta, self.autocast_dtype), labels)
 
 
 def evaluate(
@@ -134,11 +200,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Measure `model` on a labelled set; waits for the device once, at the end."""
-    tally = EvaluationTally(model.classes, data.images.device)
-    batches = class_probabilities(model, data.images, batch_size=batch_size, tta=tta, autocast_dtype=autocast_dtype)
-    for probabilities, labels in zip(batches, data.labels.split(batch_size), strict=True):
-        tally.add(probabilities, labels)
-    return tally.read()
+    return Evaluator(model, data, batch_size=batch_size, tta=tta, autocast_dtype=autocast_dtype)()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,22 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
+def link(source: Path, path: Path) -> bool:
+    """Make `path` a second name of the file `source`, atomically; False, and nothing changed, where that is not possible."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        remove_partials(path)
+        os.link(source, partial)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError:  # a file system without links: the caller writes the file again
+        return False
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are refused, since JSON has none."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -8,7 +8,7 @@ with 15 epochs of warm-up spend the same 6 % of their steps warming up.
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,12 +145,13 @@ def build_optimizer(
         groups.append({"params": spared, "weight_decay": 0.0})
     if kind in ("adam", "adamw"):
         adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
-        return adam(groups, lr=1.0, betas=(momentum, 0.999), fused=True)
+        capturable = next(model.parameters()).is_cuda  # changes no bit of the fused kernel, whose step count is a tensor
+        return adam(groups, lr=1.0, betas=(momentum, 0.999), fused=True, capturable=capturable)
     return torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
 
 
-def set_step(optimizer: torch.optim.Optimizer, rate: float, momentum: float | None) -> None:
-    """Set the learning rate and the momentum (Adam's first beta; None: as it is) of the next step."""
+def set_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, momentum: float | None) -> None:
+    """Set the next step's learning rate, a number or a 0-d tensor, and momentum (Adam's first beta; None: as it is)."""
     for group in optimizer.param_groups:
         group["lr"] = rate
         if momentum is None:
@@ -159,6 +160,15 @@ def set_step(optimizer: torch.optim.Optimizer, rate: float, momentum: float | No
             group["momentum"] = momentum
         else:
             group["betas"] = (momentum, group["betas"][1])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore a state_dict, whatever device it was saved on. Raises what PyTorch raises for one that does not fit."""
+    capturable = [group.get("capturable") for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, capturable, strict=True):
+        if before is not None:
+            group["capturable"] = before
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, label_smoothing: float) -> Tensor:

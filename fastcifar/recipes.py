@@ -95,6 +95,7 @@ class RunOptions:
     # of --compile; tuned: fuse longer chains and recompute more, which moves fewer bytes on some networks and more on others;
     # combo: kernels that do not wait for one another share a launch. docs/step-cost.md has what each does to each network
     compile_mode: CompileMode = "default"
+    capture: Literal["auto", "off"] = "auto"  # auto: CUDA replays the whole step as one graph where the recipe allows it
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all

@@ -119,16 +119,20 @@ class RunFolder:
                 f"{self.path / 'config.json'} is not a run's config ({shortened(error, 200)}): {NOT_A_RUN}"
             ) from None
 
-    def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint) -> None:
+    def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint, best: Checkpoint | None = None) -> None:
         """Write an epoch: best.pt if it is the best, the metrics, and last.pt, in this order.
 
-        A kill in between repeats the epoch, and the line of metrics that was too early is dropped then.
+        best: the best of earlier epochs, where best.pt is older than that. A kill in between repeats the epoch, and the line of
+        metrics that was too early is dropped then.
         """
         self.require_present()
         if checkpoint.best_epoch == checkpoint.epoch:
-            save_checkpoint(self.best, checkpoint)
+            best = checkpoint
+        if best is not None:
+            save_checkpoint(self.best, best)
         self.write_metrics(rows)
-        save_checkpoint(self.last, checkpoint)
+        if best is not checkpoint or not files.link(self.best, self.last):
+            save_checkpoint(self.last, checkpoint)
 
     def save_within(self, checkpoint: Checkpoint) -> None:
         """Write the state inside an epoch as last.pt."""

@@ -1,19 +1,21 @@
 """What training moves: weights, average, optimizer, epoch, best so far; how it is built, saved and restored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcifar.capture import cuda_graph
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
 from fastcifar.errors import InputError
-from fastcifar.evaluate import TTA, Evaluation, evaluate
+from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
 from fastcifar.models.resnet import PixelClassifier, ResNet
-from fastcifar.optimization import build_optimizer
+from fastcifar.optimization import build_optimizer, load_optimizer
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.step import AveragedModel, EpochTally, StepSettings, TrainStep
@@ -31,7 +33,7 @@ class EpochState:
     @classmethod
     def begin(cls, steps: int, device: torch.device) -> "EpochState":
         """An epoch of `steps` steps, none of them done."""
-        return cls(EpochTally(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device)))
+        return cls(EpochTally.begin(steps, device))
 
     @property
     def steps(self) -> int:
@@ -59,19 +61,6 @@ class EpochState:
         return cls(EpochTally(losses, hits, skipped), step, seconds, generators)
 
 
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of PyTorch's generators, which serve dropout and stochastic depth."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    """Set them as `generator_states` found them."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
 @dataclass
 class TrainingState:
     """What changes from epoch to epoch."""
@@ -94,9 +83,22 @@ class TrainingState:
         self, data: Splits, split: ResidentSet, batch_size: int, dtype: torch.dtype | None, tta: TTA = "none"
     ) -> Evaluation:
         """Evaluate the weights that count on a split; waits for the device once."""
-        return evaluate(
-            PixelClassifier(self.evaluated, data.mean, data.std), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype
+        return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype)
+
+    def evaluator(self, data: Splits, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
+        """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""
+        device = data.mean.device
+        return Evaluator(
+            self._classifier(data),
+            data.select,
+            batch_size=run.eval_batch_size,
+            autocast_dtype=choose_precision(run.precision, device),
+            record=cuda_graph if captures(run, device) else None,
+            say=say,
         )
+
+    def _classifier(self, data: Splits) -> PixelClassifier:
+        return PixelClassifier(self.evaluated, data.mean, data.std)
 
 
 def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device) -> TrainingState:
@@ -125,10 +127,19 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
 
 
 def build_step(
-    state: TrainingState, recipe: Recipe, run: RunOptions, data: Splits, kind: type[TrainStep] = TrainStep
+    state: TrainingState,
+    recipe: Recipe,
+    run: RunOptions,
+    data: Splits,
+    kind: type[TrainStep] = TrainStep,
+    say: Callable[[str], object] = print,
 ) -> TrainStep:
-    """Build the step that trains `state` on `data`, of class `kind`: what training runs is what the benchmarks time."""
+    """Build the step that trains `state` on `data`, of class `kind`: what training runs is what the benchmarks time.
+
+    say: told why the step cannot be captured, where that was wanted.
+    """
     settings = StepSettings(
+        batch_size=recipe.batch_size,
         label_smoothing=recipe.label_smoothing,
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,
@@ -139,17 +150,39 @@ def build_step(
         kernels=run.kernels,
         skip_nonfinite=run.skip_nonfinite,
     )
-    return kind(state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings, state.average)
+    record = None
+    if captures(run, data.mean.device):
+        if why := obstacle(recipe, run):
+            say(f"the step is not captured, and so slower: {why}")
+        else:
+            record = cuda_graph
+    tensors = (data.mean, data.std)
+    return kind(state.model, state.optimizer, data.train, recipe.augmentation, *tensors, settings, state.average, record, say)
+
+
+def captures(run: RunOptions, device: torch.device) -> bool:
+    """Whether a run is to replay its steps as CUDA graphs."""
+    return run.capture == "auto" and device.type == "cuda"
+
+
+def obstacle(recipe: Recipe, run: RunOptions) -> str:
+    """Why a training step cannot be captured, by the name of the setting; empty: it can."""
+    if recipe.schedule.min_momentum is not None:
+        return "min_momentum moves a momentum that the optimizer takes as a number"
+    if run.stream:
+        return "stream reads every batch from the disk"
+    return "skip_nonfinite asks the device in every step" if run.skip_nonfinite else ""
 
 
 def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
     """Everything a resume or a prediction needs."""
+    mean, std = data.statistics
     return Checkpoint(
         arch=state.arch,
         squeeze_excitation=recipe.squeeze_excitation,
         class_names=data.manifest.class_names,
-        mean=data.mean.tolist(),
-        std=data.std.tolist(),
+        mean=mean,
+        std=std,
         data_name=data.manifest.name,
         data_sha256=list(data.sha256),
         epoch=state.epoch,
@@ -181,7 +214,7 @@ def restore(state: TrainingState, folder: RunFolder, data: Splits, steps: int, d
     try:
         require_fits(folder.last, checkpoint, state.model)
         state.model.load_state_dict(checkpoint.model)
-        state.optimizer.load_state_dict(checkpoint.optimizer)
+        load_optimizer(state.optimizer, checkpoint.optimizer)
         if state.average is not None:
             state.average.model.load_state_dict(checkpoint.average or {})
         if checkpoint.within is not None:

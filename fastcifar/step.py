@@ -1,9 +1,10 @@
-"""One training step on the samples at given positions of the set; its loss and hits stay on the device."""
+"""One training step. All that differs from step to step it reads from tables on the device, at a cursor that it advances
+itself; so the same step is launched operation by operation, or recorded once and replayed as one CUDA graph."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
+from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
-from fastcifar.dataset import ResidentSet, StreamedSet
+from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
+from fastcifar.device import upload
 from fastcifar.models.layers import Kernels
 from fastcifar.optimization import mixed_cross_entropy, set_step
 from kernels.augment.operations import SIDE
@@ -26,6 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class StepSettings:
     """The scalars of a training step."""
 
+    batch_size: int  # images
     label_smoothing: float
     clip_gradient_norm: float  # 0 = off
     seed: int
@@ -53,11 +57,48 @@ class EpochTally:
     hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
     skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
 
+    def read(self, *more: Tensor) -> tuple[list[float], float, list[float]]:
+        """Wait for the device once; return the losses, the hits, and the values of 0-d tensors."""
+        parts = (self.losses.double(), self.hits[None], *(value.double()[None] for value in more))
+        values, steps = torch.cat(parts).tolist(), len(self.losses)  # host sync
+        return values[:steps], values[steps], values[steps + 1 :]
+
+    @classmethod
+    def begin(cls, steps: int, device: torch.device) -> "EpochTally":
+        """Nothing counted yet."""
+        return cls(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device))
+
+
+@dataclass
+class EpochTables:
+    """What differs between an epoch's steps, on the device."""
+
+    cursor: Tensor  # [1] int64: number of the step that comes next
+    order: Tensor  # [steps, B] int64: positions of its samples
+    scalars: Tensor  # [steps, 7] float32, on a CPU float64: learning rate, lam, blend and box
+    plan: EpochPlan
+    tally: EpochTally
+
+    def refill(self, fresh: "EpochTables") -> None:
+        """Take the values of `fresh` into these tensors, which a graph reads."""
+        _refill(self, fresh)
+
+
+def _refill(old: Any, fresh: Any) -> None:
+    for name in (entry.name for entry in fields(old)):
+        value = getattr(fresh, name)
+        if isinstance(value, Tensor):
+            getattr(old, name).copy_(value)
+        elif is_dataclass(value):
+            _refill(getattr(old, name), value)
+
 
 class TrainStep:
-    """Augment, mix, forward, loss, backward, update, for one batch.
+    """Augment, mix, forward, loss, backward, update, average and count, for one batch. `begin` an epoch, then call.
 
-    model: on the device, channels_last. mean, std: [3] in 0..1. average: the EMA's copy of the model, or None.
+    model: on the device, channels_last. mean, std: [3] in 0..1. average: the EMA's copy of the model, or None. record: what
+    records the whole step at the first call, so that later ones replay it; None: every call launches all operations. say: told
+    in a line when recording fails, after which every call launches them too.
     """
 
     def __init__(
@@ -70,20 +111,59 @@ class TrainStep:
         std: Tensor,
         settings: StepSettings,
         average: "AveragedModel[Any] | None" = None,
+        record: Recorder | None = None,
+        say: Callable[[str], object] = print,
     ) -> None:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
+        self.number = 0  # of the step that comes next: the cursor, as the host knows it
+        self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
-        # Where nothing mixes them, images can be rounded at once: autocast would round them before the first convolution.
-        dtype = torch.float32 if augmentation.mixes else settings.autocast_dtype or torch.float32
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, dtype)
-        self._image_dtype = dtype if self.augments_by == "triton" else torch.float32
+        # A GPU's images are rounded at once: autocast would round them before the first convolution.
+        dtype = settings.autocast_dtype if mean.is_cuda else None
+        self._image_dtype = dtype or torch.float32
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, self._image_dtype)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = compiled(self.loss, settings.compile_mode)
-            if self.augments_by == "torch":
+            if self.augments_by != "numba":
                 self._prepare = compiled(self.prepare, settings.compile_mode)
+
+    def begin(
+        self,
+        epoch: int,
+        rates: Sequence[float],
+        *,
+        progress: float = 0.0,
+        momenta: Sequence[float] | None = None,
+        tally: EpochTally | None = None,
+        first: int = 0,
+    ) -> EpochTally:
+        """Draw epoch `epoch`, whose steps have the learning rates `rates`; return what it counts.
+
+        progress: share of training done, 0..1. momenta: SGD's, or Adam's first beta, step by step; None: as it is. tally,
+        first: what was counted in the steps before step `first`, where the epoch goes on.
+        """
+        steps, size, device = len(rates), self.settings.batch_size, self.mean.device
+        plan, order = self.plan(epoch, steps, progress), epoch_order(self.data.index, self.settings.seed, epoch)
+        kind = torch.float32 if device.type == "cuda" else torch.float64  # what the optimizer's fused kernel reads
+        columns = (upload(torch.tensor(rates, dtype=kind), device), plan.mixing.lam, plan.mixing.blend)
+        fresh = EpochTables(
+            cursor=torch.full((1,), first, device=device),
+            order=order[: steps * size].view(steps, size),
+            scalars=torch.cat((torch.stack(columns, 1), plan.mixing.box), 1),
+            plan=plan,
+            tally=tally or EpochTally.begin(steps, device),
+        )
+        if self._step.replay is None:
+            self.tables = fresh
+        else:
+            self.tables.refill(fresh)
+        self.number, self._momenta = first, momenta
+        self.model.train()
+        return self.tables.tally
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -94,43 +174,55 @@ class TrainStep:
             _ = draws.moves, draws.rotations  # computed here, not in the first step
         return EpochPlan(draws, mixing)
 
-    def __call__(
-        self, positions: Tensor, step: int, rate: float, plan: EpochPlan, tally: EpochTally, momentum: float | None = None
-    ) -> None:
-        """Train on the samples at `positions` [B].
+    def __call__(self) -> None:
+        """Train on the next batch."""
+        self._step()
+        self.number += 1
 
-        step: number of the batch in its epoch. rate: the learning rate. momentum: SGD's, or Adam's first beta; None: as it is.
-        `tally` takes the loss and the hits.
-        """
-        mixing, data = plan.mixing, self.data
+    def _changes(self) -> list[Tensor]:
+        """All that a step changes."""
+        tally = self.tables.tally
+        tensors = [self.tables.cursor, tally.losses, tally.hits]
+        for model in (self.model, *([self.average.model] if self.average is not None else [])):
+            tensors += [*model.parameters(), *model.buffers()]
+        return tensors + [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
+
+    def run(self) -> None:
+        """The step at the cursor, operation by operation."""
+        self.optimizer.zero_grad(set_to_none=True)
+        tables, data, plan = self.tables, self.data, self.tables.plan
+        cursor, tally = tables.cursor, tables.tally
+        positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
+        rate, (lam, blend), box = scalars[0], scalars[1:3].float(), scalars[3:]
         if isinstance(data, StreamedSet):
             data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
-        images, labels, partner_labels = self._prepare(data, positions, plan, mixing.blend[step], mixing.box[step])
-        lam = mixing.lam[step]
+        images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
         statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []
-        loss, logits = self._loss(images, labels, partner_labels, lam)
+        loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
         if self.settings.skip_nonfinite and not self._is_finite(loss):
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)  # the forward pass has let the values into batch norm's averages
-            self.optimizer.zero_grad(set_to_none=True)
-            tally.losses[step] = torch.nan
+            tally.losses.index_fill_(0, cursor, torch.nan)
             tally.skipped += 1
-            return
+        else:
+            self._update(rate)
+            tally.losses.index_copy_(0, cursor, loss.detach()[None])
+            tally.hits += hits
+        cursor += 1
+
+    def _update(self, rate: Tensor) -> None:
+        if self._counters:
+            torch._foreach_add_(self._counters, 1)
         if self.settings.clip_gradient_value:
             nn.utils.clip_grad_value_(self.model.parameters(), self.settings.clip_gradient_value)
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
-        set_step(self.optimizer, rate, momentum)
+        set_step(self.optimizer, rate, None if self._momenta is None else self._momenta[self.number])
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
-        with torch.no_grad():
-            tally.losses[step] = loss
-            predicted = logits.argmax(1)
-            tally.hits += lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
 
     def _is_finite(self, loss: Tensor) -> bool:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -151,10 +243,12 @@ class TrainStep:
         return images, labels, partner(labels)
 
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the batch's mean loss and its logits [B, C]."""
+        """Return the batch's mean loss and its hits; of a mixed image each label counts by its weight."""
         with autocast(images.device, self.settings.autocast_dtype):
             logits = self.model(images)
-        return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), logits
+        predicted = logits.detach().argmax(1)
+        hits = lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
+        return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), hits
 
 
 def choose_augmentation(
@@ -181,17 +275,20 @@ class AveragedModel(Generic[Model]):
     def __init__(self, model: Model, decay: float) -> None:
         self.model: Model = deepcopy(model).requires_grad_(False)
         self.decay = decay
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of tensors and their averages, found once
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`; counters that are not floating point are copied."""
-        averaged, current = list(self.model.state_dict().values()), list(model.state_dict().values())
-        pairs = list(zip(averaged, current, strict=True))
-        floating = [(a, c) for a, c in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [c for _, c in floating], 1 - self.decay)
-        for a, c in pairs:
-            if not a.is_floating_point():
-                a.copy_(c)
+        """Move the average towards `model`, always the same one; counters that are not floating point are copied."""
+        if not self._pairs:
+            pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+            for floating in (True, False):
+                kind = [pair for pair in pairs if pair[0].is_floating_point() == floating]
+                self._pairs.append(([averaged for averaged, _ in kind], [current for _, current in kind]))
+        (averages, values), (counters, counts) = self._pairs
+        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if counters:
+            torch._foreach_copy_(counters, counts)
 
 
 @contextmanager

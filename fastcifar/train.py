@@ -16,25 +16,33 @@ from statistics import median
 import psutil
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fastcifar.command import Command, parse_command
-from fastcifar.dataset import Splits, epoch_order, load_splits
-from fastcifar.device import choose_device, choose_precision, require_kernels, set_up_process
+from fastcifar.dataset import Splits, load_splits
+from fastcifar.device import (
+    choose_device,
+    choose_precision,
+    generator_states,
+    require_kernels,
+    set_generators,
+    set_up_process,
+)
 from fastcifar.errors import InputError, Stopped, run_command
+from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
+from fastcifar.saving import EpochWriter
 from fastcifar.signals import StopRequest
 from fastcifar.state import (
     EpochState,
     TrainingState,
     build_state,
     build_step,
-    generator_states,
     restore,
-    set_generators,
     snapshot,
 )
 from fastcifar.step import TrainStep
@@ -92,24 +100,29 @@ def train(command: Command, console: Console) -> RunFolder:
             folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
         announce(console, command, data, state, folder, dtype)
 
-        train_step = build_step(state, recipe, run, data)
+        train_step = build_step(state, recipe, run, data, say=console.print)
+        evaluator = state.evaluator(data, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         last = last_epoch(recipe, run, state.epoch)
-        with TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress:
+        with (
+            EpochWriter(folder, device, background=device.type == "cuda") as writer,
+            TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress,
+        ):
             while state.epoch < last:
                 try:
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
                     if (
                         state.epoch + 1
                     ) % run.eval_every == 0 or state.epoch + 1 == recipe.epochs:  # wherever this command stops
-                        record |= select_best(state, data, run.eval_batch_size, dtype, stop)
+                        record |= select_best(state, evaluator, data.select_name, stop)
                 except Stopped as end:
+                    writer.flush()
                     raise Stopped(end.number, save_within(folder, state, recipe, data)) from None
                 state.epoch, state.within = state.epoch + 1, None
                 record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
                 rows.append(record)
                 curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
-                folder.save_epoch(rows, snapshot(state, recipe, data))
+                writer.save(rows, snapshot(state, recipe, data))
                 progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
                 stop.check()
         curves.close()
@@ -174,26 +187,24 @@ def train_epoch(
     device, seed, batch_size, epoch = data.mean.device, train_step.settings.seed, recipe.batch_size, state.epoch
     meter.start()
     began = time.perf_counter()
-    order = epoch_order(data.train.index, seed, epoch)
-    plan = train_step.plan(epoch, steps, progress=epoch / recipe.epochs)
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
     resumed = state.within is not None
     within = state.within = state.within or EpochState.begin(steps, device)
-    tally, first, seconds_before = within.tally, within.step, within.seconds
+    first, seconds_before, progress_done = within.step, within.seconds, epoch / recipe.epochs
+    tally = within.tally = train_step.begin(
+        epoch, rates, progress=progress_done, momenta=momenta, tally=within.tally, first=first
+    )
     if within.generators:
         set_generators(within.generators, device)
     else:
         seed_torch(seed, epoch)
-    train_step.model.train()
     stops_at_nonfinite = (
         device.type == "cpu" and not train_step.settings.skip_nonfinite
     )  # free there; a GPU is asked at the end
     first_step_at, first_step, steps_began = time.time(), 0.0, time.perf_counter()
-    for step, positions in enumerate(order[first * batch_size : steps * batch_size].split(batch_size), first):
-        if step == steps:  # nothing was left of the epoch but its end
-            break
-        train_step(positions, step, rates[step], plan, tally, momenta[step])
+    for step in range(first, steps):
+        train_step()
         progress.advance(batch_size)
         if step == first:
             if device.type == "cuda":
@@ -206,17 +217,16 @@ def train_epoch(
             within.generators = generator_states(device)
             stop.check()
     within.generators = generator_states(device)  # for a stop during evaluation
-    losses = tally.losses.tolist()  # host sync: the epoch ends here
+    losses, hits, (weights_are_finite,) = tally.read(finite_weights(train_step))  # host sync: the epoch ends here
     all_steps = time.perf_counter() - steps_began
     finite = require_finite(losses, rates, epoch, train_step.settings.skip_nonfinite)
-    require_finite_weights(train_step, rates[-1], epoch)
+    require_finite_weights(bool(weights_are_finite), rates[-1], epoch)
     seconds = within.seconds = seconds_before + time.perf_counter() - began
     return {
         "epoch": epoch + 1,
         "data_name": data.manifest.name,
         "train_loss": sum(finite) / len(finite),
-        "train_accuracy": float(tally.hits)
-        / (len(finite) * batch_size),  # on augmented images; both labels count by their shares
+        "train_accuracy": hits / (len(finite) * batch_size),  # on augmented images; both labels count by their shares
         "eval_loss": None,
         "eval_accuracy": None,
         "eval_seconds": None,
@@ -255,11 +265,17 @@ def require_finite(losses: list[float], rates: list[float], epoch: int, skip: bo
     return finite
 
 
-def require_finite_weights(train_step: TrainStep, rate: float, epoch: int) -> None:
-    """Raise InputError when the epoch's last update, which no loss has seen yet, left a weight or a statistic infinite."""
+@torch.no_grad()
+def finite_weights(train_step: TrainStep) -> Tensor:
+    """Whether all weights and statistics are finite: a 0-d tensor, for which nothing waits."""
     models = [train_step.model] if train_step.average is None else [train_step.model, train_step.average.model]
-    tensors = [tensor for model in models for tensor in model.state_dict().values()]
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():  # host sync, once an epoch
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    return torch.stack(torch._foreach_norm(tensors, ord=math.inf)).isfinite().all()
+
+
+def require_finite_weights(are_finite: bool, rate: float, epoch: int) -> None:
+    """Raise InputError when the epoch's last update, which no loss has seen yet, left a weight or a statistic infinite."""
+    if not are_finite:
         where = f"the last step of epoch {epoch + 1} (learning rate {rate:.4g})"
         raise InputError(f"the weights became infinite in {where}; {kept(epoch)}: lower --peak-lr, or set --clip-gradient-norm")
 
@@ -275,17 +291,17 @@ def seed_torch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(high) << 31 | int(low) >> 1)
 
 
-def select_best(state: TrainingState, data: Splits, batch_size: int, dtype: torch.dtype | None, stop: StopRequest) -> Metrics:
+def select_best(state: TrainingState, evaluator: Evaluator, split_name: str, stop: StopRequest) -> Metrics:
     """Evaluate the epoch just trained on the selection split, note the best so far in `state`, return the record's part.
 
     Raises InputError, and Stopped with nothing noted.
     """
     began, epoch = time.perf_counter(), state.epoch + 1
     with stop.at_once():
-        result = state.measure(data, data.select, batch_size, dtype)
+        result = evaluator()
     if not math.isfinite(result.loss):  # finite weights can still be too large for a forward pass
         raise InputError(
-            f"the {data.select_name} loss became {result.loss} after epoch {epoch}; {kept(state.epoch)}: "
+            f"the {split_name} loss became {result.loss} after epoch {epoch}; {kept(state.epoch)}: "
             "lower --peak-lr, or set --clip-gradient-norm"
         )
     if result.top1 > state.best_accuracy:

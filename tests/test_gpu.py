@@ -1,4 +1,9 @@
-"""What only a CUDA device can show: the same pixels as the CPU, exact resume, the compiled step. Run by `make gpu-check`."""
+"""What only a CUDA device can show: the same pixels as the CPU, exact resume, the compiled and the captured step. Run by
+`make gpu-check`."""
+
+import io
+import os
+import signal
 
 import pytest
 import torch
@@ -8,8 +13,10 @@ from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, epoch_order, load_resident
+from fastcifar.errors import Stopped
 from fastcifar.recipes import RECIPES
 from fastcifar.run_folder import RunFolder
+from fastcifar.step import TrainStep
 from fastcifar.train import train
 from kernels.augment import augment_fused
 
@@ -17,9 +24,26 @@ pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def run(betons, out, *arguments):
+def run(betons, out, *arguments, console=None):
     options = ["--data", str(betons), "--out", str(out), "--batch-size", "50", "--no-plots", "--device", "cuda", *arguments]
-    return train(parse_command(options), Console(quiet=True))
+    return train(parse_command(options), console or Console(quiet=True))
+
+
+def assert_same_training(*folders):
+    for path in ("last", "best"):
+        one, other = (load_checkpoint(getattr(folder, path), CPU) for folder in folders)
+        for part in ("model", "average"):
+            tensors, others = getattr(one, part) or {}, getattr(other, part) or {}
+            assert tensors.keys() == others.keys()
+            for key in tensors:
+                assert torch.equal(tensors[key], others[key]), (path, part, key)
+        states, others = one.optimizer["state"], other.optimizer["state"]
+        assert states.keys() == others.keys()
+        for number in states:
+            for key, value in states[number].items():
+                assert torch.equal(value, others[number][key]), (path, number, key)
+    rows = [[(row["train_loss"], row["train_accuracy"], row["eval_loss"]) for row in f.read_metrics()] for f in folders]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("name", ["dropout_resnet24", "se_resnet18", "robust_resnet64"])
@@ -129,3 +153,68 @@ def test_the_same_seed_and_a_resume_give_the_same_bits(betons, tmp_path, monkeyp
     for key in weights[0]:
         assert torch.equal(weights[0][key], weights[1][key]), key
         assert torch.equal(weights[0][key], weights[2][key]), key
+
+
+CAPTURED = {
+    "SGD, mixing, dropout and jitter": ("--arch", "se_resnet18"),
+    "AdamW, average and stochastic depth": (
+        "--arch", "light_resnet18", "--held-out", "0", "--policy", "none", "--optimizer", "adamw", "--peak-lr", "0.01",
+        "--ema-decay", "0.9", "--clip-gradient-norm", "1",
+    ),
+    "one-cycle, Adam": ("--arch", "resnet42", "--held-out", "0", "--min-momentum", "None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("recipe", CAPTURED)
+def test_a_captured_training_gives_the_plain_ones_bits(betons, tmp_path, recipe, compiled):
+    console = Console(file=io.StringIO(), width=200, record=True)
+    options = (*CAPTURED[recipe], "--epochs", "3", "--eval-batch-size", "20", compiled)
+    folders = [run(betons, tmp_path / name, "--capture", name, *options, console=console) for name in ("auto", "off")]
+    assert "not captured" not in console.export_text()
+    assert_same_training(*folders)
+
+
+@pytest.mark.parametrize("resumed_as", ["auto", "off"])
+def test_a_captured_training_stopped_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, monkeypatch, resumed_as):
+    recipe, original = (*CAPTURED["AdamW, average and stochastic depth"], "--no-compile", "--epochs", "3"), TrainStep.__call__
+    whole = run(betons, tmp_path / "whole", *recipe)
+
+    calls = []
+
+    def signalled(step):
+        original(step)
+        calls.append(step.number)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "__call__", signalled)
+        with pytest.raises(Stopped, match="saved in epoch 2 after step 3 of 4"):
+            run(betons, tmp_path / "cut", *recipe)
+    assert_same_training(whole, train(parse_command(["--resume", str(tmp_path / "cut"), "--capture", resumed_as]), Console()))
+
+
+def test_nothing_waits_between_the_first_step_of_an_epoch_and_its_end(betons, tmp_path, monkeypatch):
+    """From the second epoch on, when all constants are on the device."""
+    guarded = []
+
+    def without_waiting(name):
+        original = getattr(TrainStep, name)
+
+        def call(step, *arguments, **keywords):
+            if step._step.replay is not None:
+                torch.cuda.set_sync_debug_mode("error")
+                guarded.append(name)
+            try:
+                return original(step, *arguments, **keywords)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(TrainStep, name, call)
+
+    without_waiting("begin")
+    without_waiting("__call__")
+    run(betons, tmp_path / "run", "--epochs", "3", "--no-compile")
+    assert guarded.count("begin") == 2
+    assert guarded.count("__call__") == 3 * 4 - 1

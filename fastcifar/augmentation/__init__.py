@@ -133,8 +133,8 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         down=down,
         right=right,
         flipped=flipped,
-        seed=torch.tensor(seed, device=samples.device),
-        epoch=torch.tensor(epoch, device=samples.device),
+        seed=torch.full((), seed, dtype=torch.int64, device=samples.device),  # filled there, where a copy would be waited for
+        epoch=torch.full((), epoch, dtype=torch.int64, device=samples.device),
         jitter=jitter,
         jitter_order=order,
         grey=draws.draw_grey(samples, seed, epoch, settings.grayscale) if settings.grayscale else None,
@@ -144,7 +144,7 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         cutout=torch.stack(draw_cutout(samples, seed, epoch, settings.cutout), 1) if settings.cutout else None,
         erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing, area) if settings.random_erasing else None,
         noise_seed=draws.draw_noise_seed(samples, seed, epoch) if noisy else None,
-        quantiles=noise_quantiles().to(samples.device) if noisy else None,
+        quantiles=draws.constant(noise_quantiles, samples.device) if noisy else None,
     )
 
 

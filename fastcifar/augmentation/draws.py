@@ -6,9 +6,9 @@ purpose) alone.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from fastcifar.augmentation.policies import (
     SIGNED,
     USUAL,
     WIDE,
-    Pairs,
     PolicyName,
     magnitude_table,
     move_matrices,
@@ -108,8 +107,19 @@ def draw_jitter(samples: Tensor, seed: int, epoch: int, strengths: Sequence[floa
     ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths[:3]] + [(-strengths[3], strengths[3])]
     factors = [low + (high - low) * uniform(word) for word, (low, high) in zip(words, ranges, strict=True)]
     which, _, _, _ = philox(seed, samples, epoch, Purpose.JITTER_ORDER)
-    orders = torch.tensor(ORDERS, device=samples.device)
+    orders = constant(jitter_orders, samples.device)
     return torch.stack(factors, 1), orders[below(which, len(ORDERS))]
+
+
+@cache
+def constant(make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
+    """What `make(*arguments)` returns, copied to `device` once."""
+    return make(*arguments).to(device)
+
+
+def jitter_orders() -> Tensor:
+    """The orders [24, 4] of brightness, contrast, saturation, hue."""
+    return torch.tensor(ORDERS)
 
 
 def draw_grey(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:
@@ -130,8 +140,8 @@ def draw_policy(
     operations, magnitude: RandAugment's N and its bin 0..30. AutoAugment applies two, TrivialAugment one.
     """
     if policy in AUTO_AUGMENT:
-        return _draw_auto_augment(samples, seed, epoch, AUTO_AUGMENT[policy])
-    table = magnitude_table(WIDE if policy == "trivial_augment" else USUAL, BINS).to(samples.device)
+        return _draw_auto_augment(samples, seed, epoch, policy)
+    table = constant(magnitude_table, samples.device, WIDE if policy == "trivial_augment" else USUAL, BINS)
     drawn, magnitudes = [], []
     for place in range(1 if policy == "trivial_augment" else operations):
         which, sign, size, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
@@ -142,13 +152,16 @@ def draw_policy(
     return torch.stack(drawn, 1), torch.stack(magnitudes, 1)
 
 
-def _draw_auto_augment(samples: Tensor, seed: int, epoch: int, pairs: Pairs) -> tuple[Tensor, Tensor]:
+def pair_column(policy: PolicyName, column: int) -> Tensor:
+    """Of both operations of AutoAugment's 25 pairs [25, 2]: number (column 0), probability (1) or bin (2)."""
+    return torch.tensor([[(NUMBER[part[0]], *part[1:])[column] for part in pair] for pair in AUTO_AUGMENT[policy]])
+
+
+def _draw_auto_augment(samples: Tensor, seed: int, epoch: int, policy: PolicyName) -> tuple[Tensor, Tensor]:
     """One of the 25 pairs for each image; each operation of the pair is applied with its own probability."""
-    numbers = torch.tensor([[NUMBER[name] for name, _, _ in pair] for pair in pairs], device=samples.device)
-    chances = torch.tensor([[chance for _, chance, _ in pair] for pair in pairs], device=samples.device)
-    bins = torch.tensor([[size for _, _, size in pair] for pair in pairs], device=samples.device)
-    table = magnitude_table(USUAL, 10).to(samples.device)
-    pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(pairs))
+    numbers, chances, bins = (constant(pair_column, samples.device, policy, column) for column in range(3))
+    table = constant(magnitude_table, samples.device, USUAL, 10)
+    pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(numbers))
     drawn, magnitudes = [], []
     for place in range(2):
         _, sign, applied, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.device import upload
 from kernels.augment.operations import SIDE
 from kernels.philox import Purpose, below, philox, uniform
 
@@ -18,8 +19,8 @@ class MixPlan:
     """How each batch of an epoch is mixed, drawn beforehand on the host, so that no step waits for anything."""
 
     lam: Tensor  # [steps] float32 on the device: weight of the own label; 1 = not mixed
-    box: Tensor  # [steps, 4] int64: top, bottom, left, right of the pasted rectangle; empty unless CutMix
     blend: Tensor  # [steps] float32: weight of the own pixels outside the box; below 1 only for mixup
+    box: Tensor  # [steps, 4] float32: top, bottom, left, right of the pasted rectangle, pixels; empty unless CutMix
 
 
 def mix_plan(
@@ -45,23 +46,24 @@ def mix_plan(
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
     blend = np.where(use_cutmix, 1.0, lam)
     lam = np.where(use_cutmix, 1 - area / SIDE**2, lam)
-    return MixPlan(
-        lam=torch.tensor(lam, dtype=torch.float32, device=device),
-        box=torch.tensor(box, dtype=torch.int64, device=device),
-        blend=torch.tensor(blend, dtype=torch.float32, device=device),
-    )
+    values = upload(torch.tensor(np.column_stack([lam, blend, box]), dtype=torch.float32), device)  # one copy
+    return MixPlan(lam=values[:, 0], blend=values[:, 1], box=values[:, 2:])
 
 
 def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
-    """Mix every image of [B, 3, 32, 32] with its successor in the batch, which the epoch's permutation made a random partner.
+    """Mix every image of [B, 3, 32, 32], channels_last, with its successor in the batch, which the epoch's permutation made a
+    random partner.
 
         y = w x + (1 - w) partner,   w = 0 inside the box, `blend` outside
 
-    One expression for mixup (empty box), CutMix (blend 1) and no mixing (both), so that the step has no branch.
+    One expression for mixup (empty box), CutMix (blend 1) and no mixing (both), so that the step has no branch. Computed in
+    float32, returned in x's dtype and layout.
     """
     place = torch.arange(SIDE, device=x.device)
     inside = ((place >= box[0]) & (place < box[1]))[:, None] & ((place >= box[2]) & (place < box[3]))
-    return torch.lerp(partner(x), x, torch.where(inside, 0.0, blend).to(x.dtype))
+    own = x.permute(0, 2, 3, 1)  # rolling the dense view keeps it dense
+    mixed = torch.lerp(partner(own).float(), own.float(), torch.where(inside, 0.0, blend)[:, :, None])
+    return mixed.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def partner(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastcifar.models.layers import (
+    BatchNorm2d,
     Kernels,
     SqueezeExcitation,
     StochasticDepth,
@@ -44,11 +45,11 @@ class BasicBlock(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.conv1 = conv(spec.inputs, spec.outputs, 3, spec.stride)
-        self.bn1 = nn.BatchNorm2d(spec.outputs)
+        self.bn1 = BatchNorm2d(spec.outputs)
         self.act1 = spec.activation()
         self.dropout1 = dropout(spec.dropout)
         self.conv2 = conv(spec.outputs, spec.outputs, 3)
-        self.bn2 = nn.BatchNorm2d(spec.outputs)
+        self.bn2 = BatchNorm2d(spec.outputs)
         self.dropout2 = dropout(spec.dropout)
         self.se = _squeeze_excitation(spec, spec.outputs)
         self.drop_path = _drop_path(spec)
@@ -74,11 +75,11 @@ class PreActivationBlock(nn.Module):
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(spec.inputs)
+        self.bn1 = BatchNorm2d(spec.inputs)
         self.act1 = spec.activation()
         self.se = _squeeze_excitation(spec, spec.inputs)
         self.conv1 = conv(spec.inputs, spec.outputs, 3, spec.stride)
-        self.bn2 = nn.BatchNorm2d(spec.outputs)
+        self.bn2 = BatchNorm2d(spec.outputs)
         self.act2 = spec.activation()
         self.dropout = dropout(spec.dropout)
         self.conv2 = conv(spec.outputs, spec.outputs, 3)
@@ -108,4 +109,4 @@ def _shortcut(spec: BlockSpec) -> nn.Module:
     if not spec.changes_shape:
         return nn.Identity()
     projection = conv(spec.inputs, spec.outputs, 3 if spec.shortcut == "conv3x3_bn" else 1, spec.stride)
-    return projection if spec.shortcut == "conv1x1" else nn.Sequential(projection, nn.BatchNorm2d(spec.outputs))
+    return projection if spec.shortcut == "conv1x1" else nn.Sequential(projection, BatchNorm2d(spec.outputs))

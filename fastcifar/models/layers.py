@@ -5,6 +5,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.activations import Activation
@@ -20,6 +21,15 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Mish: "mis
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
     """A convolution whose padding keeps the map's size at stride 1."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """PyTorch's, but for its count of batches, which the training step moves for all layers at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.momentum is not None
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
 class SqueezeExcitation(nn.Module):
@@ -104,8 +114,6 @@ def norm_act(
         y = bn(x) if se is None else se(bn(x))
         return activation(y if shortcut is None else shortcut + y)
     assert isinstance(bn, nn.BatchNorm2d)
-    if bn.training and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
     tail: Callable[..., Tensor] = partial(residual_tail, backend=form)
     return tail(
         x, shortcut, bn.weight, bn.bias, bn.running_mean, bn.running_var,

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
-from fastcifar.models.layers import Kernels, StochasticDepthMode, conv, dropout, norm_act
+from fastcifar.models.layers import BatchNorm2d, Kernels, StochasticDepthMode, conv, dropout, norm_act
 from kernels.augment.reference import normalise
 
 # pytorch: every layer's default. kaiming: convolutions normal by fan-out (He et al., ICCV 2015). kaiming_small_head: these, and
@@ -46,7 +46,7 @@ class ResNet(nn.Module):
         pre_activation = block is PreActivationBlock
         self.stem = nn.Sequential(conv(3, widths[0], 3, bias=stem_bias))
         if not pre_activation:
-            self.stem.extend([nn.BatchNorm2d(widths[0]), activation()])
+            self.stem.extend([BatchNorm2d(widths[0]), activation()])
 
         self.stages = nn.ModuleList()
         inputs, depth, total = widths[0], 0, sum(blocks)
@@ -73,7 +73,7 @@ class ResNet(nn.Module):
                 inputs = width
             self.stages.append(stage)
 
-        self.tail = nn.Sequential(nn.BatchNorm2d(inputs), activation()) if pre_activation else nn.Identity()
+        self.tail = nn.Sequential(BatchNorm2d(inputs), activation()) if pre_activation else nn.Identity()
         self.dropout = dropout(head_dropout)
         self.classifier = nn.Linear(inputs, num_classes)
         self._initialise(initialisation)
