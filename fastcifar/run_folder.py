@@ -7,7 +7,6 @@ summary.json  the figures of the whole run                            *.png, eve
 
 import fcntl
 import json
-import math
 import os
 import platform
 import shlex
@@ -31,6 +30,8 @@ from fastcifar.recipes import Recipe, RunOptions, recipe_from_dict, run_options_
 from fastcifar.versions import installed
 
 Metrics = dict[str, Any]  # one epoch's record, plain JSON values
+
+ENDLESS = 1 << 63  # no figure of a run comes near
 
 METRIC_KEYS = {
     "epoch", "data_name", "train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "eval_seconds", "eval_split",
@@ -189,7 +190,7 @@ def _is_plottable(row: Metrics) -> bool:
     ]
     at_times = [row[name] for name in ("eval_loss", "eval_accuracy", "eval_seconds", "best_accuracy") if row[name] is not None]
     numbers = [*always, *at_times, *(rates if isinstance(rates, list) and rates else [None])]
-    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return all(type(number) in (int, float) and -ENDLESS < number < ENDLESS for number in numbers)  # NaN is not
 
 
 def _is_square(confusion: Any, classes: int) -> bool:
