@@ -120,23 +120,23 @@ class Row:
 ROWS = (
     Row(mish, (), {"forward": (36, 26), "backward": (40, 38)}, (torch.bfloat16, torch.float32)),
     Row(residual_tail, (256, 8, 16, "mish", True, True), {  # mish_se_resnet18
-        "statistics": (125, 29), "batch": (99, 45), "tail": (71, 33), "sums": (141, 66), "map_gradient": (102, 15),
+        "statistics": (106, 14), "batch": (99, 45), "tail": (71, 33), "sums": (141, 66), "map_gradient": (102, 15),
         "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181),
     }),
     Row(residual_tail, (256, 4, 16, "relu", True, False), {  # se_resnet18
-        "statistics": (106, 25), "batch": (99, 45), "tail": (70, 15), "sums": (71, 34), "map_gradient": (97, 15),
+        "statistics": (71, 12), "batch": (99, 45), "tail": (70, 15), "sums": (71, 34), "map_gradient": (97, 15),
         "excite": (62, 19), "excite_gradient": (62, 11), "parameter_gradient": (122, 143),
     }),
     Row(residual_tail, (45, 32, 0, "relu", False, False), {  # light_resnet18_v2_45: its widest maps, then its widest layers
-        "statistics": (172, 43), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
+        "statistics": (106, 22), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
         "channel_gradient": (88, 30),
     }),
     Row(residual_tail, (340, 4, 0, "relu", False, False), {
-        "statistics": (116, 26), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
+        "statistics": (105, 13), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
-        "statistics": (125, 28), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
+        "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
         "channel_gradient": (71, 23),
     }),
     # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart

@@ -140,6 +140,31 @@ def test_unfilled_memory_is_never_read(case):
         assert_equal(case.run(TRITON, inputs), expected)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("shape", [(8, 20, 6, 6), (16, 45, 8, 8), (4, 7, 5, 3), (32, 33, 4, 4)])
+@pytest.mark.parametrize("kind", ["normal", "outlier", "equal"])
+def test_statistics_are_exact_to_a_millionth(shape, kind, per_image):
+    """Also where the mean is a small difference of large sums, and where one value outweighs all others."""
+    torch.manual_seed(0)
+    x = torch.full(shape, 0.1) if kind == "equal" else torch.randn(shape)
+    if kind == "outlier":
+        x[0, :, 0, 0] = 1000
+    x = x.to(DEVICE, memory_format=torch.channels_last)
+    running_mean, running_var = torch.zeros(shape[1], device=DEVICE), torch.ones(shape[1], device=DEVICE)
+    _, mean, variance = tail._statistics(x, running_mean, running_var, 0.1, per_image)
+    true, exact = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
+    if kind == "equal":
+        assert torch.equal(mean, x[0, :, 0, 0])
+        assert torch.equal(variance, torch.zeros_like(variance))
+    else:
+        assert ((mean - true).abs() / exact.sqrt()).max() < 3e-7
+        assert ((variance - exact).abs() / exact).max() < 1e-6
+    assert ((running_mean - 0.1 * true).abs() / (exact.sqrt() + true.abs())).max() < 2e-8
+    count = x[:, 0].numel()
+    moved = 0.9 + 0.1 * exact * count / (count - 1)
+    assert ((running_var - moved).abs() / moved).max() < 1e-6
+
+
 @pytest.mark.parametrize("units", [0, 2])
 def test_running_statistics_are_batch_norms(form, units):
     case = Case((3, 48, 5, 5), units=units)

@@ -43,6 +43,12 @@ def row_tile(channels: int, rows: int, largest: int = 8192, per_thread: int = 32
     return Tile(min(power_of_two(rows), largest // side), side, per_thread)
 
 
+def statistics_tile(channels: int, group: int) -> Tile:
+    """For the statistics of groups: where one tile is a group, its three sums across threads weigh less with more in each."""
+    tile = row_tile(channels, group)
+    return tile if tile.rows < group else row_tile(channels, group, per_thread=64)
+
+
 def sums_tile(channels: int, rows: int) -> Tile:
     """For the gradient's sums, which hold four maps and two sums at a time: half as many elements a thread."""
     return row_tile(channels, rows, largest=2048, per_thread=16)

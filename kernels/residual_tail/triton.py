@@ -23,6 +23,7 @@ from kernels.residual_tail.tiles import (
     image_tile,
     power_of_two,
     row_tile,
+    statistics_tile,
     sums_tile,
 )
 
@@ -54,26 +55,42 @@ def merged(count, mean, m2, block: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr,
+    x, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of every group of rows: one read. Each lane runs Welford's update on its own rows."""
+    """Mean and sum of squared deviations of every group of rows: one read, summed relative to the mean of the first tile.
+
+    That lies so near the group's that the square of their offset takes little away from the sum of squares. It is found
+    relative to the first row: where all values are equal the mean is exactly that, and the deviation exactly 0. even: groups
+    are whole tiles, so that no row has to be left out.
+    """
     start = tl.program_id(0).to(tl.int64) * group
     count = tl.minimum(rows - start, group).to(tl.int32)
     r = tl.arange(0, block_rows)[:, None]
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
-    x += start * channels + (r * channels + c[None, :])
-    mean = tl.zeros([block_rows, block_channels], tl.float32)
-    m2 = tl.zeros([block_rows, block_channels], tl.float32)
-    for step in range(0, group, block_rows):
-        mask = step + r < count
-        value = tl.load(x + step * channels, mask=mask & (c[None, :] < channels), other=0.0).to(tl.float32)
-        delta = value - mean
-        fraction = 1.0 / (step // block_rows + 1)
-        mean += tl.where(mask, delta * fraction, 0.0)
-        m2 += tl.where(mask, delta * (value - mean), 0.0)
-    seen = tl.maximum((count - r + block_rows - 1) // block_rows, 0).to(tl.float32)  # rows of each lane
-    _, mean, m2 = merged(seen, mean, m2, block_rows)
+    inside = c[None, :] < channels
+    x += start * channels
+    origin = tl.load(x + c, mask=c < channels, other=0.0).to(tl.float32)
+    x += r * channels + c[None, :]
+    value = tl.load(x, mask=(even | (r < count)) & inside, other=0.0).to(tl.float32)
+    delta = value - origin[None, :]
+    if not even:
+        delta = tl.where(r < count, delta, 0.0)
+    mean = origin + tl.sum(delta, 0) / tl.minimum(count, block_rows)
+    delta = value - mean[None, :]
+    if not even:
+        delta = tl.where(r < count, delta, 0.0)
+    s1, s2 = delta, delta * delta
+    for step in range(block_rows, group, block_rows):
+        value = tl.load(x + step * channels, mask=(even | (step + r < count)) & inside, other=0.0).to(tl.float32)
+        delta = value - mean[None, :]
+        if not even:
+            delta = tl.where(step + r < count, delta, 0.0)
+        s1 += delta
+        s2 += delta * delta
+    total = tl.sum(s1, 0)
+    m2 = tl.sum(s2, 0) - total * total / count
+    mean += total / count
     offsets = tl.program_id(0).to(tl.int64) * channels + c
     tl.store(group_mean + offsets, mean, mask=c < channels)
     tl.store(group_m2 + offsets, m2, mask=c < channels)
@@ -388,10 +405,16 @@ def statistics(
     groups = cdiv(rows, group)
     group_mean, group_m2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
     mean, variance = unfilled(x, channels), unfilled(x, channels)
-    tile, merge, sizes = row_tile(channels, group), channel_block(groups), {"channels": channels, "group": group}
+    tile, merge, sizes = statistics_tile(channels, group), channel_block(groups), {"channels": channels, "group": group}
     with torch.cuda.device_of(x):
         statistics_kernel[groups, cdiv(channels, tile.channels)](
-            channels_last(x), group_mean, group_m2, rows, **sizes, **tile.sizes()
+            channels_last(x),
+            group_mean,
+            group_m2,
+            rows,
+            **sizes,
+            **tile.sizes(),
+            even=rows % group == 0 and group % tile.rows == 0,
         )
         batch_kernel[(cdiv(channels, merge.channels),)](
             group_mean, group_m2, mean, variance, running_mean, running_var, groups, rows, momentum,
