@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastcifar.augmentation import Augmentation
 from fastcifar.beton import Manifest
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
@@ -262,6 +263,18 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(betons, tm
     seen.clear()
     with pytest.raises(InputError, match=r"infinite|became nan"):
         run(betons, tmp_path / "stops", "--epochs", "1")
+
+
+def test_mixing_is_told_how_far_training_is(betons, tmp_path, monkeypatch):
+    original, told = Augmentation.plan_mixing, []
+
+    def listen(self, **given):
+        told.append(given["progress"])
+        return original(self, **given)
+
+    monkeypatch.setattr(Augmentation, "plan_mixing", listen)
+    run(betons, tmp_path / "run", "--epochs", "4", "--limit-train", "40")
+    assert told == [0, 0.25, 0.5, 0.75]
 
 
 def test_loss_spikes_are_counted():
