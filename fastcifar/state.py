@@ -147,6 +147,7 @@ def build_step(
         autocast_dtype=choose_precision(run.precision, data.mean.device),
         compile=run.compile,
         kernels=run.kernels,
+        table_momentum=data.mean.is_cuda and moves_by_table(recipe),
         skip_nonfinite=run.skip_nonfinite,
     )
     record = None
@@ -164,10 +165,15 @@ def captures(run: RunOptions, device: torch.device) -> bool:
     return run.capture == "auto" and device.type == "cuda"
 
 
+def moves_by_table(recipe: Recipe) -> bool:
+    """Whether the momentum moves, and in an optimizer whose steps can read it from a table."""
+    return recipe.schedule.min_momentum is not None and recipe.momentum > 0 and recipe.optimizer in ("sgd", "adam")
+
+
 def obstacle(recipe: Recipe, run: RunOptions) -> str:
     """Why a training step cannot be captured, by the name of the setting; empty: it can."""
-    if recipe.schedule.min_momentum is not None:
-        return "min_momentum moves a momentum that the optimizer takes as a number"
+    if recipe.schedule.min_momentum is not None and not moves_by_table(recipe):
+        return f"min_momentum moves a momentum that {recipe.optimizer} takes as a number"
     if run.stream:
         return "stream reads every batch from the disk"
     return "skip_nonfinite asks the device in every step" if run.skip_nonfinite else ""

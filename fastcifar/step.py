@@ -2,7 +2,7 @@
 itself; so the same step is launched operation by operation, or recorded once and replayed as one CUDA graph."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
@@ -16,7 +16,7 @@ from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.capture import Captured, Recorder
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
-from fastcifar.optimization import mixed_cross_entropy, set_step
+from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
 
@@ -35,6 +35,7 @@ class StepSettings:
     compile: bool
     kernels: Literal["auto", "triton", "torch"] = "auto"
     clip_gradient_value: float = 0.0  # 0 = off
+    table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
 
 
@@ -72,7 +73,7 @@ class EpochTables:
 
     cursor: Tensor  # [1] int64: number of the step that comes next
     order: Tensor  # [steps, B] int64: positions of its samples
-    scalars: Tensor  # [steps, 7] float32, on a CPU float64: learning rate, lam, blend and box
+    scalars: Tensor  # [steps, 9] float32, on a CPU float64: learning rate, lam, blend, box, two factors of the moments
     plan: EpochPlan
     tally: EpochTally
 
@@ -146,11 +147,16 @@ class TrainStep:
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
         plan, order = self.plan(epoch, steps, progress), epoch_order(self.data.index, self.settings.seed, epoch)
         kind = torch.float32 if device.type == "cuda" else torch.float64  # what the optimizer's fused kernel reads
-        columns = (upload(torch.tensor(rates, dtype=kind), device), plan.mixing.lam, plan.mixing.blend)
+        factors = [(1.0, 1.0, 1.0)] * steps
+        if momenta is not None and self.settings.table_momentum:
+            factors, momenta = momentum_factors(self.optimizer, momenta, epoch * steps), None
+        table = [(rate * factor, *moments) for rate, (factor, *moments) in zip(rates, factors, strict=True)]
+        values, mixing = upload(torch.tensor(table, dtype=kind), device), plan.mixing
+        columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
             cursor=torch.full((1,), first, device=device),
             order=order[: steps * size].view(steps, size),
-            scalars=torch.cat((torch.stack(columns, 1), plan.mixing.box), 1),
+            scalars=torch.cat(columns, 1),
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
@@ -190,7 +196,7 @@ class TrainStep:
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
-        rate, (lam, blend), box = scalars[0], scalars[1:3].float(), scalars[3:]
+        rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
         if isinstance(data, StreamedSet):
             data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
@@ -204,12 +210,12 @@ class TrainStep:
             tally.losses.index_fill_(0, cursor, torch.nan)
             tally.skipped += 1
         else:
-            self._update(rate)
+            self._update(rate, moments)
             tally.losses.index_copy_(0, cursor, loss.detach()[None])
             tally.hits += hits
         cursor += 1
 
-    def _update(self, rate: Tensor) -> None:
+    def _update(self, rate: Tensor, moments: Tensor) -> None:
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         if self.settings.clip_gradient_value:
@@ -217,7 +223,8 @@ class TrainStep:
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
         set_step(self.optimizer, rate, None if self._momenta is None else self._momenta[self.number])
-        self.optimizer.step()
+        with rescaled_moments(self.optimizer, *moments) if self.settings.table_momentum else nullcontext():
+            self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
 
