@@ -86,7 +86,8 @@ def _refill(old: Any, fresh: Any) -> None:
     for name in (entry.name for entry in fields(old)):
         value = getattr(fresh, name)
         if isinstance(value, Tensor):
-            getattr(old, name).copy_(value)
+            if value.data_ptr() != getattr(old, name).data_ptr():
+                getattr(old, name).copy_(value)
         elif is_dataclass(value):
             _refill(getattr(old, name), value)
 
@@ -117,6 +118,8 @@ class TrainStep:
         self.mean, self.std = mean, std
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
+        self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
@@ -145,7 +148,10 @@ class TrainStep:
         first: what was counted in the steps before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
-        plan, order = self.plan(epoch, steps, progress), epoch_order(self.data.index, self.settings.seed, epoch)
+        self._epoch.fill_(epoch)
+        self._draw()
+        order, draws = self._drawn
+        plan = EpochPlan(draws, self._plan_mixing(epoch, steps, progress))
         kind = torch.float32 if device.type == "cuda" else torch.float64  # what the optimizer's fused kernel reads
         factors = [(1.0, 1.0, 1.0)] * steps
         if momenta is not None and self.settings.table_momentum:
@@ -170,12 +176,21 @@ class TrainStep:
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
+        return EpochPlan(self._draws(epoch), self._plan_mixing(epoch, steps, progress))
+
+    def _plan_mixing(self, epoch: int, steps: int, progress: float) -> MixPlan:
         seed, device = self.settings.seed, self.mean.device
-        mixing = self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
-        draws = draw(self.augmentation, self.data.index, seed, epoch)
+        return self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
+
+    def _draws(self, epoch: int | Tensor) -> Draws:
+        draws = draw(self.augmentation, self.data.index, self.settings.seed, epoch)
         if self.augments_by == "numba":
             _ = draws.moves, draws.rotations  # computed here, not in the first step
-        return EpochPlan(draws, mixing)
+        return draws
+
+    def _draw_epoch(self) -> None:
+        """Draw the order and the augmentation of the epoch that stands on the device."""
+        self._drawn = epoch_order(self.data.index, self.settings.seed, self._epoch), self._draws(self._epoch)
 
     def __call__(self) -> None:
         """Train on the next batch."""
