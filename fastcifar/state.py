@@ -11,6 +11,7 @@ from fastcifar.capture import cuda_graph
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
+from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
@@ -18,7 +19,7 @@ from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
-from fastcifar.step import AveragedModel, EpochTally, StepSettings, TrainStep
+from fastcifar.step import AveragedModel, StepSettings, TrainStep
 
 
 @dataclass
