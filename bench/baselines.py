@@ -184,10 +184,7 @@ STEPS = {
     "kernels": (
         "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU", "", "",
     ),
-    "captured": (
-        "whole step captured", "the whole step one CUDA graph", "CUDA graphs need a GPU",
-        "fastcifar/step.py does not capture the step yet",
-    ),
+    "captured": ("whole step captured", "the whole step one CUDA graph", "CUDA graphs need a GPU", ""),
 }  # fmt: skip
 
 
@@ -218,6 +215,7 @@ def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
     run = RunOptions(
         data=task.folder, max_parameters=0, precision="bf16" if "bf16" in steps else "fp32", compile="compile" in steps,
         compile_mode="tuned" if "tuned" in steps else "default", kernels="auto" if "kernels" in steps else "torch",
+        capture="auto" if "captured" in steps else "off",
     )  # fmt: skip
     return fastcifar_loop(task, run, channels_last="channels_last" in steps)
 

@@ -49,7 +49,8 @@ class Captured:
             try:
                 self.replay = recorded(self.function, self.tensors, self.device, record)
             except RuntimeError as error:  # of the driver, or for want of memory
-                self.say(f"{self.name} is not captured, and so slower: {shortened(str(error).splitlines()[0], 200)}")
+                why = (str(error) or type(error).__name__).splitlines()[0]
+                self.say(f"{self.name} is not captured, and so slower: {shortened(why, 200)}")
         (self.replay or self.function)()
 
 
@@ -72,15 +73,15 @@ def recorded(function: Function, tensors: Callable[[], Iterable[Tensor]], device
         set_generators(states, device)
 
     aside = torch.cuda.Stream(device) if device.type == "cuda" else None
-    if aside is not None:
-        aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside) if aside is not None else nullcontext():
-        for _ in range(WARM_UPS):
-            function()
-            put_back()
-    if aside is not None:
-        torch.cuda.current_stream(device).wait_stream(aside)
     try:
+        if aside is not None:
+            aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside) if aside is not None else nullcontext():
+            for _ in range(WARM_UPS):
+                function()
+                put_back()
+        if aside is not None:
+            torch.cuda.current_stream(device).wait_stream(aside)
         return record(function)
     finally:
         put_back()

@@ -265,7 +265,7 @@ def normalisation(manifest: Manifest, std: Channels | None = None, *, everywhere
     return tuple(manifest.mean), tuple(manifest.std)
 
 
-def epoch_order(index: Tensor, seed: int, epoch: int) -> Tensor:
+def epoch_order(index: Tensor, seed: int, epoch: int | Tensor) -> Tensor:
     """The permutation of an epoch: positions sorted by each sample's 63-bit key, drawn at (seed, epoch, sample) alone."""
     return _keyed_order(index, seed, epoch, Purpose.ORDER)
 
@@ -277,6 +277,6 @@ def hold_out(full: AnySet, fraction: float, seed: int) -> tuple[AnySet, AnySet]:
     return full.subset(order[held:].sort().values), full.subset(order[:held].sort().values)
 
 
-def _keyed_order(index: Tensor, seed: int, epoch: int, purpose: Purpose) -> Tensor:
+def _keyed_order(index: Tensor, seed: int, epoch: int | Tensor, purpose: Purpose) -> Tensor:
     high, low, _, _ = philox(seed, index, epoch, purpose)
     return torch.argsort(high << 31 | low >> 1, stable=True)

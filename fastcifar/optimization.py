@@ -7,6 +7,8 @@ with 15 epochs of warm-up spend the same 6 % of their steps warming up.
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -160,6 +162,43 @@ def set_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, momentum: f
             group["momentum"] = momentum
         else:
             group["betas"] = (momentum, group["betas"][1])
+
+
+def momentum_factors(
+    optimizer: torch.optim.Optimizer, momenta: Sequence[float], steps_before: int
+) -> list[tuple[float, float, float]]:
+    """What makes an optimizer with a momentum fixed at c take a step with momentum m, where c cannot be set.
+
+    Returns for each step the factors of its learning rate, of the first moments before it, and of them after it:
+
+        SGD     c (m/c b) + g = m b + g
+        Adam    c a m (1 - c) / (c (1 - m)) + (1 - c) g = (m a + (1 - m) g) (1 - c) / (1 - m), undone after the step and in
+                the rate, which also takes (1 - c^t) / (1 - m^t), t the number of the step from 1
+
+    momenta: of the steps after the first `steps_before`, 0 to below 1. Not for Nesterov's momentum nor a decoupled decay.
+    """
+    group = optimizer.param_groups[0]
+    if "momentum" in group:
+        return [(1.0, m / group["momentum"], 1.0) for m in momenta]
+    c, factors = group["betas"][0], []
+    for t, m in enumerate(momenta, steps_before + 1):
+        after = (1 - m) / (1 - c)
+        factors.append((after * (1 - c**t) / (1 - m**t), m / (c * after), after))
+    return factors
+
+
+@contextmanager
+def rescaled_moments(optimizer: torch.optim.Optimizer, before: Tensor, after: Tensor) -> Iterator[None]:
+    """Multiply SGD's momentum buffers or Adam's running means by 0-d tensors, before and after the step inside the block."""
+
+    def rescale(factor: Tensor) -> None:
+        moments = (state.get("momentum_buffer", state.get("exp_avg")) for state in optimizer.state.values())
+        if present := [moment for moment in moments if moment is not None]:  # before the first step there are none
+            torch._foreach_mul_(present, factor.to(present[0].dtype))
+
+    rescale(before)
+    yield
+    rescale(after)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

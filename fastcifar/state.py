@@ -11,6 +11,7 @@ from fastcifar.capture import cuda_graph
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision
+from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
@@ -18,7 +19,7 @@ from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
-from fastcifar.step import AveragedModel, EpochTally, StepSettings, TrainStep
+from fastcifar.step import AveragedModel, StepSettings, TrainStep
 
 
 @dataclass
@@ -148,6 +149,7 @@ def build_step(
         compile=run.compile,
         compile_mode=run.compile_mode,
         kernels=run.kernels,
+        table_momentum=data.mean.is_cuda and moves_by_table(recipe),
         skip_nonfinite=run.skip_nonfinite,
     )
     record = None
@@ -165,10 +167,15 @@ def captures(run: RunOptions, device: torch.device) -> bool:
     return run.capture == "auto" and device.type == "cuda"
 
 
+def moves_by_table(recipe: Recipe) -> bool:
+    """Whether the momentum moves, and in an optimizer whose steps can read it from a table."""
+    return recipe.schedule.min_momentum is not None and recipe.momentum > 0 and recipe.optimizer in ("sgd", "adam")
+
+
 def obstacle(recipe: Recipe, run: RunOptions) -> str:
     """Why a training step cannot be captured, by the name of the setting; empty: it can."""
-    if recipe.schedule.min_momentum is not None:
-        return "min_momentum moves a momentum that the optimizer takes as a number"
+    if recipe.schedule.min_momentum is not None and not moves_by_table(recipe):
+        return f"min_momentum moves a momentum that {recipe.optimizer} takes as a number"
     if run.stream:
         return "stream reads every batch from the disk"
     return "skip_nonfinite asks the device in every step" if run.skip_nonfinite else ""

@@ -2,9 +2,9 @@
 itself; so the same step is launched operation by operation, or recorded once and replayed as one CUDA graph."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -17,8 +17,9 @@ from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
+from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels
-from fastcifar.optimization import mixed_cross_entropy, set_step
+from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
 
@@ -38,59 +39,8 @@ class StepSettings:
     kernels: Kernels = "auto"
     compile_mode: CompileMode = "default"
     clip_gradient_value: float = 0.0  # 0 = off
+    table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """What an epoch drew beforehand: every sample's augmentation, every batch's mixing."""
-
-    draws: Draws
-    mixing: MixPlan
-
-
-@dataclass
-class EpochTally:
-    """What an epoch counts without asking the device: read it once, after the last step."""
-
-    losses: Tensor  # [steps] float32
-    hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
-    skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
-
-    def read(self, *more: Tensor) -> tuple[list[float], float, list[float]]:
-        """Wait for the device once; return the losses, the hits, and the values of 0-d tensors."""
-        parts = (self.losses.double(), self.hits[None], *(value.double()[None] for value in more))
-        values, steps = torch.cat(parts).tolist(), len(self.losses)  # host sync
-        return values[:steps], values[steps], values[steps + 1 :]
-
-    @classmethod
-    def begin(cls, steps: int, device: torch.device) -> "EpochTally":
-        """Nothing counted yet."""
-        return cls(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.float64, device=device))
-
-
-@dataclass
-class EpochTables:
-    """What differs between an epoch's steps, on the device."""
-
-    cursor: Tensor  # [1] int64: number of the step that comes next
-    order: Tensor  # [steps, B] int64: positions of its samples
-    scalars: Tensor  # [steps, 7] float32, on a CPU float64: learning rate, lam, blend and box
-    plan: EpochPlan
-    tally: EpochTally
-
-    def refill(self, fresh: "EpochTables") -> None:
-        """Take the values of `fresh` into these tensors, which a graph reads."""
-        _refill(self, fresh)
-
-
-def _refill(old: Any, fresh: Any) -> None:
-    for name in (entry.name for entry in fields(old)):
-        value = getattr(fresh, name)
-        if isinstance(value, Tensor):
-            getattr(old, name).copy_(value)
-        elif is_dataclass(value):
-            _refill(getattr(old, name), value)
 
 
 class TrainStep:
@@ -119,6 +69,8 @@ class TrainStep:
         self.mean, self.std = mean, std
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
+        self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
@@ -147,13 +99,21 @@ class TrainStep:
         first: what was counted in the steps before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
-        plan, order = self.plan(epoch, steps, progress), epoch_order(self.data.index, self.settings.seed, epoch)
+        self._epoch.fill_(epoch)
+        self._draw()
+        order, draws = self._drawn
+        plan = EpochPlan(draws, self._plan_mixing(epoch, steps, progress))
         kind = torch.float32 if device.type == "cuda" else torch.float64  # what the optimizer's fused kernel reads
-        columns = (upload(torch.tensor(rates, dtype=kind), device), plan.mixing.lam, plan.mixing.blend)
+        factors = [(1.0, 1.0, 1.0)] * steps
+        if momenta is not None and self.settings.table_momentum:
+            factors, momenta = momentum_factors(self.optimizer, momenta, epoch * steps), None
+        table = [(rate * factor, *moments) for rate, (factor, *moments) in zip(rates, factors, strict=True)]
+        values, mixing = upload(torch.tensor(table, dtype=kind), device), plan.mixing
+        columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
             cursor=torch.full((1,), first, device=device),
             order=order[: steps * size].view(steps, size),
-            scalars=torch.cat((torch.stack(columns, 1), plan.mixing.box), 1),
+            scalars=torch.cat(columns, 1),
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
@@ -167,12 +127,21 @@ class TrainStep:
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
+        return EpochPlan(self._draws(epoch), self._plan_mixing(epoch, steps, progress))
+
+    def _plan_mixing(self, epoch: int, steps: int, progress: float) -> MixPlan:
         seed, device = self.settings.seed, self.mean.device
-        mixing = self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
-        draws = draw(self.augmentation, self.data.index, seed, epoch)
+        return self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
+
+    def _draws(self, epoch: int | Tensor) -> Draws:
+        draws = draw(self.augmentation, self.data.index, self.settings.seed, epoch)
         if self.augments_by == "numba":
             _ = draws.moves, draws.rotations  # computed here, not in the first step
-        return EpochPlan(draws, mixing)
+        return draws
+
+    def _draw_epoch(self) -> None:
+        """Draw the order and the augmentation of the epoch that stands on the device."""
+        self._drawn = epoch_order(self.data.index, self.settings.seed, self._epoch), self._draws(self._epoch)
 
     def __call__(self) -> None:
         """Train on the next batch."""
@@ -193,7 +162,7 @@ class TrainStep:
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
-        rate, (lam, blend), box = scalars[0], scalars[1:3].float(), scalars[3:]
+        rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
         if isinstance(data, StreamedSet):
             data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
@@ -207,12 +176,12 @@ class TrainStep:
             tally.losses.index_fill_(0, cursor, torch.nan)
             tally.skipped += 1
         else:
-            self._update(rate)
+            self._update(rate, moments)
             tally.losses.index_copy_(0, cursor, loss.detach()[None])
             tally.hits += hits
         cursor += 1
 
-    def _update(self, rate: Tensor) -> None:
+    def _update(self, rate: Tensor, moments: Tensor) -> None:
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         if self.settings.clip_gradient_value:
@@ -220,7 +189,8 @@ class TrainStep:
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
         set_step(self.optimizer, rate, None if self._momenta is None else self._momenta[self.number])
-        self.optimizer.step()
+        with rescaled_moments(self.optimizer, *moments) if self.settings.table_momentum else nullcontext():
+            self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
 

@@ -161,7 +161,7 @@ CAPTURED = {
         "--arch", "light_resnet18", "--held-out", "0", "--policy", "none", "--optimizer", "adamw", "--peak-lr", "0.01",
         "--ema-decay", "0.9", "--clip-gradient-norm", "1",
     ),
-    "one-cycle, Adam": ("--arch", "resnet42", "--held-out", "0", "--min-momentum", "None"),
+    "one-cycle, Adam": ("--arch", "resnet42", "--held-out", "0"),
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from fastcifar.errors import InputError
 from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
 from fastcifar.models import ARCHITECTURES, REVISED, build_model
 from fastcifar.models.resnet import PixelClassifier
-from fastcifar.optimization import build_optimizer, mixed_cross_entropy, set_step
+from fastcifar.optimization import build_optimizer, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.reporting import clock, epoch_line
 from fastcifar.run_folder import RunFolder
@@ -95,6 +95,31 @@ def test_optimizers_take_pytorchs_steps_with_moving_rate_and_momentum(kind):
             group |= {"momentum": momentum} if "momentum" in group else {"betas": (momentum, 0.999)}
         baseline.step()
     torch.testing.assert_close(model.weight.detach(), theirs.detach())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_momentum_from_a_table_is_the_momentum_that_is_set(kind):
+    """In float64, where the factors' rounding does not show; from step 3 on too, as after a resume."""
+    torch.manual_seed(0)
+    start = torch.randn(20, dtype=torch.float64)
+    models = []
+    for _ in range(2):
+        models.append(nn.Module())
+        models[-1].weight = nn.Parameter(start.clone())
+    moved, fixed = (build_optimizer(m, kind, momentum=0.95, weight_decay=0.1, decay_norm_and_bias=True) for m in models)
+    rates, momenta = [0.1 / (step + 1) for step in range(6)], [0.95 - 0.1 * step for step in range(6)]
+    factors = [*momentum_factors(fixed, momenta[:3], 0), *momentum_factors(fixed, momenta[3:], 3)]
+    for rate, momentum, (of_rate, before, after) in zip(rates, momenta, factors, strict=True):
+        for model in models:
+            model.weight.grad = torch.sin(model.weight.detach() * 3)
+        set_step(moved, rate, momentum)
+        moved.step()
+        set_step(fixed, torch.tensor(rate * of_rate, dtype=torch.float64), None)
+        with rescaled_moments(fixed, torch.tensor(before), torch.tensor(after)):
+            fixed.step()
+        torch.testing.assert_close(*(model.weight.detach() for model in models))
+    for one, other in zip(moved.state.values(), fixed.state.values(), strict=True):
+        torch.testing.assert_close(dict(one), dict(other))
 
 
 def test_the_average_follows_its_formula():

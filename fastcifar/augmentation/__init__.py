@@ -118,8 +118,8 @@ class Augmentation:
         return mix_plan(alpha, self.cutmix_alpha, self.mix_probability, seed=seed, epoch=epoch, steps=steps, device=device)
 
 
-def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draws:
-    """Draw the parameters of every sample number in `samples` [N] int64 for an epoch."""
+def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int | Tensor) -> Draws:
+    """Draw the parameters of every sample number in `samples` [N] int64 for an epoch, a number or a 0-d tensor beside them."""
     down, right, flipped = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
     area = (settings.erasing_area_min, settings.erasing_area_max)
     noisy = settings.random_erasing > 0 and settings.erasing_value == "noise"
@@ -134,7 +134,7 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int) -> Draw
         right=right,
         flipped=flipped,
         seed=torch.full((), seed, dtype=torch.int64, device=samples.device),  # filled there, where a copy would be waited for
-        epoch=torch.full((), epoch, dtype=torch.int64, device=samples.device),
+        epoch=epoch if isinstance(epoch, Tensor) else torch.full((), epoch, dtype=torch.int64, device=samples.device),
         jitter=jitter,
         jitter_order=order,
         grey=draws.draw_grey(samples, seed, epoch, settings.grayscale) if settings.grayscale else None,

@@ -101,7 +101,7 @@ class Draws:
         return batch
 
 
-def draw_jitter(samples: Tensor, seed: int, epoch: int, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
+def draw_jitter(samples: Tensor, seed: int, epoch: int | Tensor, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Factors [N, 4], uniform in 1 - x .. 1 + x (brightness, contrast, saturation) or -x .. x (hue), and their order [N, 4]."""
     words = philox(seed, samples, epoch, Purpose.JITTER)
     ranges = [(max(0.0, 1 - x), 1 + x) for x in strengths[:3]] + [(-strengths[3], strengths[3])]
@@ -122,18 +122,18 @@ def jitter_orders() -> Tensor:
     return torch.tensor(ORDERS)
 
 
-def draw_grey(samples: Tensor, seed: int, epoch: int, probability: float) -> Tensor:
+def draw_grey(samples: Tensor, seed: int, epoch: int | Tensor, probability: float) -> Tensor:
     """Whether each image turns grey [N]."""
     return uniform(philox(seed, samples, epoch, Purpose.JITTER_ORDER)[1]) < probability
 
 
-def draw_rotation(samples: Tensor, seed: int, epoch: int, largest: float) -> Tensor:
+def draw_rotation(samples: Tensor, seed: int, epoch: int | Tensor, largest: float) -> Tensor:
     """Angles [N] in degrees, uniform in -largest..largest."""
     return (2 * uniform(philox(seed, samples, epoch, Purpose.ROTATION)[0]) - 1) * largest
 
 
 def draw_policy(
-    samples: Tensor, seed: int, epoch: int, policy: PolicyName, operations: int, magnitude: int
+    samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName, operations: int, magnitude: int
 ) -> tuple[Tensor, Tensor]:
     """Operations [N, K] and signed magnitudes [N, K] of a policy's sequence.
 
@@ -157,7 +157,7 @@ def pair_column(policy: PolicyName, column: int) -> Tensor:
     return torch.tensor([[(NUMBER[part[0]], *part[1:])[column] for part in pair] for pair in AUTO_AUGMENT[policy]])
 
 
-def _draw_auto_augment(samples: Tensor, seed: int, epoch: int, policy: PolicyName) -> tuple[Tensor, Tensor]:
+def _draw_auto_augment(samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName) -> tuple[Tensor, Tensor]:
     """One of the 25 pairs for each image; each operation of the pair is applied with its own probability."""
     numbers, chances, bins = (constant(pair_column, samples.device, policy, column) for column in range(3))
     table = constant(magnitude_table, samples.device, USUAL, 10)
@@ -178,7 +178,7 @@ def _signed(magnitude: Tensor, operation: Tensor, word: Tensor) -> Tensor:
 
 
 def draw_erasing(
-    samples: Tensor, seed: int, epoch: int, probability: float, areas: tuple[float, float] = (0.02, 0.33)
+    samples: Tensor, seed: int, epoch: int | Tensor, probability: float, areas: tuple[float, float] = (0.02, 0.33)
 ) -> Tensor:
     """Boxes [N, 4] of random erasing: area and ratio are tried until the box is smaller than the image, then placed in it.
 
@@ -200,7 +200,7 @@ def draw_erasing(
     return box
 
 
-def draw_noise_seed(samples: Tensor, seed: int, epoch: int) -> Tensor:
+def draw_noise_seed(samples: Tensor, seed: int, epoch: int | Tensor) -> Tensor:
     """The seed [N], 0..2^63-1, of each sample's noise."""
     high, low, _, _ = philox(seed, samples, epoch, Purpose.ERASING, block=ERASING_TRIES + 1)
     return high << 31 | low >> 1

@@ -6,6 +6,7 @@ import math
 import random
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -151,13 +152,13 @@ def changed_json(rng: random.Random, values: Any) -> Any:
             continue
         match rng.choice(["set", "set", "set", "delete", "add"]):
             case "set":
-                place[key] = rng.choice(VALUES)
+                place[key] = deepcopy(rng.choice(VALUES))
             case "delete":
                 del place[key]
             case "add" if isinstance(place, dict):
-                place[rng.choice(["extra", "", "\x1b[2J", "format"])] = rng.choice(VALUES)
+                place[rng.choice(["extra", "", "\x1b[2J", "format"])] = deepcopy(rng.choice(VALUES))
             case "add":
-                place.append(rng.choice(VALUES))
+                place.append(deepcopy(rng.choice(VALUES)))
     return values
 
 
