@@ -141,13 +141,18 @@ class Observed:
         self.ours: Kernels = []
         self.moves = Counter[str]()  # of those graphs
         self.convolved: list[str] = []  # by convolutions
-        self.library = torch.library.Library("aten", "IMPL")
-        self.library.impl("convolution", partial(convolve, self.convolved), "CUDA")
-        self.library.impl("convolution_backward", partial(convolve_backward, self.convolved), "CUDA")
 
     def clear(self) -> None:
         self.ours.clear()
         self.convolved.clear()
+
+    @contextmanager
+    def convolving(self) -> Iterator[None]:
+        """Put our convolutions in the place of cuDNN's."""
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            library.impl("convolution", partial(convolve, self.convolved), "CUDA")
+            library.impl("convolution_backward", partial(convolve_backward, self.convolved), "CUDA")
+            yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -225,15 +230,16 @@ def count(arch: str, batch_size: int, options: dict[str, Any], *, host_time: boo
         call(*arguments, **keywords)
         seconds.append(time.process_time() - began)
 
-    with observed.watching(), torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
-        loop = fastcifar_loop(Task(arch, recipe, images(STEPS * batch_size), Path(), STEPS), run)
-        with patch.object(TrainStep, "__call__", counted):
-            loop()
-        convolved = list(observed.convolved)
-        kernels = [*observed.inductor, *observed.ours] if run.compile else count_eager(trained[0], batch_size)
-    with patch.object(TrainStep, "__call__", timed):
-        for _ in range(TIMED // STEPS if host_time else 0):
-            loop()
+    with observed.convolving():
+        with observed.watching(), torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+            loop = fastcifar_loop(Task(arch, recipe, images(STEPS * batch_size), Path(), STEPS), run)
+            with patch.object(TrainStep, "__call__", counted):
+                loop()
+            convolved = list(observed.convolved)
+            kernels = [*observed.inductor, *observed.ours] if run.compile else count_eager(trained[0], batch_size)
+        with patch.object(TrainStep, "__call__", timed):
+            for _ in range(TIMED // STEPS if host_time else 0):
+                loop()
     names = [event.removeprefix("launch ") for event in events if event.startswith("launch ")]
     copies = [event for event in events if event.startswith("copy ")]
     largest = Counter[str]()
