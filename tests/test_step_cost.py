@@ -59,7 +59,8 @@ def test_the_device_counts_what_it_is_asked_for():
 # divides a reduction otherwise.
 CEILINGS = {
     "se_resnet18": {"eager": (967, 10108), "combo": (308, 7598)},
-    "mish_se_resnet18": {"fusable-tuned": (440, 8190), "triton": (303, 7718)},
+    "mish_se_resnet18": {"fusable-tuned": (440, 8190)},
+    "dropout_resnet24": {"triton": (378, 13558)},
 }
 
 
