@@ -97,7 +97,7 @@ def count_steps(
 
 
 def roofline_share(arch: str, pointwise_bytes: float, rates: Rates) -> float:
-    """0..1 and, where weights' casts are not counted, a little above. pointwise_bytes: an image's, all but convolutions'."""
+    """0..1, 1 for the fewest bytes. pointwise_bytes: that an image's step moves between the convolutions."""
     cost = cost_of_arch(arch)
     ideal = 1 / cost.images_per_second(rates)
     fewest = cost.parts[-1][1]  # of what stands between the convolutions
