@@ -23,6 +23,7 @@ from rich.console import Console
 from bench.run import OWN_FLAGS, Job, new_console, require_free, resumable
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
+from fastcifar.beton import Manifest
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models import architecture
@@ -96,7 +97,9 @@ def main() -> None:
     for arch in options.archs:
         if arch not in curves:
             raise InputError(f"{options.curves} has no curve of {arch}, only of {', '.join(sorted(curves))}")
-        _ = options.job(arch, flags).command  # refused before anything is trained
+        _ = options.job(arch, flags).command  # refused before anything is trained, as is missing data
+    for part in () if options.only_draw else ("train", "test"):
+        Manifest.load(options.data / f"{part}.beton")
     if not options.only_draw:
         with resumable(options.out):
             train_all(options, curves, flags, console)

@@ -32,6 +32,7 @@ from fastcifar.errors import InputError, Stopped, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
+from fastcifar.profiling import profiled
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
@@ -100,10 +101,13 @@ def train(command: Command, console: Console) -> RunFolder:
             folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
         announce(console, command, data, state, folder, dtype)
 
-        train_step = build_step(state, recipe, run, data, say=console.print)
+        last = last_epoch(recipe, run, state.epoch)
+        available, kind = (last - state.epoch) * steps, TrainStep
+        if run.profile:
+            kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
+        train_step = build_step(state, recipe, run, data, kind, say=console.print)
         evaluator = state.evaluator(data, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
-        last = last_epoch(recipe, run, state.epoch)
         with (
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
             TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress,
@@ -111,9 +115,7 @@ def train(command: Command, console: Console) -> RunFolder:
             while state.epoch < last:
                 try:
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
-                    if (
-                        state.epoch + 1
-                    ) % run.eval_every == 0 or state.epoch + 1 == recipe.epochs:  # wherever this command stops
+                    if record["epoch"] % run.eval_every == 0 or record["epoch"] == recipe.epochs:  # wherever this stops
                         record |= select_best(state, evaluator, data.select_name, stop)
                 except Stopped as end:
                     writer.flush()
@@ -199,9 +201,8 @@ def train_epoch(
         set_generators(within.generators, device)
     else:
         seed_torch(seed, epoch)
-    stops_at_nonfinite = (
-        device.type == "cpu" and not train_step.settings.skip_nonfinite
-    )  # free there; a GPU is asked at the end
+    # Looking at a loss is free on a CPU; a GPU is asked at the end.
+    stops_at_nonfinite = device.type == "cpu" and not train_step.settings.skip_nonfinite
     first_step_at, first_step, steps_began = time.time(), 0.0, time.perf_counter()
     for step in range(first, steps):
         train_step()

@@ -2,17 +2,18 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from fastcifar.dataset import epoch_order, load_splits
+from fastcifar.dataset import load_splits
 from fastcifar.errors import InputError
 from fastcifar.profiling import WARMUP, Launched, Span, StepSpans, profiled, seconds_by_stage
 from fastcifar.recipes import RunOptions, reported
 from fastcifar.state import build_state, build_step
-from fastcifar.step import EpochTally, TrainStep
+from fastcifar.step import TrainStep
 
 # A step of 100 us: 10 of data, from 20 forward to 40, backward to 70, optimizer to the end.
 STEP = StepSpans(Span(0, 100), Span(5, 15), Span(20, 40), Span(70, 80))
@@ -49,7 +50,7 @@ def test_a_replayed_graph_has_no_stages():
 
 
 def test_a_run_is_traced_and_trains_as_without(betons, tmp_path):
-    device, recipe = torch.device("cpu"), reported("se_resnet18").recipe
+    device, recipe = torch.device("cpu"), replace(reported("se_resnet18").recipe, batch_size=8)
     run = RunOptions(data=betons, compile=False, kernels="torch", profile=2)
     data = load_splits(betons, device, limit_train=0, limit_test=0, val_fraction=0.0, seed=0, verify=False)
     said, weights = io.StringIO(), []
@@ -59,11 +60,10 @@ def test_a_run_is_traced_and_trains_as_without(betons, tmp_path):
     ):
         state = build_state("se_resnet18", recipe, run, data, device)
         step = build_step(state, recipe, run, data, kind)
-        state.model.train()
-        plan, tally = step.plan(0, 6, 0.0), EpochTally(torch.zeros(6), torch.zeros((), dtype=torch.float64))
+        step.begin(0, [0.1] * 6)
         torch.manual_seed(0)
-        for number, positions in enumerate(epoch_order(data.train.index, 0, 0)[:48].split(8)):
-            step(positions, number, 0.1, plan, tally)
+        for _ in range(6):
+            step()
         weights.append(state.model.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     table = {cells[0]: cells[1:] for cells in map(str.split, said.getvalue().splitlines()) if len(cells) == 3}
