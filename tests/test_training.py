@@ -246,6 +246,7 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(betons, tm
     original = TrainStep.loss
 
     def poisoned(self, images, labels, partner_labels, lam):
+        before.append({name: value.clone() for name, value in self.model.state_dict().items()})
         loss, hits = original(self, images, labels, partner_labels, lam)
         if len(seen) == 2:
             weight = self.model.classifier.weight
@@ -253,16 +254,28 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_leaves_no_trace(betons, tm
         seen.append(float(loss.detach()))
         return loss, hits
 
-    seen = []
+    seen, before = [], []
     monkeypatch.setattr(TrainStep, "loss", poisoned)
     row = run(betons, tmp_path / "run", "--epochs", "1", "--skip-nonfinite").read_metrics()[0]
     assert row["skipped_steps"] == 1
+    assert_equal_weights(before[2], before[3])  # batch norm's averages included
+    assert not torch.equal(before[1]["classifier.weight"], before[2]["classifier.weight"])
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
     kept = [loss for at, loss in enumerate(seen) if at != 2]
     assert row["train_loss"] == pytest.approx(sum(kept) / len(kept))
     seen.clear()
     with pytest.raises(InputError, match=r"infinite|became nan"):
         run(betons, tmp_path / "stops", "--epochs", "1")
+
+
+def test_the_average_follows_the_weights(betons, tmp_path):
+    folder = run(betons, tmp_path / "run", "--epochs", "1", *WITH_AVERAGE)
+    torch.manual_seed(0)
+    start = build_model("narrow").state_dict()
+    checkpoint = load_checkpoint(folder.last, CPU)
+    for name in ("classifier.weight", "stem.0.weight" if "stem.0.weight" in start else next(iter(start))):
+        assert not torch.equal(checkpoint.average[name], checkpoint.model[name])
+        assert not torch.equal(checkpoint.average[name], start[name])
 
 
 def test_mixing_is_told_how_far_training_is(betons, tmp_path, monkeypatch):
