@@ -22,7 +22,7 @@ from fastcifar.models.resnet import PixelClassifier
 from fastcifar.optimization import build_optimizer, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.reporting import clock, epoch_line
-from fastcifar.run_folder import RunFolder
+from fastcifar.run_folder import METRIC_KEYS, RunFolder
 from fastcifar.step import AveragedModel
 
 CPU = torch.device("cpu")
@@ -298,6 +298,14 @@ def test_weights_that_are_not_finite_and_archives_that_unpack_to_more_are_refuse
         load_checkpoint(tmp_path / "x.pt", CPU)
 
 
+@pytest.mark.parametrize("tensor", [torch.empty(3, device="meta"), torch.zeros(2, 2).to_sparse(), torch.ones(2) * 1j])
+def test_tensors_that_no_network_of_ours_has_are_refused(tmp_path, tensor):
+    checkpoint = checkpoint_of("narrow_test")
+    save_checkpoint(tmp_path / "x.pt", Checkpoint(**{**vars(checkpoint), "model": {**checkpoint.model, "extra": tensor}}))
+    with pytest.raises(InputError, match=r"fields that are not valid \(model\)"):
+        load_checkpoint(tmp_path / "x.pt", CPU)
+
+
 def test_a_checkpoint_of_version_0_1_still_reads(tmp_path):
     values = {name: value for name, value in vars(checkpoint_of("narrow_test")).items() if name != "within"}
     torch.save({"format": 1, **values}, tmp_path / "old.pt")
@@ -388,6 +396,13 @@ def test_a_config_of_wrong_types_is_named(tmp_path, case):
 
 def test_a_damaged_run_folder_is_named(tmp_path):
     folder = RunFolder(tmp_path)
+    row = dict.fromkeys(METRIC_KEYS, 0.5) | {"epoch": 1, "learning_rates": [0.1]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert folder.read_metrics() == [row]
+    for wrong in ({"train_loss": 10**400}, {"learning_rates": []}, {"eval_loss": "0.5"}, {"epoch": 2}, {"eval_loss": math.nan}):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row | wrong) + "\n")
+        with pytest.raises(InputError, match="line 1 is not an epoch's metrics"):
+            folder.read_metrics()
     for content, problem in ((b"\xff\xfe", "is not text"), (b'{"epoch": "abc"}\n', "line 1"), (b'{"epoch": 1}\n', "line 1")):
         (tmp_path / "metrics.jsonl").write_bytes(content)
         with pytest.raises(InputError, match=problem):

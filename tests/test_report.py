@@ -284,6 +284,11 @@ def test_the_command_writes_both_beside_the_results(tmp_path, call):
         (lambda text: text.replace('"seed": 0', '"seed": "0"', 1), "seed: expected int, found str"),
         (lambda text: text.replace('"seed": 0', '"sown": 0', 1), "unknown field 'sown'"),
         (lambda text: text.replace('"top1": 0.', '"top1": 1.', 1), "an accuracy is 1."),
+        (lambda text: text.replace('"seed": 0', f'"seed": {10**400}', 1), "a number of 1329 bits"),
+        (lambda text: text.replace('"cores": 2', '"cores": "x"', 1), "expected int, found str"),
+        (lambda text: text.replace('"at the start": 0.4', '"at the start": []', 1), "load: expected float, found list"),
+        (lambda text: text.replace('"at the start": 0.4', '"at the start": Infinity', 1), "a number is inf"),
+        (lambda text: text.replace('"seed": 0', f'"{"x" * 5000}": 0', 1), "(5002 characters)"),
     ],
 )
 def test_broken_results_are_one_line(change, words, tmp_path, refused):
