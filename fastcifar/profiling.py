@@ -9,6 +9,7 @@
 A kernel belongs to the stage that launched it. A step replayed as one CUDA graph has no stages: all of it is `other`.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
@@ -97,6 +98,7 @@ def profiled(kind: type[TrainStep], steps: int, path: Path, console: Console, *,
             for stage, name in (("data", "_prepare"), ("forward", "_loss")):
                 setattr(self, name, _marked(stage, getattr(self, name)))
             self._calls = 0
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it reports a missing GPU as an error
             cuda = [ProfilerActivity.CUDA] if self.mean.is_cuda else []
             self._profiler = profile(activities=[ProfilerActivity.CPU, *cuda], acc_events=True)
 
