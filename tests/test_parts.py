@@ -1,5 +1,6 @@
 """The smaller parts: losses, optimizers, averages, recipes, held-out split, metrics, inference, checkpoints, progress."""
 
+import io
 import json
 import math
 import pickle
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.beton import Manifest
-from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, sealed, serialised
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.errors import InputError
 from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
@@ -292,8 +293,13 @@ def test_weights_that_are_not_finite_and_archives_that_unpack_to_more_are_refuse
     save_checkpoint(tmp_path / "x.pt", Checkpoint(**huge))
     with pytest.raises(InputError, match="larger than the file"):
         load_checkpoint(tmp_path / "x.pt", CPU)
-    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    buffer = io.BytesIO()
+    stored = serialised({"format": 2, **vars(checkpoint_of("narrow_test"))})
+    with zipfile.ZipFile(io.BytesIO(stored)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)["epoch"] == 1  # nothing else is wrong with it
+    (tmp_path / "x.pt").write_bytes(sealed(buffer.getvalue()))
     with pytest.raises(InputError, match="damaged"):
         load_checkpoint(tmp_path / "x.pt", CPU)
 
