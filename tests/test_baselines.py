@@ -224,6 +224,7 @@ def test_the_row_of_training_prepares_just_the_batches_of_training(task, monkeyp
         assert torch.equal(prepared[number][1], expected[0])
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_the_old_name_says_so(betons):
     process = run_cli("bench/pipeline.py", "--data", betons, "--no-step", "--starts", "0")
     assert process.returncode == 2

@@ -16,10 +16,10 @@ from tests.reliability import fuzz, run_cases
 @pytest.mark.parametrize("target", fuzz.targets())
 def test_almost_valid_and_hostile_files_are_read_rightly_or_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "narrow", run_cases.NARROW)
-    tally = fuzz.run_here(target, 2, range(40 if target == "results" else 100))  # of results a page is made, which takes time
+    cases = 25 if target == "results" else 100  # of results a page is made, which takes time
+    tally = fuzz.run_here(target, 2, range(cases))
     assert tally.failures == []
-    assert min(tally.read, tally.refused) >= 10  # neither all nonsense nor all honest
-    assert len(tally.reasons) >= 10
+    assert min(tally.read, tally.refused, len(tally.reasons)) >= cases // 10  # neither all nonsense nor all honest
 
 
 def refuse(folder: object) -> None:
@@ -74,6 +74,7 @@ def make_trouble(rng: random.Random) -> fuzz.Case:
 def test_a_crash_and_a_case_without_end_are_failures_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "targets", lambda: {"trouble": make_trouble})
     monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "PATIENCE", 1)
     result = fuzz.run("trouble", 0, 0, 20)
     problems = [failure["problem"] for failure in result["failures"]]
     killed, hung = (sum(text in problem for problem in problems) for text in ("status 9", "Timeout"))

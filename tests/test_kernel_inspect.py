@@ -48,6 +48,7 @@ def test_the_table_is_readable():
     assert "squeeze" not in process.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_refused_with_the_names_there_are():
     process = run_cli("-m", "kernels.inspect", "--only", "nosuchkernel", env=COMPILING)
     assert_user_error(process, "no kernel has 'nosuchkernel' in its name; they are of mish, residual_tail")

@@ -58,10 +58,12 @@ def lower(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_the_compiler_describes_no_operator_of_ours(lower):
     assert lower() == []
 
 
+@pytest.mark.slow
 def test_without_a_fallback_of_its_own_each_operator_is_described(lower, monkeypatch):
     monkeypatch.setattr("kernels.operators._register_fallback", lambda *_: None)
     assert set(lower()) == OPERATORS

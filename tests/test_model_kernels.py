@@ -119,6 +119,7 @@ def test_the_torch_path_is_the_modules_one_after_the_other(block):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "block"), sample(KINDS[::-1], BLOCKS, every=6))
 def test_compiles_into_one_graph_under_autocast(block, kernels):
     model = small(block, kernels)

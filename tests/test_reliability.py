@@ -32,6 +32,7 @@ def trial(name, *options):
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 def test_every_mistake_is_refused_in_one_line():
     figures = trial("mistakes", "--count", 54)
     assert figures["failures"] == []
@@ -60,6 +61,7 @@ run_command(train.main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "said"), [("memory", "memory is used up"), ("disk", "file size limit")])
 def test_a_limit_of_the_machine_ends_in_one_line_and_the_run_goes_on_without_it(betons, tmp_path, what, said):
     whole = run(betons, tmp_path / "whole")
@@ -84,6 +86,7 @@ def test_a_full_disk_says_how_to_go_on(betons, tmp_path, monkeypatch, refused):
     assert train(parse_command(["--resume", str(part.path)]), Console(quiet=True)).read_summary()["epochs_trained"] == 2
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(betons, tmp_path, monkeypatch):
     whole, now = run(betons, tmp_path / "whole"), time.time
     folder = run(betons, tmp_path / "backwards", "--stop-after", "1")

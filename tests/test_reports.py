@@ -198,6 +198,7 @@ def test_mistakes_are_named(monkeypatch, tmp_path, arguments, message):
         run(monkeypatch, "--out", tmp_path, *arguments)
 
 
+@pytest.mark.slow
 def test_the_command_answers_a_mistake_in_one_line(tmp_path):
     assert_user_error(
         run_cli("bench/reports.py", "--out", tmp_path, "--curves", tmp_path / "none.json"), "none.json is missing"

@@ -165,8 +165,8 @@ def test_pytorchs_augmentation_ends_with_numbas_bits(betons, tmp_path, recipe):
     assert_equal_weights(*(weights(folder.path) for folder in folders))
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])  # of 5: after the last one evaluation is still to come
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# of 5 steps: after the last one evaluation is still to come
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGTERM)])
 def test_a_signal_saves_inside_the_epoch_and_a_resume_ends_with_the_same_bits(betons, tmp_path, monkeypatch, step, number):
     recipe = "light_resnet18"  # dropout and stochastic depth draw from PyTorch's generators
     options = ("--epochs", "3", "--held-out", "0", "--limit-train", "104", *WITH_AVERAGE)
