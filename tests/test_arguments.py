@@ -99,6 +99,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_in_one_line():
     assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command_quietly():
     command = f"{sys.executable} -m fastcifar.models | head -1; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -311,6 +311,7 @@ def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, call):
     assert np.array_equal(contact_sheet.seen(plain, few, mean, std, 0, 0, 1), few.images.numpy())  # nothing changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "fragments"),
     [

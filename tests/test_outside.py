@@ -107,6 +107,7 @@ def test_a_statement_is_evidence_or_refused(line, found):
         read_statement(line)
 
 
+@pytest.mark.slow
 def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path, monkeypatch):
     path = script(tmp_path, """
         import subprocess, sys, time

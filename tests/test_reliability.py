@@ -120,6 +120,7 @@ def run_few(betons, tmp_path, images):
     return train(parse_command([*options.split(), "--data", str(betons), "--out", str(tmp_path / "few")]), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_nothing_but_the_asked_for_download_uses_the_network(betons, tmp_path, monkeypatch, call):
     def refuse(*arguments):
         raise AssertionError(f"connects to {arguments[1:]}")
