@@ -8,6 +8,7 @@ watch. Where there is no cuobjdump the instructions are PTX's. The command fails
 that CI shows it; where nothing can be compiled, or no kernel has the name asked for, one line says so.
 """
 
+import argparse
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -198,7 +198,7 @@ class Report:
 
 def main() -> None:
     """Print what was asked for; exit code 1 when a kernel regressed, 2 where none can be compiled or none was chosen."""
-    options = tyro.cli(Options, prog="python -m kernels.inspect")
+    options = parse(sys.argv[1:])
     every = launches()
     chosen = [launch for launch in every if options.only in launch.name]
     if not chosen:
@@ -210,6 +210,19 @@ def main() -> None:
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(table(reports))  # a log has no width of its own
     sys.exit(any(report.regressed for report in reports))
+
+
+def parse(arguments: list[str]) -> Options:
+    """The options; a mistake is one line and exit code 2, as everywhere. (kernels/ knows nothing of fastcifar's reader.)"""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            fail(f"{message[:400]}; python -m kernels.inspect --help lists all options")
+
+    parser = Parser(prog="python -m kernels.inspect", description=Options.__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action=argparse.BooleanOptionalAction, default=False, help="print a list of objects")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    return Options(**vars(parser.parse_args(arguments)))
 
 
 def fail(message: str) -> NoReturn:
