@@ -69,16 +69,8 @@ def resumed(path: Path) -> Command:
 
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
     """{name: (in the one, in the other)} of all that would make a resumed run another run."""
-    free = {
-        "data",
-        "plots",
-        "verify",
-        "resume",
-        "stop_after",
-        "skip_nonfinite",
-        "profile",
-        "capture",
-    }  # where the data is, how far to go, what comes after
+    # Where the data is and how far to go; what checks, traces or replays steps, and what comes after training.
+    free = {"data", "resume", "stop_after", "verify", "skip_nonfinite", "profile", "capture", "plots"}
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):
         before, now = vars(getattr(began, part)), vars(getattr(command, part))

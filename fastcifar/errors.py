@@ -83,8 +83,7 @@ def run_command(main: Callable[[], None]) -> None:
     except (InputError, OSError, KeyboardInterrupt, MemoryError, RuntimeError, SystemExit) as error:
         if os.environ.get("FASTCIFAR_TRACEBACK") == "1" and not isinstance(error, SystemExit):
             raise
-        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
-            # The reader of our output went away, as `| head` does; rich makes SystemExit(1) of that.
+        if is_broken_pipe(error):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         if isinstance(error, SystemExit) or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
@@ -100,6 +99,12 @@ def interrupted(number: int, frame: object) -> None:
     """Ctrl-C while a command still imports its libraries, whose own handling of it cannot be trusted."""
     os.write(2, b"\ninterrupted\n")
     os._exit(128 + number)
+
+
+def is_broken_pipe(error: BaseException) -> bool:
+    """Whether the reader of our output went away, as `| head` does; rich makes SystemExit(1) of that."""
+    made = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    return made or isinstance(error, BrokenPipeError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

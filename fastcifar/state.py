@@ -1,5 +1,6 @@
 """What training moves: weights, average, optimizer, epoch, best so far; how it is built, saved and restored."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastcifar.capture import cuda_graph
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
-from fastcifar.device import choose_precision
+from fastcifar.device import choose_precision, generator_states
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
@@ -57,8 +58,11 @@ class EpochState:
         losses, hits = values["losses"].to(device, torch.float32), values["hits"].to(device, torch.float64)
         step, skipped, seconds = int(values["step"]), int(values["skipped"]), float(values["seconds"])
         generators = {name: state.cpu() for name, state in values["generators"].items()}
-        if losses.shape != (steps,) or hits.shape != () or not 0 < step <= steps or not generators:
+        if losses.shape != (steps,) or hits.shape != () or not 0 < step <= steps:
             raise ValueError(f"step {step} of {steps}")
+        kinds = ({name: (x.shape, x.dtype) for name, x in states.items()} for states in (generators, generator_states(device)))
+        if operator.ne(*kinds):
+            raise ValueError("generators of another device")
         return cls(EpochTally(losses, hits, skipped), step, seconds, generators)
 
 

@@ -28,7 +28,7 @@ from fastcifar.device import (
     set_generators,
     set_up_process,
 )
-from fastcifar.errors import InputError, Stopped, run_command
+from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
@@ -62,6 +62,10 @@ def main() -> None:
     except KeyboardInterrupt as end:
         said = [str(part) for part in (*end.args, go_on if (path / "config.json").exists() else "nothing was saved") if part]
         raise Stopped(getattr(end, "number", signal.SIGINT), "; ".join(said)) from None
+    except (BrokenPipeError, SystemExit) as end:
+        if not is_broken_pipe(end):
+            raise
+        raise Stopped(signal.SIGPIPE, f"nobody reads the output any more; {go_on}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and (path / "config.json").exists():
             raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None

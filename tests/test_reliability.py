@@ -3,16 +3,21 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 import tomllib
 
 import pytest
+import torch
 from rich.console import Console
 
 from data_prep import write_beton
 from fastcifar import evaluate, predict
 from fastcifar.command import parse_command
+from fastcifar.device import generator_states
 from fastcifar.errors import InputError
+from fastcifar.state import EpochState
 from fastcifar.train import main, train
 from tests.conftest import REPOSITORY, assert_user_error, run_cli
 from tests.reliability import soak
@@ -140,3 +145,23 @@ def test_every_locked_artifact_has_a_hash():
     assert len(artifacts) > 100
     assert all(part["hash"].startswith("sha256:") for part in artifacts)
     assert all(package["source"].keys() & {"registry", "editable"} for package in lock["package"])
+
+
+@pytest.mark.slow
+def test_training_whose_reader_goes_away_says_how_to_go_on(betons, tmp_path):
+    line = f"{sys.executable} -m fastcifar.train {OPTIONS} --data {betons} --out {tmp_path / 'run'}"
+    command = f"{line} | head -1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert process.returncode == 141
+    assert process.stderr.strip() == (
+        f"interrupted: nobody reads the output any more; go on with: python -m fastcifar.train --resume {tmp_path / 'run'}"
+    )
+
+
+def test_a_state_inside_an_epoch_of_another_device_is_refused():
+    state = EpochState.begin(3, torch.device("cpu"))
+    state.step, state.generators = 2, generator_states(torch.device("cpu"))
+    assert EpochState.load(state.save(), 3, torch.device("cpu")).step == 2
+    for wrong in ({}, state.generators | {"cuda": torch.zeros(16, dtype=torch.uint8)}, {"cpu": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="generators of another device"):
+            EpochState.load(state.save() | {"generators": wrong}, 3, torch.device("cpu"))
