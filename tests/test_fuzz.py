@@ -12,7 +12,6 @@ from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
 from tests.reliability import fuzz, run_cases
 
-
 TARGETS = [pytest.param(name, marks=pytest.mark.slow) if name == "results" else name for name in fuzz.targets()]
 
 
