@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcifar.errors import require
+from fastcifar.muon import Muon
 
 ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
 
@@ -128,34 +129,69 @@ def _share_of_cycle(epoch: float, length: float, growth: float) -> float:
     return epoch / length
 
 
-OptimizerKind = Literal["sgd", "nesterov", "adam", "adamw"]
+OptimizerKind = Literal["sgd", "nesterov", "adam", "adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What some parameters have of their own in an optimizer."""
+
+    head_lr_factor: float = 1.0  # learning rate of the classifier over that of the other weights, above 0
+    vector_lr_factor: float = 1.0  # learning rate of biases and batch norm over that of the weights, above 0
+    # momentum of what muon moves as SGD does: biases, batch norm and the classifier; default: momentum
+    vector_momentum: float | None = None
+    muon_steps: int = 3  # of Newton and Schulz, which make muon's updates orthogonal, 1 to 10
+
+    def __post_init__(self) -> None:
+        for name in ("head_lr_factor", "vector_lr_factor"):
+            require(self, 0 < getattr(self, name) < math.inf, name, "above 0")
+        require(self, self.vector_momentum is None or 0 <= self.vector_momentum < 1, "vector_momentum", "0 to below 1")
+        require(self, 1 <= self.muon_steps <= 10, "muon_steps", "1 to 10")
 
 
 def build_optimizer(
-    model: nn.Module, kind: OptimizerKind, *, momentum: float, weight_decay: float, decay_norm_and_bias: bool
+    model: nn.Module,
+    kind: OptimizerKind,
+    *,
+    momentum: float,
+    weight_decay: float,
+    decay_norm_and_bias: bool,
+    factors: Factors = Factors(),
 ) -> torch.optim.Optimizer:
-    """Build SGD, SGD with Nesterov momentum, Adam or AdamW (betas `momentum` and 0.999), one fused kernel a step.
+    """Build SGD, SGD with Nesterov momentum, Adam or AdamW (betas `momentum` and 0.999), one fused kernel a step, or Muon.
 
-    Decay is added to the gradient (`sgd`, `nesterov`, `adam`) or decoupled from it (`adamw`). decay_norm_and_bias: True decays
-    every parameter, as the reports do; False only those with two or more dimensions. Learning rate and momentum are set at
-    every step by `set_step`.
+    Decay is added to the gradient (`sgd`, `nesterov`, `adam`, and muon's parameters that are no matrices) or decoupled from it
+    (`adamw`). decay_norm_and_bias: True decays every parameter, as the reports do; False those with two or more dimensions.
+    Learning rate and momentum are set at every step by `set_step`. The classifier's parameters are those named `classifier.*`;
+    all other weights of two or more dimensions are muon's matrices.
     """
-    decayed = [p for p in model.parameters() if decay_norm_and_bias or p.ndim >= 2]
-    spared = [p for p in model.parameters() if not (decay_norm_and_bias or p.ndim >= 2)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        head, vector = name.startswith("classifier."), parameter.ndim < 2
+        factor = (factors.head_lr_factor if head else 1.0) * (factors.vector_lr_factor if vector else 1.0)
+        own: dict[str, Any] = {"weight_decay": weight_decay if decay_norm_and_bias or not vector else 0.0}
+        own |= {"lr_factor": factor} if factor != 1 else {}
+        own |= {"orthogonal": not (head or vector)} if kind == "muon" else {}
+        groups.setdefault(tuple(own.items()), own | {"params": []})["params"].append(parameter)
+    rows = list(groups.values())
+    if kind == "muon":
+        for row in rows:
+            if not row["orthogonal"] and factors.vector_momentum is not None:
+                row["momentum"] = factors.vector_momentum
+        return Muon(rows, momentum=momentum, steps=factors.muon_steps)
     if kind in ("adam", "adamw"):
         adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
         capturable = next(model.parameters()).is_cuda  # changes no bit of the fused kernel, whose step count is a tensor
-        return adam(groups, lr=1.0, betas=(momentum, 0.999), fused=True, capturable=capturable)
-    return torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+        return adam(rows, lr=1.0, betas=(momentum, 0.999), fused=True, capturable=capturable)
+    return torch.optim.SGD(rows, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
 
 
 def set_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, momentum: float | None) -> None:
     """Set the next step's learning rate, a number or a 0-d tensor, and momentum (Adam's first beta; None: as it is)."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_factor"] if "lr_factor" in group else rate
         if momentum is None:
             continue
         if "momentum" in group:

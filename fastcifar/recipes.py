@@ -17,7 +17,7 @@ from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
 from fastcifar.models.layers import Kernels, StochasticDepthMode
-from fastcifar.optimization import OptimizerKind, Schedule
+from fastcifar.optimization import Factors, OptimizerKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
 
     epochs: int = 200  # passes over the training set
     batch_size: int = 128  # images per optimizer step
-    optimizer: OptimizerKind = "sgd"  # sgd and nesterov with momentum; adam; adamw, whose decay is decoupled
+    optimizer: OptimizerKind = "sgd"  # sgd and nesterov with momentum; adam; adamw, whose decay is decoupled; muon
     momentum: float = 0.9  # SGD's momentum, Adam's first beta, 0 to below 1
     weight_decay: float = 5e-4  # added to the gradient times the weight; adamw: subtracted, times the learning rate
     decay_norm_and_bias: bool = True  # also decay batch norm and biases, as the reports do
@@ -45,6 +45,7 @@ class Recipe:
     # what images are divided by, R G B in 0..1, after CIFAR-10's mean is subtracted; None: CIFAR-10's own deviation. A report's
     # values hold for CIFAR-10's classes: other data is normalised by its own statistics unless you give others here.
     std: tuple[float, float, float] | None = None
+    factors: OmitArgPrefixes[Factors] = field(default_factory=Factors)
     schedule: OmitArgPrefixes[Schedule] = field(default_factory=Schedule)
     augmentation: OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
 
@@ -316,7 +317,8 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The inverse of `to_dict` for a recipe. Raises InputError when fields are unknown or out of range."""
     try:
         schedule = Schedule(**{**values["schedule"], "milestones": tuple(values["schedule"]["milestones"])})
-        parts = {"schedule": schedule, "augmentation": Augmentation(**values["augmentation"])}
+        augmentation, factors = Augmentation(**values["augmentation"]), Factors(**values.get("factors", {}))
+        parts = {"schedule": schedule, "augmentation": augmentation, "factors": factors}
         std = values.get("std")
         return Recipe(**{**values, **parts, "std": None if std is None else tuple(std)})
     except (TypeError, KeyError) as error:

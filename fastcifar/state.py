@@ -127,6 +127,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         decay_norm_and_bias=recipe.decay_norm_and_bias,
+        factors=recipe.factors,
     )
     return TrainingState(arch, model, AveragedModel(model, recipe.ema_decay) if recipe.ema_decay else None, optimizer)
 

@@ -16,11 +16,13 @@ from torch import nn
 from fastcifar.beton import Manifest
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, sealed, serialised
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
+from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
 from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
 from fastcifar.models import ARCHITECTURES, REVISED, build_model
 from fastcifar.models.resnet import PixelClassifier
-from fastcifar.optimization import build_optimizer, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
+from fastcifar.muon import orthogonal
+from fastcifar.optimization import Factors, build_optimizer, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.reporting import clock, epoch_line
 from fastcifar.run_folder import METRIC_KEYS, RunFolder
@@ -121,6 +123,64 @@ def test_a_momentum_from_a_table_is_the_momentum_that_is_set(kind):
         torch.testing.assert_close(*(model.weight.detach() for model in models))
     for one, other in zip(moved.state.values(), fixed.state.values(), strict=True):
         torch.testing.assert_close(dict(one), dict(other))
+
+
+def test_muons_directions_are_orthogonal_and_those_of_the_singular_vectors():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (2, 40, 16), (1, 8, 8)):
+        matrices = torch.randn(shape, dtype=torch.float64)
+        made = orthogonal(matrices, steps=10)
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        aligned = (u.mT @ made @ v.mT).abs()  # diagonal: the singular vectors stay
+        assert (aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))).max() < 1e-9
+
+
+def test_muon_is_its_formula_step_by_step():
+    """Against one written out for a single filter bank in float64, with momentum, scaling and a classifier moved by SGD."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.conv, model.classifier = nn.Conv2d(3, 8, 3, bias=True), nn.Linear(8, 2)
+    model.double()
+    factors = Factors(head_lr_factor=3.0, vector_lr_factor=0.5, vector_momentum=0.85, muon_steps=3)
+    built = build_optimizer(model, "muon", momentum=0.6, weight_decay=0.0, decay_norm_and_bias=True, factors=factors)
+    named = dict(model.named_parameters())
+    theirs = {name: parameter.detach().clone() for name, parameter in named.items()}
+    buffers = {name: torch.zeros_like(x) for name, x in theirs.items()}
+    rates = {"conv.bias": 0.5, "classifier.weight": 3.0, "classifier.bias": 1.5}
+    for step in range(4):
+        rate = 0.2 / (step + 1)
+        for parameter in named.values():
+            parameter.grad = torch.cos(3 * parameter.detach())
+        set_step(built, torch.tensor(rate, dtype=torch.float64), None)
+        built.step()
+        for name, x in theirs.items():
+            gradient, m = torch.cos(3 * x), 0.6 if name == "conv.weight" else 0.85
+            buffers[name] = m * buffers[name] + gradient
+            direction = gradient + m * buffers[name]
+            if name == "conv.weight":
+                dtype = torch.bfloat16 if computes_bf16(torch.device("cpu")) else torch.float32
+                direction = orthogonal(direction.reshape(1, 8, 27).to(dtype), 3)[0].double().view_as(x)
+                theirs[name] = x * 8**0.5 / x.norm() - rate * direction
+            else:
+                theirs[name] = x - rate * rates[name] * direction
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach(), theirs[name])
+
+
+def test_factors_change_the_rates_of_their_parameters_alone():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model.classifier = nn.Linear(2, 2)
+    factors = Factors(head_lr_factor=2.0, vector_lr_factor=3.0)
+    sgd = build_optimizer(model, "sgd", momentum=0.9, weight_decay=0.0, decay_norm_and_bias=True, factors=factors)
+    set_step(sgd, 0.1, None)
+    rates = {id(parameter): group["lr"] for group in sgd.param_groups for parameter in group["params"]}
+    found = [rates[id(parameter)] for parameter in model.parameters()]
+    assert found == pytest.approx([0.1, 0.3, 0.3, 0.3, 0.2, 0.6])
+    with pytest.raises(InputError, match="head_lr_factor"):
+        Factors(head_lr_factor=0.0)
 
 
 def test_the_average_follows_its_formula():
