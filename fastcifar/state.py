@@ -180,8 +180,6 @@ def obstacle(recipe: Recipe, run: RunOptions) -> str:
     """Why a training step cannot be captured, by the name of the setting; empty: it can."""
     if recipe.schedule.min_momentum is not None and not moves_by_table(recipe):
         return f"min_momentum moves a momentum that {recipe.optimizer} takes as a number"
-    if run.stream:
-        return "stream reads every batch from the disk"
     return "skip_nonfinite asks the device in every step" if run.skip_nonfinite else ""
 
 

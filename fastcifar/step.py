@@ -20,6 +20,7 @@ from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels
 from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
+from fastcifar.streaming import BatchRing
 from kernels.augment.operations import SIDE
 from kernels.backends import has_won
 
@@ -67,6 +68,7 @@ class TrainStep:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
+        self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
@@ -121,6 +123,8 @@ class TrainStep:
             self.tables = fresh
         else:
             self.tables.refill(fresh)
+        if self._ring is not None:
+            self._ring.begin(fresh.order, first)
         self.number, self._momenta = first, momenta
         self.model.train()
         return self.tables.tally
@@ -145,7 +149,8 @@ class TrainStep:
 
     def __call__(self) -> None:
         """Train on the next batch."""
-        self._step()
+        with self._ring.turn(self.number) if self._ring is not None else nullcontext():
+            self._step()
         self.number += 1
 
     def _changes(self) -> list[Tensor]:
@@ -164,7 +169,8 @@ class TrainStep:
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
         rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
         if isinstance(data, StreamedSet):
-            data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
+            assert self._ring is not None
+            data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
         statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []

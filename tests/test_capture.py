@@ -28,6 +28,7 @@ RECIPES = {
         "--stochastic-depth", "0.5", "--peak-lr", "0.01", "--clip-gradient-norm", "1",
     ),
     "one-cycle": ONE_CYCLE,
+    "streamed": ("--recipe", "resnet18", "--stream", "--cutout", "8"),
 }  # fmt: skip
 
 
@@ -90,9 +91,9 @@ def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch
     assert calls == [0] * 4  # three warm-ups and the recording, of 15 steps
 
 
-@pytest.mark.parametrize("resumed_as", ["captured", "plain"])
+@pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed"])
 def test_a_resume_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, taped, monkeypatch, resumed_as):
-    recipe, original = RECIPES["AdamW, average and dropout"], TrainStep.__call__
+    recipe, original = RECIPES["streamed" if resumed_as == "streamed" else "AdamW, average and dropout"], TrainStep.__call__
     whole = run(betons, tmp_path / "whole", *recipe)
 
     def signalled(step):
@@ -123,7 +124,6 @@ def test_what_the_host_would_change_shows_on_the_tape(betons, tmp_path, taped, m
     ("field", "arguments"),
     [
         ("min_momentum", (*ONE_CYCLE, "--optimizer", "nesterov", "--min-momentum", "0.85")),
-        ("stream", ("--recipe", "resnet18", "--stream")),
         ("skip_nonfinite", ("--recipe", "resnet18", "--skip-nonfinite")),
     ],
 )
