@@ -18,11 +18,9 @@ from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
-from fastcifar.models.layers import Kernels
+from fastcifar.models.layers import Kernels, form_of
 from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
 from fastcifar.streaming import BatchRing
-from kernels.augment.operations import SIDE
-from kernels.backends import has_won
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,7 +76,7 @@ class TrainStep:
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
         dtype = settings.autocast_dtype if mean.is_cuda else None
         self._image_dtype = dtype or torch.float32
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, self._image_dtype)
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = compiled(self.loss, settings.compile_mode)
@@ -228,21 +226,13 @@ class TrainStep:
 
 
 def choose_augmentation(
-    augmentation: Augmentation, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    augmentation: Augmentation, kernels: Kernels, device: torch.device
 ) -> Literal["torch", "numba", "triton"]:
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
-    chosen = kernels in ("auto", "fusable")  # fusable is said of the network
-    if chosen and numba_serves(augmentation, device):
+    form = form_of(kernels, "augment")
+    if form not in ("torch", "triton") and numba_serves(augmentation, device):  # fusable is said of the network
         return "numba"
-    able = device.type == "cuda" and triton_serves(augmentation)
-    if able and (kernels == "triton" or (chosen and measured_faster(device, dtype))):
-        return "triton"
-    return "torch"
-
-
-def measured_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused augmentation won on this device where it was measured."""
-    return has_won("augment", torch.empty(0, 3, SIDE, SIDE, dtype=dtype, device=device))
+    return "triton" if form == "triton" and device.type == "cuda" and triton_serves(augmentation) else "torch"
 
 
 class AveragedModel(Generic[Model]):

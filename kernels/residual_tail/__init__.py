@@ -75,9 +75,9 @@ def residual_tail(
 
 
 def variant(shortcut: Any, se: Any, activation: str) -> str:
-    """The name a measurement of this kind of tail is recorded under: `residual_tail/shortcut+se+mish`.
+    """The name of this kind of tail: `residual_tail/shortcut+se+mish`.
 
-    Whether the kernels win depends on what there is to fuse: each kind is measured for itself.
+    Which form is fastest depends on what there is to fuse, so a plan can choose one for each kind.
     """
     parts = [*(["shortcut"] if shortcut is not None else []), *(["se"] if se is not None else []), activation]
     return "residual_tail/" + "+".join(parts)
