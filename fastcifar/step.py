@@ -19,7 +19,7 @@ from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of
-from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
+from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
 from fastcifar.streaming import BatchRing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +39,7 @@ class StepSettings:
     compile_mode: CompileMode = "default"
     clip_gradient_value: float = 0.0  # 0 = off
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
-    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
+    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
 
 
 class TrainStep:
@@ -153,8 +153,11 @@ class TrainStep:
 
     def _changes(self) -> list[Tensor]:
         """All that a step changes."""
-        tally = self.tables.tally
-        tensors = [self.tables.cursor, tally.losses, tally.hits]
+        return [self.tables.cursor, self.tables.tally.losses, *self._trained()]
+
+    def _trained(self) -> list[Tensor]:
+        """The part of it that a step left out does not change."""
+        tensors = [self.tables.tally.hits]
         for model in (self.model, *([self.average.model] if self.average is not None else [])):
             tensors += [*model.parameters(), *model.buffers()]
         return tensors + [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
@@ -171,18 +174,17 @@ class TrainStep:
             data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
-        statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []
+        before = copies(self._trained()) if self.settings.skip_nonfinite else {}
         loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
-        if self.settings.skip_nonfinite and not self._is_finite(loss):
-            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-                buffer.copy_(before)  # the forward pass has let the values into batch norm's averages
-            tally.losses.index_fill_(0, cursor, torch.nan)
-            tally.skipped += 1
-        else:
-            self._update(rate, moments)
-            tally.losses.index_copy_(0, cursor, loss.detach()[None])
-            tally.hits += hits
+        finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
+        self._update(rate, moments)
+        tally.hits += hits
+        loss = loss.detach()
+        if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
+            take_back(self._trained(), before, ~finite)
+            loss = torch.where(finite, loss, torch.nan)
+        tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
 
     def _update(self, rate: Tensor, moments: Tensor) -> None:
@@ -198,9 +200,9 @@ class TrainStep:
         if self.average is not None:
             self.average.update(self.model)
 
-    def _is_finite(self, loss: Tensor) -> bool:
+    def _is_finite(self, loss: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return bool(torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all())  # host sync
+        return torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
