@@ -24,9 +24,11 @@ def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.devi
 
 
 def require_kernels(kernels: str, device: torch.device) -> None:
-    """Raise InputError where Triton's kernels are asked for and the device cannot run them."""
+    """Raise InputError where kernels are asked for that the device cannot run."""
     if kernels == "triton" and device.type != "cuda":
         raise InputError("kernels triton needs a CUDA device, this run is on the CPU: use --kernels auto, or --device cuda")
+    if kernels == "numba" and device.type != "cpu":
+        raise InputError(f"kernels numba needs the CPU, this run is on {device.type}: use --kernels auto, or --device cpu")
 
 
 def computes_bf16(device: torch.device) -> bool:

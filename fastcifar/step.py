@@ -225,7 +225,7 @@ def choose_augmentation(
     augmentation: Augmentation, kernels: Kernels, device: torch.device, dtype: torch.dtype
 ) -> Literal["torch", "numba", "triton"]:
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
-    chosen = kernels in ("auto", "fusable")  # fusable is said of the network
+    chosen = kernels in ("auto", "numba", "fusable")  # fusable is said of the network
     if chosen and numba_serves(augmentation, device):
         return "numba"
     able = device.type == "cuda" and triton_serves(augmentation)

@@ -99,9 +99,9 @@ def build_model(
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
-    ablations. kernels: who computes what stands between convolutions: torch, triton, auto (triton where a measurement on this
-    device says it is faster) or fusable (our algebra in PyTorch operations). The probabilities and `kernels` change neither
-    parameters nor `state_dict` names.
+    ablations. kernels: who computes what stands between convolutions: torch, numba (on a CPU), triton, auto (triton where a
+    measurement on this device says it is faster, numba on a CPU) or fusable (our algebra in PyTorch operations). The
+    probabilities and `kernels` change neither parameters nor `state_dict` names.
     """
     row = architecture(name)
     if kernels not in get_args(Kernels):

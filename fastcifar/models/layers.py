@@ -13,7 +13,7 @@ from kernels.backends import resolve
 from kernels.residual_tail import residual_tail, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a baseline in measurements.
-Kernels = Literal["auto", "torch", "triton", "fusable"]
+Kernels = Literal["auto", "torch", "numba", "triton", "fusable"]
 StochasticDepthMode = Literal["sample", "batch"]
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Mish: "mish"}  # what the kernels know
 
@@ -56,12 +56,13 @@ class SqueezeExcitation(nn.Module):
         return self.reduce.weight, self.expand.weight, self.reduce.bias, self.expand.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if _form("squeeze_excite", self.kernels, x, self.activation) == "triton":
+        form = _form("squeeze_excite", self.kernels, x, self.activation)
+        if form in ("numba", "triton"):
             from kernels.squeeze_excite import squeeze_excite
 
             w_reduce, w_expand, b_reduce, b_expand = self.parameters_of_kernels
             activation = ACTIVATIONS[type(self.activation)]
-            return squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand, backend="triton")
+            return squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand, backend=form)
         squeezed = x.mean(dim=(2, 3))  # [N, C]
         scale = torch.sigmoid(self.expand(self.activation(self.reduce(squeezed))))
         return x * scale[:, :, None, None].to(x.dtype)
@@ -128,7 +129,7 @@ def idle(*layers: nn.Module) -> bool:
     return not any(layer.training and not isinstance(layer, nn.Identity) for layer in layers)
 
 
-def _form(kernel: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "triton", "fusable"]:
+def _form(kernel: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "numba", "triton", "fusable"]:
     """Which implementation of `kernel` serves x: "torch" where the kernels lack one of the activations."""
     if kernels == "torch" or any(type(activation) not in ACTIVATIONS for activation in activations):
         return "torch"
