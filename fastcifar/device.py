@@ -25,9 +25,12 @@ def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.devi
 
 
 def require_kernels(kernels: str | Mapping[str, str], device: torch.device) -> None:
-    """Raise InputError where Triton's kernels are asked for and the device cannot run them."""
-    if "triton" in ([kernels] if isinstance(kernels, str) else kernels.values()) and device.type != "cuda":
+    """Raise InputError where kernels are asked for that the device cannot run."""
+    forms = [kernels] if isinstance(kernels, str) else kernels.values()
+    if "triton" in forms and device.type != "cuda":
         raise InputError("kernels triton needs a CUDA device, this run is on the CPU: use --kernels auto, or --device cuda")
+    if "numba" in forms and device.type != "cpu":
+        raise InputError(f"kernels numba needs the CPU, this run is on {device.type}: use --kernels auto, or --device cpu")
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -88,8 +88,8 @@ class RunOptions:
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
-    # auto: what is measured fastest on this device (a CPU: Numba); torch: PyTorch's operations; triton: our fused kernels, with
-    # CUDA; fusable: the kernels' formulas as operations for --compile to fuse
+    # auto: what is measured fastest on this device (a CPU: Numba); torch: PyTorch's operations; numba: our passes, on a CPU;
+    # triton: our fused kernels, with CUDA; fusable: the kernels' formulas as operations for --compile to fuse
     kernels: Kernels = "auto"
     compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile the step; on by default with CUDA
     # of --compile; tuned: fuse longer chains and recompute more, which moves fewer bytes on some networks and more on others;

@@ -54,7 +54,8 @@ def run(loop: Callable[..., None], count: int, *arguments: Any) -> None:
 @cache
 def _launcher(loop: Any) -> Any:
     """`_launch` of `loop`, which Numba keeps beside the loop's file and compiles again when that has changed."""
-    file, name = inspect.getfile(loop.py_func), f"{loop.py_func.__name__}_in_team"
+    made_for = "".join(f"_{cell.cell_contents}" for cell in loop.py_func.__closure__ or ())  # or they would share a name
+    file, name = inspect.getfile(loop.py_func), f"{loop.py_func.__name__}{made_for}_in_team"
     code = _launch.__code__.replace(co_filename=file, co_name=name, co_qualname=name)
     return njit(**KEPT)(FunctionType(code, {"__name__": loop.py_func.__module__, "in_team": in_team, "loop": loop}))
 

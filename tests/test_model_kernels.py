@@ -14,7 +14,7 @@ from fastcifar.models.resnet import ResNet
 from kernels import backends, residual_tail
 from tests.kernel_checks import sample
 
-KINDS = ["torch", "triton", "fusable"]
+KINDS = ["torch", "numba", "triton", "fusable"]
 BLOCKS = [BasicBlock, PreActivationBlock]
 
 
@@ -85,8 +85,8 @@ def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_on_a_cpu_auto_is_torch_to_the_bit(block):
-    ours, theirs = step(small(block, "auto")), step(small(block, "torch"))
+def test_on_a_cpu_auto_is_numba_to_the_bit(block):
+    ours, theirs = step(small(block, "auto")), step(small(block, "numba"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -15,7 +15,7 @@ from kernels.backends import resolve
 from kernels.residual_tail import residual_tail, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse.
-Form = Literal["auto", "torch", "triton", "fusable"]
+Form = Literal["auto", "torch", "numba", "triton", "fusable"]
 # A form of all, or {kind: form}: augment, squeeze_excite, residual_tail/shortcut+se+mish and its like; "*" for those not named.
 Kernels = Form | dict[str, Form]
 StochasticDepthMode = Literal["sample", "batch"]
@@ -62,12 +62,13 @@ class SqueezeExcitation(nn.Module):
         return self.reduce.weight, self.expand.weight, self.reduce.bias, self.expand.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if _form("squeeze_excite", self.kernels, x, self.activation) == "triton":
+        form = _form("squeeze_excite", self.kernels, x, self.activation)
+        if form in ("numba", "triton"):
             from kernels.squeeze_excite import squeeze_excite
 
             w_reduce, w_expand, b_reduce, b_expand = self.parameters_of_kernels
             activation = ACTIVATIONS[type(self.activation)]
-            return squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand, backend="triton")
+            return squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand, backend=form)
         squeezed = x.mean(dim=(2, 3))  # [N, C]
         scale = torch.sigmoid(self.expand(self.activation(self.reduce(squeezed))))
         return x * scale[:, :, None, None].to(x.dtype)
@@ -148,7 +149,7 @@ def require_known(kernels: Kernels) -> None:
             raise unknown("kernels", str(form), get_args(Form))
 
 
-def _form(kind: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "triton", "fusable"]:
+def _form(kind: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "numba", "triton", "fusable"]:
     """Which implementation of `kind` serves x: "torch" where the kernels lack one of the activations."""
     form = form_of(kernels, kind)
     if form == "torch" or any(type(activation) not in ACTIVATIONS for activation in activations):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.activations import Activation
-from kernels.backends import Backend, describe, resolve, runs_triton, unfilled
+from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton, unfilled
 from kernels.operators import register_fake
 from kernels.residual_tail import fusable, reference
 from kernels.residual_tail.fusable import EVERY, GIVEN, Neighbours, Settings, Tensors, stores_dz
@@ -63,7 +63,8 @@ def residual_tail(
             training=training, momentum=momentum, eps=eps, se=se, se_activation=se_activation, activation=activation,
         )  # fmt: skip
     # The statistics are taken outside autograd: the gradient of the tail accounts for how they depend on conv_out.
-    statistics = fusable.statistics if form == "fusable" else _statistics
+    module = _called(form)
+    statistics = _statistics if module is None else module.statistics
     image_mean, mean, variance = None, running_mean, running_var
     if training:
         image_mean, mean, variance = statistics(conv_out.detach(), running_mean, running_var, momentum, se is not None)
@@ -72,7 +73,7 @@ def residual_tail(
     image_mean = None if se is None else image_mean
     tensors = Tensors(conv_out, shortcut, bn_weight, bn_bias, *_linear(se), image_mean, mean, variance)
     settings = Settings(training, eps, se_activation, activation)
-    return fusable.tail(tensors, settings) if form == "fusable" else _tail(*tensors[:GIVEN], *settings)[0]
+    return _tail(*tensors[:GIVEN], *settings)[0] if module is None else fusable.tail(module, tensors, settings)
 
 
 def variant(shortcut: Any, se: Any, activation: str) -> str:
@@ -137,12 +138,25 @@ def _unpack(tensors: int, arguments: tuple[Any, ...]) -> tuple[Tensors, Settings
 
 
 def _form(x: Tensor) -> Any:
-    """The module that serves x: each has the functions statistics, apply and gradients."""
-    if not runs_triton(x):
-        return fusable
-    from kernels.residual_tail import triton
+    """The module that serves x in the operators: all have the functions statistics, apply and gradients."""
+    if runs_triton(x):
+        from kernels.residual_tail import triton
 
-    return triton
+        return triton
+    return _numba() if runs_numba(x) else fusable
+
+
+def _numba() -> Any:
+    from kernels.residual_tail import numba
+
+    return numba
+
+
+def _called(form: str) -> Any:
+    """The module to call without the operators: what the compiler may look into, or need not where there is none."""
+    if form == "fusable":
+        return fusable
+    return _numba() if form == "numba" and not torch.compiler.is_compiling() else None
 
 
 def _fuses(form: Any) -> bool:

@@ -93,20 +93,24 @@ def statistics(
     else:
         variance, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
         image_mean = mean.new_empty(0)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    move(running_mean, running_var, mean, variance, momentum, x.shape[0] * x.shape[2] * x.shape[3])
+    return image_mean, mean, variance
+
+
+def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float, count: int) -> None:
+    """Move the running statistics as nn.BatchNorm2d does, by those of `count` values a channel."""
     running_mean.mul_(1 - momentum).add_(cast(mean, running_mean.dtype), alpha=momentum)
     running_var.mul_(1 - momentum).add_(cast(variance, running_var.dtype), alpha=momentum * count / max(count - 1, 1))
-    return image_mean, mean, variance
 
 
 def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return act(z) in conv_out's dtype, s and q."""
-    tensors = _excited(tensors, settings)
+    tensors = excited(tensors, settings)
     _, _, z = _linear(tensors, settings)
     return cast(activate(z, settings.activation), tensors.conv_out.dtype), tensors.scale, tensors.hidden
 
 
-def _excited(tensors: Tensors, settings: Settings) -> Tensors:
+def excited(tensors: Tensors, settings: Settings) -> Tensors:
     """With s [N, C] and q [N, R], where there is squeeze-excitation."""
     if tensors.w_reduce is None or tensors.w_expand is None:
         return tensors
@@ -125,12 +129,16 @@ def _squeezed(tensors: Tensors, settings: Settings) -> Tensor:
     return (tensors.image_mean - wide(tensors.mean)) * a + wide(tensors.bias)
 
 
-def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c - mu [N, C, H, W], s a [C] or [N, C], and z [N, C, H, W]."""
+def line(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return s a and s beta, [C] or [N, C]: z is (c - mu) times the first, plus the second and r."""
     slopes = wide(tensors.weight) * torch.rsqrt(wide(tensors.variance) + settings.eps)
     intercepts = wide(tensors.bias)
-    if tensors.scale is not None:
-        slopes, intercepts = tensors.scale * slopes, tensors.scale * intercepts
+    return (slopes, intercepts) if tensors.scale is None else (tensors.scale * slopes, tensors.scale * intercepts)
+
+
+def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c - mu [N, C, H, W], s a [C] or [N, C], and z [N, C, H, W]."""
+    slopes, intercepts = line(tensors, settings)
     centred = wide(tensors.conv_out) - spread(wide(tensors.mean))
     z = centred * spread(slopes) + spread(intercepts)
     return centred, slopes, z if tensors.shortcut is None else z + wide(tensors.shortcut)
@@ -138,15 +146,25 @@ def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tenso
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """Return the gradients of the first eight of `tensors`, each in its dtype."""
-    conv_out, _, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
     centred, slopes, z = _linear(tensors, settings)
     dz = wide(gradient) * slope(z, settings.activation)
     s1, s2 = dz.sum((2, 3)), (dz * centred).sum((2, 3))  # [N, C]
+    constant, decline, parameters = from_sums(s1, s2, tensors, settings)
+    d_conv = dz * spread(slopes) + spread(constant)
+    if settings.training:
+        d_conv = d_conv - centred * spread(decline)
+    maps = (cast(d_conv, tensors.conv_out.dtype), None if tensors.shortcut is None else cast(dz, tensors.shortcut.dtype))
+    return *maps, *parameters
+
+
+def from_sums(s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Gradients]:
+    """Return k [C] or [N, C] and l [C] of dc = dz s a + k - (c - mu) l, and the parameters' gradients in their dtypes."""
+    conv_out, _, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
     rstd = torch.rsqrt(wide(variance) + settings.eps)
     a = wide(weight) * rstd
     positions = conv_out.shape[2] * conv_out.shape[3]
-    d_conv = dz * spread(slopes)
     d_linear: Gradients = (None, None, None, None)
+    constant = torch.zeros_like(a)
     if scale is None:
         d_bias, d_weight = s1.sum(0), s2.sum(0) * rstd
     else:
@@ -162,32 +180,34 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradien
             d_linear = (dq.T @ _squeezed(tensors, settings), d_expand, dq.sum(0), dt.sum(0))
         d_bias = (scale * s1 + dm).sum(0)
         d_weight = (scale * s2 + dm * (image_mean - wide(mean))).sum(0) * rstd
-        d_conv = d_conv + spread(a * dm / positions)
+        constant = a * dm / positions
+    decline = torch.zeros_like(a)
     if settings.training:
         count = conv_out.shape[0] * positions
-        d_conv = d_conv - spread(a * d_bias / count) - centred * spread(a * rstd * d_weight / count)
-    found = (d_conv, dz, d_weight, d_bias, *d_linear)
-    return tuple(None if x is None or g is None else cast(g, x.dtype) for x, g in zip(tensors, found, strict=False))
+        constant, decline = constant - a * d_bias / count, a * rstd * d_weight / count
+    found = (d_weight, d_bias, *d_linear)
+    cast_to = zip(tensors[2:], found, strict=False)
+    return constant, decline, tuple(None if x is None or g is None else cast(g, x.dtype) for x, g in cast_to)
 
 
 class ResidualTail(torch.autograd.Function):
     """out and its gradients; the statistics enter as constants, and the formulas above know better."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, *given: Tensor | None) -> Tensor:
+    def forward(ctx: Any, form: Any, settings: Settings, *given: Tensor | None) -> Tensor:
         tensors = Tensors(*given)  # type: ignore[arg-type]
-        out, scale, hidden = apply(tensors, settings)
-        ctx.settings = settings
+        out, scale, hidden = form.apply(tensors, settings)
+        ctx.form, ctx.settings = form, settings
         ctx.save_for_backward(*given, scale, hidden)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradients(gradient, Tensors(*ctx.saved_tensors), ctx.settings)
-        return None, *found, *(None,) * (GIVEN - len(found))
+        found = ctx.form.gradients(gradient, Tensors(*ctx.saved_tensors), ctx.settings)
+        return None, None, *found, *(None,) * (GIVEN - len(found))
 
 
-def tail(tensors: Tensors, settings: Settings) -> Tensor:
-    """act(z), channels_last, with its gradients."""
-    return ResidualTail.apply(settings, *tensors[:GIVEN]).contiguous(memory_format=torch.channels_last)
+def tail(form: Any, tensors: Tensors, settings: Settings) -> Tensor:
+    """act(z), channels_last, with its gradients, by the `apply` and `gradients` of the module `form`."""
+    return ResidualTail.apply(form, settings, *tensors[:GIVEN]).contiguous(memory_format=torch.channels_last)
