@@ -18,7 +18,7 @@ from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
-from fastcifar.models.layers import Kernels, form_of
+from fastcifar.models.layers import Kernels, form_of, share_keys
 from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
 from fastcifar.streaming import BatchRing
 
@@ -73,6 +73,7 @@ class TrainStep:
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
+        self._keys = share_keys(model) if mean.device.type == "cpu" else None
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
         dtype = settings.autocast_dtype if mean.is_cuda else None
         self._image_dtype = dtype or torch.float32
@@ -169,13 +170,15 @@ class TrainStep:
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
         rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
+        samples = None if self._keys is None else data.index[positions]
         if isinstance(data, StreamedSet):
             assert self._ring is not None
             data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
-        loss, hits = self._loss(images, labels, partner_labels, lam)
+        with self._keyed(samples, cursor):
+            loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, moments)
@@ -186,6 +189,22 @@ class TrainStep:
             loss = torch.where(finite, loss, torch.nan)
         tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
+
+    @contextmanager
+    def _keyed(self, samples: Tensor | None, step: Tensor) -> Iterator[None]:
+        """What the network drops inside is drawn by (seed, sample, epoch)."""
+        if self._keys is not None:
+            self._keys.seed, self._keys.epoch, self._keys.samples, self._keys.step = (
+                self.settings.seed,
+                self._epoch,
+                samples,
+                step,
+            )
+        try:
+            yield
+        finally:
+            if self._keys is not None:
+                self._keys.samples = None
 
     def _update(self, rate: Tensor, moments: Tensor) -> None:
         if self._counters:

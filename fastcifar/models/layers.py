@@ -1,6 +1,7 @@
 """The layers between the convolutions, on feature maps [N, C, H, W]."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Literal, get_args
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastcifar.errors import unknown
 from kernels.activations import Activation
 from kernels.backends import resolve
+from kernels.dropout import dropout as keyed_dropout
 from kernels.residual_tail import residual_tail, variant
 
 # A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse.
@@ -74,7 +76,56 @@ class SqueezeExcitation(nn.Module):
         return x * scale[:, :, None, None].to(x.dtype)
 
 
-class StochasticDepth(nn.Module):
+@dataclass
+class DrawKeys:
+    """What random layers draw by while a training step on a CPU runs; without samples they ask PyTorch's generator.
+
+    Keyed draws are those of the samples: in whatever batch, at whatever place, on however many threads and processes. On CUDA
+    draws stay PyTorch's: a captured graph carries its generator on, and an operator of ours would end the compiler's fusion.
+    """
+
+    seed: int = 0
+    epoch: Tensor | None = None  # [] int64
+    samples: Tensor | None = None  # [B] int64, the batch's numbers in their source
+    step: Tensor | None = None  # [1] int64, of the epoch
+
+
+class RandomLayer(nn.Module):
+    """A layer that drops by the keys of the step, where it is given some: `share_keys`."""
+
+    keys: DrawKeys | None = None
+    number = 0  # among the network's random layers
+
+    @property
+    def is_keyed(self) -> bool:
+        return self.keys is not None and self.keys.samples is not None
+
+    def drop(self, x: Tensor, probability: float, *, by_step: bool = False) -> Tensor:
+        """x [N, C, ...] with each element dropped or scaled by 1 / (1 - probability). by_step: keyed by the step, N = 1."""
+        assert self.keys is not None
+        rows = self.keys.step if by_step else self.keys.samples
+        assert rows is not None
+        assert self.keys.epoch is not None
+        return keyed_dropout(x, rows, self.keys.epoch, probability=probability, layer=self.number, seed=self.keys.seed)
+
+
+def share_keys(model: nn.Module) -> DrawKeys | None:
+    """Number the model's random layers and give them one object of keys, the same one every time; None where there are none."""
+    layers = [layer for layer in model.modules() if isinstance(layer, RandomLayer)]
+    keys = layers[0].keys or DrawKeys() if layers else None
+    for number, layer in enumerate(layers):
+        layer.keys, layer.number = keys, number
+    return keys
+
+
+class Dropout(RandomLayer, nn.Dropout):
+    """PyTorch's, but for keyed draws: `kernels.dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x, self.p) if self.training and self.is_keyed else super().forward(x)
+
+
+class StochasticDepth(RandomLayer):
     """Drop a residual branch in training (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016).
 
     mode: sample draws for every sample and scales the kept by 1 / survival; batch draws once for the whole batch and scales
@@ -90,10 +141,12 @@ class StochasticDepth(nn.Module):
         if not self.training or self.drop_probability == 0:
             return branch
         survival = 1 - self.drop_probability
-        if self.mode == "batch":
-            return branch * (torch.rand(1, 1, 1, 1, device=branch.device) < survival).to(branch.dtype)
-        kept = torch.rand(len(branch), 1, 1, 1, device=branch.device) < survival
-        return branch * (kept / survival).to(branch.dtype)
+        shape = (1 if self.mode == "batch" else len(branch), 1, 1, 1)
+        if self.is_keyed:
+            kept = self.drop(torch.ones(shape, device=branch.device), self.drop_probability, by_step=self.mode == "batch") > 0
+        else:
+            kept = torch.rand(shape, device=branch.device) < survival
+        return branch * (kept if self.mode == "batch" else kept / survival).to(branch.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_probability:.3g}, mode={self.mode}"
@@ -101,7 +154,7 @@ class StochasticDepth(nn.Module):
 
 def dropout(probability: float) -> nn.Module:
     """Dropout, or nothing at all when the probability is 0."""
-    return nn.Dropout(probability) if probability else nn.Identity()
+    return Dropout(probability) if probability else nn.Identity()
 
 
 def norm_act(

@@ -35,11 +35,11 @@ ANY_ORDER: dict[str, Any] = {**KEPT, "fastmath": {"reassoc", "nnan", "nsz"}}
 # Gathering, moving, normalising
 
 
-@njit(**KEPT)
-def philox(seed, sample, epoch, purpose):
-    """kernels.philox.philox for one counter, block 0."""
+@njit(inline="always", **KEPT)  # in line, a loop of counters becomes vectors
+def philox(seed, sample, epoch, purpose, block):
+    """kernels.philox.philox for one counter."""
     k0, k1 = seed & MASK, seed >> HALF_WORD
-    c0, c1, c2, c3 = sample, epoch, purpose, u64(0)
+    c0, c1, c2, c3 = sample, epoch, purpose, block
     for _ in range(10):
         p0, p1 = c0 * M0, c2 * M1
         c0, c1, c2, c3 = (p1 >> HALF_WORD) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF_WORD) ^ c3 ^ k1, p0 & MASK
@@ -91,7 +91,7 @@ def fill_with_noise(image, box, seed, quantiles):
     for y in range(max(box[0], 0), min(box[1], SIDE)):
         for x in range(3 * max(box[2], 0), 3 * min(box[3], SIDE)):
             value = y * ROW + x
-            words = philox(seed, u64(value >> 3), u64(0), NOISE)
+            words = philox(seed, u64(value >> 3), u64(0), NOISE, u64(0))
             image[y, x] = quantiles[np.int64((words[(value & 7) >> 1] >> u64(16 * (value & 1))) & u64(0xFFFF))]
 
 
