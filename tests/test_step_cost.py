@@ -10,7 +10,7 @@ import pytest
 
 from bench import counting_device
 from bench.roofline import Rates, cost_of_arch
-from bench.step_cost import count_steps, main, roofline_share
+from bench.step_cost import count_epochs, count_steps, main, roofline_share
 from tests.conftest import REPOSITORY
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the counting device is built with g++")
@@ -78,6 +78,17 @@ def test_no_step_costs_more_than_it_did(arch):
         assert counts["pointwise_bytes"] / 512e3 >= 0.5 * kilobytes, f"{form}: what was counted?"
         waits = {name: counts[name] for name in ("syncs", "pageable_copies", "graph_breaks")}
         assert waits == dict.fromkeys(waits, 0), form
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_epoch_waits_for_the_device_twice_and_once_for_evaluation():
+    counts = count_epochs("se_resnet18", ("captured",))["captured"]
+    assert "error" not in counts, counts
+    assert counts["graphs"] == counts["steps"] + 3  # two whole batches of evaluation, and what the epoch draws
+    assert counts["syncs"] <= 3
+    assert counts["pageable_copies"] == 0
+    assert 20e6 < counts["bytes_to_host"] < 25e6  # a checkpoint: was an epoch counted?
 
 
 @needs_compiler

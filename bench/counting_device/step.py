@@ -1,4 +1,4 @@
-"""Counts what one training step asks of the counting device; a process of its own, started by bench/step_cost.py.
+"""Counts what one training step asks of the counting device.
 
 Kernels are not compiled but counted where they would be launched, unless the host's time is wanted. Convolutions, which cuDNN
 would do, are a launch each. Bytes are those of forward pass, loss and backward pass but for convolutions and matrix products:
@@ -6,9 +6,7 @@ by Inductor's own count of each kernel's reads and writes; of our kernels, and o
 they are given and all they return, batch norm's as often as its kernels read them.
 """
 
-import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.baselines import Task, fastcifar_loop, one_line
+from bench.baselines import Task, fastcifar_loop
 from bench.counting_device import launch, record
 from fastcifar.beton import Manifest
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
@@ -270,19 +268,3 @@ def count_eager(step: TrainStep, batch_size: int) -> Kernels:
     with Count(kernels):
         step.loss(pixels, labels, labels, torch.ones((), device="cuda"))[0].backward()
     return kernels
-
-
-def main() -> None:
-    """Read {arch, batch_size, host_time, forms: {name: options}} from standard input, write {name: counts} to a file."""
-    wanted = json.load(sys.stdin)
-    counts: dict[str, Any] = {}
-    for name, options in wanted["forms"].items():
-        try:
-            counts[name] = count(wanted["arch"], wanted["batch_size"], options, host_time=wanted["host_time"])
-        except Exception as error:  # whatever a compiler raises, the other forms go on
-            counts[name] = {"error": one_line(error)}
-    Path(sys.argv[1]).write_text(json.dumps(counts), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
