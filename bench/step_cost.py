@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,11 @@ from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.models import ARCHITECTURES, architecture
+from fastcifar.plan import PLANS
 
-# {name: the options of training that make it}
-FORMS: dict[str, dict[str, Any]] = {
-    "eager": {"kernels": "torch", "compile": False, "capture": "off"},
-    "compiled": {"kernels": "torch", "compile": True, "capture": "off"},
-    "tuned": {"kernels": "torch", "compile": True, "compile_mode": "tuned", "capture": "off"},
-    "combo": {"kernels": "torch", "compile": True, "compile_mode": "combo", "capture": "off"},
-    "fusable": {"kernels": "fusable", "compile": True, "capture": "off"},
-    "fusable-tuned": {"kernels": "fusable", "compile": True, "compile_mode": "tuned", "capture": "off"},
-    "triton": {"kernels": "triton", "compile": True, "capture": "off"},
-    "captured": {"kernels": "torch", "compile": True, "capture": "auto"},
-}
+# {name: the options of training that make it}: the plans without capture, and the default with it
+FORMS: dict[str, dict[str, Any]] = {name: vars(replace(plan, capture="off")) for name, plan in PLANS["cuda"].items()}
+FORMS["captured"] = vars(PLANS["cuda"]["compiled"])
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Options:
     """Count what a training step launches, moves and waits for, on a device that is not there."""
 
     archs: tuple[str, ...] = tuple(ARCHITECTURES)  # which, by name
-    forms: tuple[str, ...] = tuple(FORMS)  # eager, compiled, tuned, combo, fusable, fusable-tuned, triton, captured
+    forms: tuple[str, ...] = tuple(FORMS)  # the names of `--plan` for CUDA, uncaptured; captured: compiled, captured
     batch_size: int = 512  # images a step; --epoch: each recipe's own
     epoch: bool = False  # count a steady epoch of the training command instead, evaluation and checkpoint included
     host_time: bool = False  # compile every kernel too, and time what the host spends on a step: to compare forms in one run by

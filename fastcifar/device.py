@@ -84,13 +84,19 @@ CPUS = {
 
 def device_name(device: torch.device) -> str:
     """What a report calls the hardware: the GPU's name, or the CPU's with the number of threads."""
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{hardware_name(device)}{threads}"
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         cpuinfo = ""
-    return f"{cpu_name(cpuinfo)}, {torch.get_num_threads()} threads"
+    return cpu_name(cpuinfo)
 
 
 def cpu_name(cpuinfo: str) -> str:

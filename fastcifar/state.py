@@ -18,6 +18,7 @@ from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
+from fastcifar.plan import settled
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.step import AveragedModel, StepSettings, TrainStep
@@ -142,6 +143,9 @@ def build_step(
 
     say: told why the step cannot be captured, where that was wanted.
     """
+    run = settled(run, data.mean.device)
+    assert run.compile is not None
+    assert run.compile_mode is not None
     settings = StepSettings(
         batch_size=recipe.batch_size,
         label_smoothing=recipe.label_smoothing,
