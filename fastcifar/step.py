@@ -177,7 +177,7 @@ class TrainStep:
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
-        with self._keyed(samples, cursor):
+        with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
@@ -189,22 +189,6 @@ class TrainStep:
             loss = torch.where(finite, loss, torch.nan)
         tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
-
-    @contextmanager
-    def _keyed(self, samples: Tensor | None, step: Tensor) -> Iterator[None]:
-        """What the network drops inside is drawn by (seed, sample, epoch)."""
-        if self._keys is not None:
-            self._keys.seed, self._keys.epoch, self._keys.samples, self._keys.step = (
-                self.settings.seed,
-                self._epoch,
-                samples,
-                step,
-            )
-        try:
-            yield
-        finally:
-            if self._keys is not None:
-                self._keys.samples = None
 
     def _update(self, rate: Tensor, moments: Tensor) -> None:
         if self._counters:

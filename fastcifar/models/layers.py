@@ -1,6 +1,7 @@
 """The layers between the convolutions, on feature maps [N, C, H, W]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -88,6 +89,15 @@ class DrawKeys:
     epoch: Tensor | None = None  # [] int64
     samples: Tensor | None = None  # [B] int64, the batch's numbers in their source
     step: Tensor | None = None  # [1] int64, of the epoch
+
+    @contextmanager
+    def given(self, seed: int, epoch: Tensor, samples: Tensor | None, step: Tensor) -> Iterator[None]:
+        """What is drawn inside is drawn by these."""
+        self.seed, self.epoch, self.samples, self.step = seed, epoch, samples, step
+        try:
+            yield
+        finally:
+            self.samples = None
 
 
 class RandomLayer(nn.Module):
