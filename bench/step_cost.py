@@ -3,7 +3,7 @@
 
 python -m bench.step_cost --archs se_resnet18 --forms eager compiled triton --batch-size 512 --out step-cost.json
 
-The project's own step by each architecture's recipe, without its policy, on black images. `bench.counting_device` says what is
+The project's own step by each architecture's recipe on black images. `bench.counting_device` says what is
 counted and how. Share of the roofline: time of the step at the stated rates if every kernel moved its fewest bytes, over the
 same with the bytes counted here; convolutions, each bound by arithmetic or bytes, are the same in both (bench/roofline.py).
 Launches count for nothing in it.

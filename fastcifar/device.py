@@ -1,5 +1,6 @@
 """The device a run uses, its precision, and what the hardware is called."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +24,12 @@ def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.devi
     return torch.bfloat16 if choice == "bf16" else None
 
 
-def require_kernels(kernels: str, device: torch.device) -> None:
+def require_kernels(kernels: str | Mapping[str, str], device: torch.device) -> None:
     """Raise InputError where kernels are asked for that the device cannot run."""
-    if kernels == "triton" and device.type != "cuda":
+    forms = [kernels] if isinstance(kernels, str) else kernels.values()
+    if "triton" in forms and device.type != "cuda":
         raise InputError("kernels triton needs a CUDA device, this run is on the CPU: use --kernels auto, or --device cuda")
-    if kernels == "numba" and device.type != "cpu":
+    if "numba" in forms and device.type != "cpu":
         raise InputError(f"kernels numba needs the CPU, this run is on {device.type}: use --kernels auto, or --device cpu")
 
 

@@ -201,6 +201,34 @@ def rescaled_moments(optimizer: torch.optim.Optimizer, before: Tensor, after: Te
     rescale(after)
 
 
+@torch.no_grad()
+def copies(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """{id: copy} of tensors, some of 4 bytes an element and some of 8."""
+    made = [torch.empty_like(tensor) for tensor in tensors]
+    for now, new in zip(_words(tensors), _words(made), strict=True):
+        torch._foreach_copy_(new, now)
+    return dict(zip(map(id, tensors), made, strict=True))
+
+
+@torch.no_grad()
+def take_back(tensors: Sequence[Tensor], before: dict[int, Tensor], wrong: Tensor) -> None:
+    """Where the 0-d bool `wrong` says so, give tensors the values of their `copies`, and 0 to those made since; nothing waits.
+
+    x - wrong (x - before)    in the integers that their bits are, since NaN times 0 is NaN; what is right keeps every bit
+    """
+    kept = [before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor) for tensor in tensors]
+    for now, old in zip(_words(tensors), _words(kept), strict=True):
+        change = torch._foreach_sub(now, old)
+        torch._foreach_mul_(change, wrong.to(now[0].dtype))
+        torch._foreach_sub_(now, change)
+
+
+def _words(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of 4 and those of 8 bytes an element as integers: lists of one dtype are a few launches."""
+    sized = {integer: [x for x in tensors if x.element_size() == integer.itemsize] for integer in (torch.int32, torch.int64)}
+    return [[x.detach().view(integer) for x in some] for integer, some in sized.items()]
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore a state_dict, whatever device it was saved on. Raises what PyTorch raises for one that does not fit."""
     capturable = [group.get("capturable") for group in optimizer.param_groups]

@@ -1,17 +1,13 @@
 """Which implementation of an operation runs, and what all of them share.
 
-    torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
-    numba    our passes over a CPU's float32 and bfloat16 maps, where PyTorch has more
-    triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
-    auto     triton where a measurement on this device found it faster than all else (`measured.json`), numba on a CPU where it
-             can serve, torch elsewhere
-
-`python bench/kernel_latency.py --record` writes what it measured; a device it has not run on uses PyTorch.
+torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
+numba    our passes over a CPU's float32 and bfloat16 maps, where PyTorch has more
+triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
+auto     numba on a CPU where it can serve, else torch: which of a network's operations gain from our kernels is measured in
+         its training step (`fastcifar.plan`)
 """
 
-import json
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,24 +15,8 @@ from torch import Tensor
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba", "triton")
-MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["bf16 CxHxW", ...] where it won}}
 DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = tuple(DTYPE_NAMES.values())
-
-
-def read_wins(path: Path) -> dict[str, dict[tuple[str, torch.dtype], list[list[int]]]]:
-    """{device name: {(kernel, dtype): [[C, H, W], ...]}}; nothing where nothing was measured."""
-    wins: dict[str, dict[tuple[str, torch.dtype], list[list[int]]]] = {}
-    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for device, kernels in measured.items():
-        for kernel, maps in kernels.items():
-            for dtype, shape in (entry.split() for entry in maps):
-                shapes = wins.setdefault(device, {}).setdefault((kernel, DTYPE_NAMES[dtype]), [])
-                shapes.append([int(side) for side in shape.split("x")])
-    return wins
-
-
-WINS = read_wins(MEASURED)  # once, here: the compiler cannot trace the reading of a file
 
 
 def interpreting() -> bool:
@@ -51,10 +31,8 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "numba
     """
     if backend not in BACKENDS:
         raise ValueError(f"{kernel}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto" and runs_numba(x):
-        return "numba"
     if backend == "auto":
-        return "triton" if x.is_cuda and x.dtype in FLOATS and has_won(kernel, x) else "torch"
+        return "numba" if runs_numba(x) else "torch"
     if backend == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError(f"{kernel}: triton needs a CUDA tensor (or TRITON_INTERPRET=1), got {describe(x)}")
     if backend == "triton" and x.dtype not in FLOATS:
@@ -62,15 +40,6 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "numba
     if backend == "numba" and not runs_numba(x):
         raise ValueError(f"{kernel}: numba takes filled float32 or bfloat16 tensors of a CPU, got {describe(x)}")
     return backend
-
-
-def has_won(kernel: str, x: Tensor) -> bool:
-    """Whether a committed measurement says that our kernel is the fastest for x's dtype and shape on its device.
-
-    What is measured is training with batches of 512 (bench/kernel_latency.py); smaller batches are taken to behave alike.
-    """
-    device_name = torch.cuda.get_device_properties(x.device).name
-    return list(x.shape[1:]) in WINS.get(device_name, {}).get((kernel, x.dtype), ())
 
 
 def runs_triton(x: Tensor) -> bool:

@@ -57,15 +57,24 @@ def squeeze_excite(dtype: torch.dtype, channels: int, side: int, units: int, act
 
 
 def residual_tail(
-    dtype: torch.dtype, channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool
+    dtype: torch.dtype,
+    channels: int,
+    side: int,
+    units: int,
+    activation: str,
+    shortcut: bool,
+    biases: bool,
+    *,
+    alone: bool = True,
 ) -> None:
-    """With squeeze-excitation if it has units; its activation is the tail's own."""
+    """With squeeze-excitation if it has units; its activation is the tail's own. alone: without what may stand next to it."""
     from kernels.residual_tail import triton
-    from kernels.residual_tail.fusable import Settings, Tensors
+    from kernels.residual_tail.fusable import ALONE, Neighbours, Settings, Tensors
 
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
-    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0)
+    addend, total = (None, None) if alone else (x, torch.empty_like(x))
+    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0, addend, total)
     w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
     if units:
@@ -73,8 +82,14 @@ def residual_tail(
     if biases:
         tensors = tensors._replace(b_reduce=b_reduce, b_expand=b_expand)
     settings = Settings(True, 1e-5, activation, activation)
-    _, scale, hidden = triton.apply(tensors, settings)
-    triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings)
+    neighbours = ALONE if alone else Neighbours(torch.empty_like(x, dtype=torch.bool), 0.9, x, x)
+    _, scale, hidden = triton.apply(tensors, settings, neighbours)
+    triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings, neighbours)
+
+
+def residual_tail_and_neighbours(dtype: torch.dtype, *arguments: Any) -> None:
+    """Of a sum that is used elsewhere, and behind it dropout and two uses of the result."""
+    residual_tail(dtype, *arguments, alone=False)
 
 
 def linear_layers(channels: int, units: int) -> list[torch.Tensor]:
@@ -113,7 +128,7 @@ class Row:
         if not self.arguments:
             return ""
         channels, side, *_, last = self.arguments
-        layout = "" if self.operation is residual_tail else " NCHW" if last == "NCHW" else " NHWC"
+        layout = "" if isinstance(last, bool) else " NCHW" if last == "NCHW" else " NHWC"
         return f" {channels}x{side}x{side}{layout}"
 
 
@@ -138,6 +153,14 @@ ROWS = (
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
         "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
         "channel_gradient": (71, 23),
+    }),
+    Row(residual_tail_and_neighbours, (32, 32, 0, "relu", False, False), {  # robust_resnet64
+        "statistics": (121, 32), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
+        "channel_gradient": (71, 23),
+    }),
+    Row(residual_tail_and_neighbours, (256, 8, 16, "mish", True, True), {
+        "statistics": (124, 16), "batch": (99, 45), "tail": (88, 39), "sums": (245, 85), "map_gradient": (106, 18),
+        "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181),
     }),
     # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart
     Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (60, 42)}),

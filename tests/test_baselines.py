@@ -160,6 +160,7 @@ def test_an_architecture_is_really_trained_and_one_that_cannot_be_is_a_line(beto
     assert (len(timing.images_per_second), timing.error) == (0 if error else 2, error)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, call):
     out = tmp_path / "pipeline.json"
     monkeypatch.setattr(baselines, "ffcv_loader", lambda task, device: [])

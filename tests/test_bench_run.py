@@ -118,6 +118,7 @@ def test_a_run_folder_is_read_as_training_recorded_it(undisturbed, tmp_path):
         read_run(tmp_path, "a")
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_ends_as_an_undisturbed_one(betons, tmp_path, undisturbed, monkeypatch):
     def interrupt(status, line):
         if "epoch 1/2" in line:

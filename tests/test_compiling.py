@@ -56,8 +56,8 @@ def test_the_step_compiles_in_the_runs_mode(betons, mode, monkeypatch):
 
 def test_fusable_is_said_of_the_network_and_leaves_the_augmentation_to_what_is_fastest(monkeypatch):
     augmentation = reported("dropout_resnet24").recipe.augmentation
-    assert choose_augmentation(augmentation, "fusable", CPU, torch.float32) == "numba"
-    assert choose_augmentation(augmentation, "torch", CPU, torch.float32) == "torch"
+    assert choose_augmentation(augmentation, "fusable", CPU) == "numba"
+    assert choose_augmentation(augmentation, "torch", CPU) == "torch"
     run = RunOptions(compile=True, kernels="fusable")
     asked = []
     monkeypatch.setattr("fastcifar.models.layers.residual_tail", lambda x, *_, backend, **__: asked.append(backend) or x)

@@ -12,8 +12,10 @@ from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES
 from tests.reliability import fuzz, run_cases
 
+TARGETS = [pytest.param(name, marks=pytest.mark.slow) if name == "results" else name for name in fuzz.targets()]
 
-@pytest.mark.parametrize("target", fuzz.targets())
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_almost_valid_and_hostile_files_are_read_rightly_or_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "narrow", run_cases.NARROW)
     cases = 25 if target == "results" else 100  # of results a page is made, which takes time

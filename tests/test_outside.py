@@ -31,6 +31,7 @@ def script(tmp_path, text=""):
     return path
 
 
+@pytest.mark.slow
 def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(task, tmp_path):
     path = script(tmp_path, """
         import os, sys

@@ -23,6 +23,7 @@ host, pinned = torch.zeros(64, 64), torch.zeros(64, 64).pin_memory()
 calls = {
     "sum of two": lambda: x + x,
     "product": lambda: x @ x,
+    "compiled at run time": lambda: torch.exp2(x),
     "view": lambda: x.T[0],
     "item": lambda: x[0, 0].item(),
     "from pageable memory": lambda: x.copy_(host, non_blocking=True),
@@ -49,6 +50,7 @@ def test_the_device_counts_what_it_is_asked_for():
     assert [event.split()[0] for event in counted["sum of two"]] == ["launch"]
     assert "CUDAFunctor_add<float>" in counted["sum of two"][0]
     assert counted["product"] == ["launch cublasSgemm_v2"]
+    assert [event.split()[0] for event in counted["compiled at run time"]] == ["launch"]
     assert counted["view"] == []
     assert counted["item"] == ["copy asynchronous device to host 4", "sync cudaStreamSynchronize"]
     assert counted["from pageable memory"] == ["copy pageable host to device 16384"]

@@ -202,12 +202,11 @@ def images(count: int) -> Splits:
 
 
 def count(arch: str, batch_size: int, options: dict[str, Any], *, host_time: bool) -> dict[str, Any]:
-    """Train `STEPS` steps of an architecture by its recipe, without its policy; return what the last of them took.
+    """Train `STEPS` steps of an architecture by its recipe; return what the last of them took.
 
     options: of the run, as kernels and compile.
     """
-    recipe = reported(arch).recipe
-    recipe = replace(recipe, batch_size=batch_size, augmentation=replace(recipe.augmentation, policy="none"))
+    recipe = replace(reported(arch).recipe, batch_size=batch_size)
     run = RunOptions(device="cuda", max_parameters=0, **options)
     torch._dynamo.reset()
     counters.clear()
@@ -267,6 +266,7 @@ def count_eager(step: TrainStep, batch_size: int) -> Kernels:
     kernels: Kernels = []
     pixels = torch.zeros(batch_size, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
+    step.optimizer.zero_grad(set_to_none=True)  # gradients that lie there would be added to
     with Count(kernels):
         step.loss(pixels, labels, labels, torch.ones((), device="cuda"))[0].backward()
     return kernels

@@ -2,20 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from itertools import product
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.errors import unknown
 from kernels.activations import Activation
 from kernels.backends import resolve
 from kernels.residual_tail import residual_tail, variant
 
-# A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse: a baseline in measurements.
-Kernels = Literal["auto", "torch", "numba", "triton", "fusable"]
+# A backend of the kernels, or their algebra in PyTorch operations for the compiler to fuse.
+Form = Literal["auto", "torch", "numba", "triton", "fusable"]
+# A form of all, or {kind: form}: augment, squeeze_excite, residual_tail/shortcut+se+mish and its like; "*" for those not named.
+Kernels = Form | dict[str, Form]
 StochasticDepthMode = Literal["sample", "batch"]
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Mish: "mish"}  # what the kernels know
+TAILS = [variant(*parts) for parts in product((None, True), (None, True), (*ACTIVATIONS.values(), "none"))]
+KINDS = ("*", "augment", "squeeze_excite", *TAILS)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
@@ -129,8 +135,23 @@ def idle(*layers: nn.Module) -> bool:
     return not any(layer.training and not isinstance(layer, nn.Identity) for layer in layers)
 
 
-def _form(kernel: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "numba", "triton", "fusable"]:
-    """Which implementation of `kernel` serves x: "torch" where the kernels lack one of the activations."""
-    if kernels == "torch" or any(type(activation) not in ACTIVATIONS for activation in activations):
+def form_of(kernels: Kernels, kind: str) -> Form:
+    """The form that `kernels` names for a kind of operation."""
+    return kernels if isinstance(kernels, str) else kernels.get(kind, kernels.get("*", "auto"))
+
+
+def require_known(kernels: Kernels) -> None:
+    """Raise InputError, with the nearest name, for a form or a kind of operation that is none."""
+    for kind, form in (kernels if isinstance(kernels, dict) else {"*": kernels}).items():
+        if kind not in KINDS:
+            raise unknown("kind of kernel", kind, KINDS)
+        if form not in get_args(Form):
+            raise unknown("kernels", str(form), get_args(Form))
+
+
+def _form(kind: str, kernels: Kernels, x: Tensor, *activations: nn.Module) -> Literal["torch", "numba", "triton", "fusable"]:
+    """Which implementation of `kind` serves x: "torch" where the kernels lack one of the activations."""
+    form = form_of(kernels, kind)
+    if form == "torch" or any(type(activation) not in ACTIVATIONS for activation in activations):
         return "torch"
-    return "fusable" if kernels == "fusable" else resolve(kernel, kernels, x)
+    return "fusable" if form == "fusable" else resolve(kind, form, x)

@@ -9,7 +9,8 @@ map in the last: statistics 1 read; result 2 reads, 1 write; sums for the gradie
 2 reads, 1 write. Evaluation is one pass, or two where squeeze-excitation has to see the map first.
 
 To PyTorch it is three operators. An operator that changes its arguments has no gradient, so the statistics are one of their
-own; the gradient of `fastcifar::residual_tail` accounts for how they depend on conv_out.
+own; the gradient of `fastcifar::residual_tail` accounts for how they depend on conv_out. A fourth, statistics of a sum, and the
+last arguments of the others are for the compiler, which moves what stands next to a tail into its kernels (`neighbours.py`).
 """
 
 from typing import Any, Literal, get_args, get_type_hints
@@ -21,7 +22,7 @@ from kernels.activations import Activation
 from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton, unfilled
 from kernels.operators import register_fake
 from kernels.residual_tail import fusable, reference
-from kernels.residual_tail.fusable import GIVEN, Settings, Tensors
+from kernels.residual_tail.fusable import EVERY, GIVEN, Neighbours, Settings, Tensors, stores_dz
 from kernels.residual_tail.reference import SqueezeExcitation, TailActivation
 
 CHANNELS_LAST = torch.channels_last
@@ -76,9 +77,9 @@ def residual_tail(
 
 
 def variant(shortcut: Any, se: Any, activation: str) -> str:
-    """The name a measurement of this kind of tail is recorded under: `residual_tail/shortcut+se+mish`.
+    """The name of this kind of tail: `residual_tail/shortcut+se+mish`.
 
-    Whether the kernels win depends on what there is to fuse: each kind is measured for itself.
+    Which form is fastest depends on what there is to fuse, so a plan can choose one for each kind.
     """
     parts = [*(["shortcut"] if shortcut is not None else []), *(["se"] if se is not None else []), activation]
     return "residual_tail/" + "+".join(parts)
@@ -121,17 +122,19 @@ def _linear(se: SqueezeExcitation | None) -> tuple[Tensor | None, Tensor | None,
 # The operators
 
 
-def _schema(tensors: int) -> str:
-    """The arguments of an operator on the first `tensors` of Tensors and the settings, which so stand in one place."""
+def _schema(tensors: int, neighbours: int) -> str:
+    """The arguments of an operator: the first of Tensors, the settings, the first of Neighbours with their defaults."""
     kinds = {name: "Tensor?" if type(None) in get_args(hint) else "Tensor" for name, hint in get_type_hints(Tensors).items()}
     named = [f"{kinds[name]} {name}" for name in Tensors._fields[:tensors]]
-    return ", ".join(named + [f"{hint.__name__} {name}" for name, hint in get_type_hints(Settings).items()])
+    named += [f"{hint.__name__} {name}" for name, hint in get_type_hints(Settings).items()]
+    defaults = list(Neighbours._field_defaults.items())[:neighbours]
+    return ", ".join(named + [f"{'Tensor?' if value is None else 'float'} {name}={value}" for name, value in defaults])
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[Tensors, Settings]:
-    """An operator's arguments as its schema names them."""
-    scalars = len(Settings._fields)
-    return Tensors(*arguments[:-scalars]), Settings(*arguments[-scalars:])
+def _unpack(tensors: int, arguments: tuple[Any, ...]) -> tuple[Tensors, Settings, Neighbours]:
+    """An operator's arguments, whose defaults may be left out, as its schema names them."""
+    scalars = tensors + len(Settings._fields)
+    return Tensors(*arguments[:tensors]), Settings(*arguments[tensors:scalars]), Neighbours(*arguments[scalars:])
 
 
 def _form(x: Tensor) -> Any:
@@ -156,9 +159,32 @@ def _called(form: str) -> Any:
     return _numba() if form == "numba" and not torch.compiler.is_compiling() else None
 
 
-def _stores_dz(tensors: Tensors, settings: Settings) -> bool:
-    """Whether someone wants dz and it is not simply the result's gradient."""
-    return tensors.shortcut is not None and settings.activation != "none"
+def _fuses(form: Any) -> bool:
+    """Whether a form's kernels take neighbours; for the others they are computed here."""
+    return getattr(form, "FUSES_NEIGHBOURS", False)
+
+
+def _dropped(x: Tensor, neighbours: Neighbours) -> Tensor:
+    return x if neighbours.kept is None else x * neighbours.kept * (1 / neighbours.keep)
+
+
+def _apply(tensors: Tensors, settings: Settings, neighbours: Neighbours) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`fusable.apply`, then dropout."""
+    form = _form(tensors.conv_out)
+    if _fuses(form):
+        return form.apply(tensors, settings, neighbours)
+    out, scale, hidden = form.apply(tensors, settings)
+    return _dropped(out, neighbours), scale, hidden
+
+
+def _gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours: Neighbours) -> fusable.Gradients:
+    """`fusable.gradients` behind dropout, of the sum of both gradients, with what conv_out has from elsewhere."""
+    form = _form(tensors.conv_out)
+    if _fuses(form):
+        return form.gradients(gradient, tensors, settings, neighbours)
+    gradient = gradient if neighbours.second is None else gradient + neighbours.second
+    d_conv, *others = form.gradients(_dropped(gradient, neighbours), tensors, settings)
+    return d_conv if neighbours.elsewhere is None else d_conv + neighbours.elsewhere, *others
 
 
 @torch.library.custom_op("fastcifar::residual_tail_statistics", mutates_args=("running_mean", "running_var"))
@@ -174,56 +200,82 @@ def _(x: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool) ->
     return unfilled(x, n, channels) if per_image else unfilled(x, 0), unfilled(x, channels), unfilled(x, channels)
 
 
-@torch.library.custom_op("fastcifar::residual_tail", mutates_args=(), schema=f"({_schema(GIVEN)}) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op("fastcifar::residual_sum_statistics", mutates_args=("running_mean", "running_var"))
+def _sum_statistics(
+    x: Tensor, addend: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of x + addend, and that sum, channels_last."""
+    form = _form(x)
+    if not _fuses(form):
+        total = (x + addend).contiguous(memory_format=CHANNELS_LAST)
+        return *form.statistics(total, running_mean, running_var, momentum, per_image), total
+    total = torch.empty_like(x, memory_format=CHANNELS_LAST)
+    return *form.statistics(x, running_mean, running_var, momentum, per_image, addend, total), total
+
+
+@register_fake(_sum_statistics)
+def _(
+    x: Tensor, addend: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, channels = x.shape[:2]
+    image_mean = unfilled(x, n, channels) if per_image else unfilled(x, 0)
+    return image_mean, unfilled(x, channels), unfilled(x, channels), torch.empty_like(x, memory_format=CHANNELS_LAST)
+
+
+@torch.library.custom_op(
+    "fastcifar::residual_tail", mutates_args=(), schema=f"({_schema(GIVEN, neighbours=2)}) -> (Tensor, Tensor, Tensor)"
+)
 def _tail(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out, scale and hidden; the last two empty without squeeze-excitation."""
-    tensors, settings = _unpack(arguments)
-    out, *excited = _form(tensors.conv_out).apply(tensors, settings)
+    out, *excited = _apply(*_unpack(GIVEN, arguments))
     scale, hidden = (unfilled(out, 0) if x is None else x for x in excited)
     return out.contiguous(memory_format=CHANNELS_LAST), scale, hidden
 
 
 @register_fake(_tail)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, w_expand = arguments[0], _unpack(arguments)[0].w_expand
+    x, w_expand = arguments[0], _unpack(GIVEN, arguments)[0].w_expand
     scale, hidden = (unfilled(x, *((0,) if w_expand is None else (len(x), w_expand.shape[side]))) for side in (0, 1))
     return torch.empty_like(x, memory_format=CHANNELS_LAST), scale, hidden
 
 
 @torch.library.custom_op(
     "fastcifar::residual_tail_backward", mutates_args=(),
-    schema=f"(Tensor gradient, {_schema(len(Tensors._fields))}) -> Tensor[]",
+    schema=f"(Tensor gradient, {_schema(EVERY, neighbours=4)}) -> Tensor[]",
 )  # fmt: skip
 def _tail_backward(gradient: Tensor, *arguments: Any) -> list[Tensor]:
     """The gradients of the first eight of Tensors; empty where absent, and for a shortcut whose gradient is `gradient`."""
-    tensors, settings = _unpack(arguments)
-    d_conv, dz, *parameters = _form(tensors.conv_out).gradients(gradient, tensors, settings)
-    maps = (d_conv, dz if _stores_dz(tensors, settings) else None)
+    given = _unpack(EVERY, arguments)
+    d_conv, dz, *parameters = _gradients(gradient, *given)
+    maps = (d_conv, dz if stores_dz(*given) else None)
     dense = (None if x is None else x.contiguous(memory_format=CHANNELS_LAST) for x in maps)
     return [gradient.new_empty(0) if x is None else x for x in (*dense, *parameters)]
 
 
 @register_fake(_tail_backward)
 def _(gradient: Tensor, *arguments: Any) -> list[Tensor]:
-    stored = (True, _stores_dz(*_unpack(arguments)))
+    stored = (True, stores_dz(*_unpack(EVERY, arguments)))
     maps = [torch.empty_like(gradient, memory_format=CHANNELS_LAST) if each else gradient.new_empty(0) for each in stored]
     return maps + [gradient.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[2:8]]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.settings = _unpack(inputs)
-    ctx.save_for_backward(*tensors[:GIVEN], *(output[1:] if tensors.w_reduce is not None else (None, None)))
+    tensors, ctx.settings, neighbours = _unpack(GIVEN, inputs)
+    excited = output[1:] if tensors.w_reduce is not None else (None, None)
+    ctx.save_for_backward(*tensors[:GIVEN], *excited, neighbours.kept)
+    ctx.keep, ctx.inputs = neighbours.keep, len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    tensors, settings = Tensors(*ctx.saved_tensors), ctx.settings
+    *saved, kept = ctx.saved_tensors
+    tensors, settings, neighbours = Tensors(*saved), ctx.settings, Neighbours(kept, ctx.keep)
     own: list[Tensor | None] = [None] * 8
     if gradient is not None:
-        found = _tail_backward(gradient, *tensors, *settings)
-        found[1] = found[1] if _stores_dz(tensors, settings) else gradient
+        found = _tail_backward(gradient, *tensors, *settings, *neighbours)
+        found[1] = found[1] if stores_dz(tensors, settings, neighbours) else gradient
         own = [None if x is None else g for x, g in zip(tensors, found, strict=False)]
-    return *own, *(None,) * (GIVEN - len(own) + len(settings))
+    return *own, *(None,) * (ctx.inputs - len(own))
 
 
 _tail.register_autograd(_gradient, setup_context=_keep)

@@ -56,8 +56,25 @@ class Tensors(NamedTuple):
     hidden: Tensor | None = None  # q [N, R]
 
 
-GIVEN = len(Tensors._fields) - 2  # how many `apply` takes
+class Neighbours(NamedTuple):
+    """What stands next to a tail in a network and a kernel may do in the same pass; `neighbours.py` finds it."""
+
+    kept: Tensor | None = None  # [N, C, H, W], boolean: what dropout behind the activation keeps,
+    keep: float = 1.0  # with this probability, and divides by it
+    second: Tensor | None = None  # the gradient of the result's second use
+    elsewhere: Tensor | None = None  # of the gradient of conv_out: what its other uses add
+
+
+ALONE = Neighbours()
+EVERY = len(Tensors._fields)
+GIVEN = EVERY - 2  # how many `apply` takes
 Gradients = tuple[Tensor | None, ...]  # of the first eight; None where there is nothing
+
+
+def stores_dz(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> bool:
+    """Whether someone wants dz and it is not simply the result's gradient."""
+    simply = settings.activation == "none" and neighbours.kept is None and neighbours.second is None
+    return tensors.shortcut is not None and not simply
 
 
 def spread(channels: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ maps for S1, S2 and dz; small launches through sigmoid and linear layers; one pa
 shortcut dz is nobody's gradient: the second pass computes it again instead of reading it.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from triton import cdiv
 
 from kernels.backends import unfilled
 from kernels.mish.triton import activate, times_slope
-from kernels.residual_tail.fusable import Gradients, Settings, Tensors
+from kernels.residual_tail.fusable import ALONE, Gradients, Neighbours, Settings, Tensors, stores_dz
 from kernels.residual_tail.tiles import (
     IMAGES_TILE,
     channel_block,
@@ -26,6 +28,8 @@ from kernels.residual_tail.tiles import (
     statistics_tile,
     sums_tile,
 )
+
+FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it reads or writes a map anyway
 
 
 @triton.jit
@@ -54,25 +58,38 @@ def merged(count, mean, m2, block: tl.constexpr):
 
 
 @triton.jit
+def added(x, addend, offsets, mask):
+    """Values of a map, or of the sum of two rounded as it is stored, in float32."""
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if addend is not None:
+        value += tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+    return value
+
+
+@triton.jit
 def statistics_kernel(
-    x, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
+    x, addend, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every group of rows: one read, summed relative to the mean of the first tile.
 
     That lies so near the group's that the square of their offset takes little away from the sum of squares. It is found
     relative to the first row: where all values are equal the mean is exactly that, and the deviation exactly 0. even: groups
-    are whole tiles, so that no row has to be left out.
+    are whole tiles, so that no row has to be left out. addend: a second map; then the statistics are those of the sum, which is
+    written too.
     """
     start = tl.program_id(0).to(tl.int64) * group
     count = tl.minimum(rows - start, group).to(tl.int32)
     r = tl.arange(0, block_rows)[:, None]
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     inside = c[None, :] < channels
-    x += start * channels
-    origin = tl.load(x + c, mask=c < channels, other=0.0).to(tl.float32)
-    x += r * channels + c[None, :]
-    value = tl.load(x, mask=(even | (r < count)) & inside, other=0.0).to(tl.float32)
+    first = start * channels + c
+    origin = added(x, addend, first, c < channels)
+    offsets = start * channels + (r * channels + c[None, :])
+    value = added(x, addend, offsets, (even | (r < count)) & inside)
+    if sum_out is not None:
+        tl.store(sum_out + offsets, value.to(sum_out.dtype.element_ty), mask=(even | (r < count)) & inside)
     delta = value - origin[None, :]
     if not even:
         delta = tl.where(r < count, delta, 0.0)
@@ -82,7 +99,10 @@ def statistics_kernel(
         delta = tl.where(r < count, delta, 0.0)
     s1, s2 = delta, delta * delta
     for step in range(block_rows, group, block_rows):
-        value = tl.load(x + step * channels, mask=(even | (step + r < count)) & inside, other=0.0).to(tl.float32)
+        mask = (even | (step + r < count)) & inside
+        value = added(x, addend, offsets + step * channels, mask)
+        if sum_out is not None:
+            tl.store(sum_out + offsets + step * channels, value.to(sum_out.dtype.element_ty), mask=mask)
         delta = value - mean[None, :]
         if not even:
             delta = tl.where(step + r < count, delta, 0.0)
@@ -185,11 +205,11 @@ def line(weight, bias, variance, scale, image, c, eps, channels: tl.constexpr):
 
 @triton.jit
 def tail_kernel(
-    x, shortcut, weight, bias, mean, variance, scale, out, rows, positions, eps,
+    x, shortcut, kept, weight, bias, mean, variance, scale, out, rows, positions, eps, per_kept,
     channels: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """act(z): two reads (one without a shortcut), one write."""
+    """act(z), and dropout where something says what is kept: two reads (one without a shortcut), one write."""
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
@@ -200,19 +220,33 @@ def tail_kernel(
     z = (value - channel(mean, c, channels)[None, :]) * slope[None, :] + intercept[None, :]
     if shortcut is not None:
         z += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, activate(z, activation).to(out.dtype.element_ty), mask=mask)
+    result = activate(z, activation)
+    if kept is not None:
+        result *= tl.load(kept + offsets, mask=mask, other=0).to(tl.float32) * per_kept
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
 # Backward
 
 
 @triton.jit
+def total_gradient(gradient, second, kept, per_kept, offsets, mask):
+    """The activation's gradient in float32: of one or two uses of the result, through dropout where there is some."""
+    total = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + offsets, mask=mask, other=0.0).to(tl.float32)
+    if kept is not None:
+        total *= tl.load(kept + offsets, mask=mask, other=0).to(tl.float32) * per_kept
+    return total
+
+
+@triton.jit
 def sums_kernel(
-    gradient, x, shortcut, weight, bias, mean, variance, scale, dz_out, s1_out, s2_out, rows, eps,
+    gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, dz_out, s1_out, s2_out, rows, eps, per_kept,
     channels: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to three reads, one write."""
+    """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to four reads, one write."""
     image = tl.program_id(0).to(tl.int64)  # where there is a scale, groups are images
     start = image * group
     count = tl.minimum(rows - start, group).to(tl.int32)
@@ -226,7 +260,7 @@ def sums_kernel(
     for step in range(0, group, block_rows):
         offsets = base + step * channels
         mask = (step + r < count) & (c[None, :] < channels)
-        dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+        dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
         if activation != "none":
             z = centred * slope[None, :] + intercept[None, :]
@@ -349,11 +383,14 @@ def parameter_gradient_kernel(
 
 @triton.jit
 def map_gradient_kernel(
-    gradient, x, weight, bias, mean, variance, scale, d_squeezed, d_weight, d_bias, out, rows, positions, eps,
-    per_position, per_row, channels: tl.constexpr, activation: tl.constexpr, training: tl.constexpr,
+    gradient, second, kept, x, weight, bias, mean, variance, scale, d_squeezed, d_weight, d_bias, elsewhere, out, rows,
+    positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, activation: tl.constexpr, training: tl.constexpr,
     chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given."""
+    """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given.
+
+    elsewhere: what conv_out's other uses add to its gradient.
+    """
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
@@ -365,7 +402,7 @@ def map_gradient_kernel(
     r = tl.arange(0, block_rows)[:, None]
     offsets = start * channels + (r * channels + c[None, :])
     mask = (r < count) & (c[None, :] < channels)
-    dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
     if training or activation != "none":
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - channel(mean, c, channels)[None, :]
         dz = times_slope(dz, centred * slope[None, :] + intercept[None, :], activation)
@@ -376,15 +413,28 @@ def map_gradient_kernel(
             result -= centred * slope_term[None, :] + mean_term[None, :]
     else:
         result = dz * slope[None, :] + constant[None, :]
+    if elsewhere is not None:
+        result += tl.load(elsewhere + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
 # Launches
 
 
-def channels_last(x: Tensor) -> Tensor:
+@overload
+def channels_last(x: Tensor) -> Tensor: ...
+@overload
+def channels_last(x: None) -> None: ...
+@overload
+def channels_last(x: Tensor | None) -> Tensor | None: ...
+def channels_last(x: Tensor | None) -> Tensor | None:
     """x itself if its memory is rows [N * P, C], else a copy that is."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return x if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def bytes_of(mask: Tensor | None) -> Tensor | None:
+    """A boolean map as rows of 0 and 1."""
+    return mask if mask is None else channels_last(mask).view(torch.uint8)
 
 
 def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[tuple[int, int], dict[str, int]]:
@@ -396,9 +446,10 @@ def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[tu
 
 
 def statistics(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fusable.statistics`."""
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool, addend: Tensor | None = None,
+    sum_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fusable.statistics`; with an addend those of x + addend, which fills sum_out, channels_last."""
     n, channels, height, width = x.shape
     rows = n * height * width
     group = height * width if per_image else group_rows(channels, rows)
@@ -409,6 +460,8 @@ def statistics(
     with torch.cuda.device_of(x):
         statistics_kernel[groups, cdiv(channels, tile.channels)](
             channels_last(x),
+            channels_last(addend),
+            sum_out,
             group_mean,
             group_m2,
             rows,
@@ -423,11 +476,11 @@ def statistics(
     return group_mean if per_image else unfilled(x, 0), mean, variance
 
 
-def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`fusable.apply`."""
+def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`fusable.apply`, and dropout."""
     conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
     (n, channels), positions = conv_out.shape[:2], conv_out.shape[2] * conv_out.shape[3]
-    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    x, r = channels_last(conv_out), channels_last(shortcut)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         if tensors.w_reduce is not None:
@@ -439,8 +492,8 @@ def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, 
             )  # fmt: skip
         grid, sizes = map_grid(n, channels, positions, scale is not None)
         tail_kernel[grid](
-            x, r, weight, bias, mean, variance, scale, out, n * positions, positions, settings.eps,
-            channels=channels, activation=settings.activation, **sizes,
+            x, r, bytes_of(neighbours.kept), weight, bias, mean, variance, scale, out, n * positions, positions, settings.eps,
+            1 / neighbours.keep, channels=channels, activation=settings.activation, **sizes,
         )  # fmt: skip
     return out, scale, hidden
 
@@ -449,23 +502,25 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
-    """`fusable.gradients`; None for a shortcut whose gradient is `gradient`."""
+def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> Gradients:
+    """`fusable.gradients`, with what the neighbours add; None for a shortcut whose gradient is `gradient`."""
     conv_out, shortcut, weight, bias, *_, mean, variance, scale, _ = tensors
-    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    x, r = channels_last(conv_out), channels_last(shortcut)
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     group = positions if scale is not None else group_rows(channels, n * positions)
     groups = cdiv(n * positions, group)
     s1, s2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
-    dz = None if r is None or settings.activation == "none" else torch.empty_like(x)
-    source, activation = channels_last(gradient), settings.activation
+    dz = torch.empty_like(x) if stores_dz(tensors, settings, neighbours) else None
+    kept, keep, second, elsewhere = neighbours
+    source = (channels_last(gradient), channels_last(second), bytes_of(kept))
+    activation = settings.activation
     dm: Tensor | None = None
     d_linear: Gradients = (None,) * 4
     d_weight, d_bias, d_conv = unfilled(x, channels), unfilled(x, channels), torch.empty_like(x)
     with torch.cuda.device_of(x):
         tile = sums_tile(channels, group)
         sums_kernel[groups, cdiv(channels, tile.channels)](
-            source, x, r, weight, bias, mean, variance, scale, dz, s1, s2, n * positions, settings.eps,
+            *source, x, r, weight, bias, mean, variance, scale, dz, s1, s2, n * positions, settings.eps, 1 / keep,
             channels=channels, group=group, activation=activation, **tile.sizes(),
         )  # fmt: skip
         if scale is None:
@@ -476,11 +531,11 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradien
         else:
             dm, d_linear = _excite_gradients(s1, s2, tensors, settings, d_weight, d_bias)
         if dz is not None:
-            source, activation = dz, "none"
+            source, activation = (dz, None, None), "none"
         grid, sizes = map_grid(n, channels, positions, scale is not None)
         map_gradient_kernel[grid](
-            source, x, weight, bias, mean, variance, scale, dm, d_weight, d_bias, d_conv, n * positions, positions,
-            settings.eps, 1 / positions, 1 / (n * positions),
+            *source, x, weight, bias, mean, variance, scale, dm, d_weight, d_bias, channels_last(elsewhere), d_conv,
+            n * positions, positions, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
             channels=channels, activation=activation, training=settings.training, **sizes,
         )  # fmt: skip
     return d_conv, dz, d_weight.to(weight.dtype), d_bias.to(bias.dtype), *d_linear

@@ -1,0 +1,153 @@
+"""`kernels.residual_tail.neighbours`: what stands next to a tail goes into its kernels, and computes what it did."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastcifar.compiling import compiled
+from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from kernels import residual_tail as tail
+from kernels.residual_tail import fusable, neighbours, reference, residual_tail
+from kernels.residual_tail.neighbours import fuse_neighbours
+from tests.kernel_checks import DEVICE, SLACK, error, poisoned_buffers, sample
+from tests.tail_cases import FLOAT32, Case
+from tests.test_model_kernels import assert_same, small, step
+
+SMALL = Case((2, 6, 3, 3), "mish", 2, biases=True)
+CALL = neighbours._call
+CASES = [
+    Case((3, 45, 5, 5), "mish", 3, se_activation="mish", biases=True),
+    Case((2, 185, 3, 2), "relu", shortcut=False),
+    Case((3, 6, 19, 19), "none", 2, shortcut=False),
+    Case((5, 90, 2, 2), "none"),
+]
+
+
+def network(form, case, leaves, kept=None):
+    """A tail of a sum that is used elsewhere too, behind it dropout and two convolutions; the mask, drawn or given, is last."""
+    total = leaves["conv_out"] + leaves["addend"]
+    linear = ("w_reduce", "w_expand", *("b_reduce", "b_expand") * case.biases) if case.units else ()
+    out = form(
+        total, leaves["shortcut"] if case.shortcut else None, leaves["bn_weight"], leaves["bn_bias"],
+        leaves["running_mean"], leaves["running_var"], training=True, momentum=0.1, eps=1e-5, activation=case.activation,
+        se_activation=case.se_activation, se=tuple(leaves[name] for name in linear) or None,
+    )  # fmt: skip
+    if kept is None:
+        out, kept = torch.native_dropout(out, 0.3, True)
+    else:
+        out = out * kept * (1 / 0.7)
+    return total, F.conv2d(out, leaves["first"]), F.conv2d(out, leaves["second"]), kept
+
+
+def run(function, inputs, gradients, dtype):
+    """All results, moved statistics and gradients of `function`, which is called with leaves in `dtype`."""
+    leaves = {name: x.to(dtype, copy=True).requires_grad_(not name.startswith("running")) for name, x in inputs.items()}
+    *results, kept = function(leaves)
+    torch.autograd.backward(results, [g.to(dtype) for g in gradients])
+    found = {f"result {number}": x.detach() for number, x in enumerate(results)}
+    found |= {name: x if x.grad is None else x.grad for name, x in leaves.items() if x.grad is not None or "running" in name}
+    return found, kept.detach()
+
+
+def compiling(found):
+    """A backend: Inductor's graphs, rewritten, then run operation by operation; `found` gets each before and after."""
+    from functorch.compile import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
+    def inner(module, _, **__):
+        before = str(module.graph)
+        fuse_neighbours(module.graph)
+        module.graph.lint()
+        module.recompile()
+        found.append((before, str(module.graph)))
+        return make_boxed_func(module)
+
+    torch._dynamo.reset()
+    return partial(compile_fx, inner_compile=inner)
+
+
+@pytest.mark.parametrize(("case", "fused"), sample(CASES, [True, False], every=3), ids=str)
+def test_what_is_moved_into_the_operators_is_as_exact_as_eager_pytorch(case, fused, monkeypatch):
+    if not fused:  # a form that takes no neighbours
+        monkeypatch.setattr(tail, "_form", lambda _: fusable)
+    n, c, h, w = case.shape
+    inputs = case.inputs(torch.float32)
+    gradients = [inputs.pop("gradient"), *torch.randn(2, n, 4, h, w).to(DEVICE)]
+    inputs["addend"] = torch.randn(case.shape).contiguous(memory_format=torch.channels_last).to(DEVICE)
+    inputs |= {name: torch.randn(4, c, 1, 1).to(DEVICE) for name in ("first", "second")}
+    graphs, form = [], partial(residual_tail, backend="triton")
+    function = torch.compile(partial(network, form, case), fullgraph=True, dynamic=False, backend=compiling(graphs))
+    with poisoned_buffers():
+        ours, kept = run(function, inputs, gradients, torch.float32)
+    (_, forward), (_, backward) = graphs
+    assert "residual_sum_statistics" in forward
+    assert not any(name in forward for name in ("aten.add", "aten.mul"))
+    dz_is_the_gradient = case.shortcut and case.activation == "none"  # which the shortcut wants too
+    assert dz_is_the_gradient == any(name in backward for name in ("aten.add", "aten.mul"))
+    definition = partial(network, reference.residual_tail, case, kept=kept)
+    (eager, _), (exact, _) = (run(definition, inputs, gradients, dtype) for dtype in (torch.float32, torch.float64))
+    assert ours.keys() == eager.keys()
+    for name, value in ours.items():
+        assert error(value, exact[name]) <= max(SLACK * error(eager[name], exact[name]), FLOAT32), name
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda tail, a, b: tail(a.sin() + b),  # the compiler fuses the sum with the sine
+        lambda tail, a, b: tail(a + b[:1]),
+        lambda tail, a, b: tail(torch.add(a, b, alpha=2)),
+        lambda tail, a, b: tail(a) * 2,
+        lambda tail, a, b: tail(a) * b * 2,
+        lambda tail, a, b: (tail(a) * (b > 0) * 2, tail(a) + 1),
+    ],
+)
+def test_what_is_not_as_expected_stays(function):
+    vectors = [torch.ones(4, device=DEVICE) for _ in range(4)]
+    form = partial(residual_tail, backend="triton", training=True, momentum=0.1, eps=1e-5)
+    graphs = []
+    a, b = torch.randn(2, 2, 4, 3, 3, device=DEVICE)
+    torch.compile(lambda a, b: function(lambda x: form(x, None, *vectors), a, b), backend=compiling(graphs))(a, b)
+    ((before, after),) = graphs
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "case", sample([replace(SMALL, activation="none", units=0), SMALL, replace(SMALL, shortcut=False)], every=3), ids=str
+)
+def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
+    inputs = case.inputs(torch.float32)
+    x, shortcut, gradient, weight, bias, mean, var, *linear = inputs.values()
+    addend, second, elsewhere = (torch.randn_like(x) for _ in range(3))
+    kept = torch.rand_like(x) > 0.3
+    torch.library.opcheck(tail._sum_statistics, (x, addend, mean.clone(), var.clone(), 0.1, case.units > 0))
+    image_mean = x.mean((2, 3)) if case.units else None
+    leaves = [x, shortcut if case.shortcut else None, weight, bias, *(linear if case.units else [None] * 4)]
+    settings = fusable.Settings(True, 1e-5, "mish", case.activation)
+    arguments = (*leaves, image_mean, mean, var, *settings, kept, 0.7)
+    _, *excited = tail._tail(*arguments)
+    torch.library.opcheck(tail._tail, tuple(t.detach().requires_grad_() if i in (0, 2) else t for i, t in enumerate(arguments)))
+    kept_by_forward = excited if case.units else (None, None)
+    arguments = (gradient, *leaves, image_mean, mean, var, *kept_by_forward, *settings, kept, 0.7, second, elsewhere)
+    torch.library.opcheck(tail._tail_backward, arguments)
+    found = tail._tail_backward(*arguments)
+    monkeypatch.setattr(tail, "_form", lambda _: fusable)
+    torch.testing.assert_close(found, tail._tail_backward(*arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [BasicBlock, PreActivationBlock])
+def test_a_compiled_network_learns_the_same(block, monkeypatch):
+    calls = []
+    monkeypatch.setattr(neighbours, "_call", lambda node, *given: calls.append(str(node)) or CALL(node, *given))
+    model = small(block, "triton")
+    ours = deepcopy(model)
+    torch._dynamo.reset()
+    ours.forward = compiled(ours.forward, fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert_same(step(ours), step(model), rtol=1e-4, atol=1e-5)
+    assert len(calls) >= 2
