@@ -3,8 +3,8 @@
 torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
 numba    our passes over a CPU's float32 and bfloat16 maps, where PyTorch has more
 triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
-auto     numba on a CPU where it can serve, torch elsewhere: which of a network's operations gain from our kernels on CUDA is
-         measured in its training step (`fastcifar.plan`)
+auto     numba on a CPU where it can serve, else torch: which of a network's operations gain from our kernels is measured in
+         its training step (`fastcifar.plan`)
 """
 
 import os
@@ -31,10 +31,8 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "numba
     """
     if backend not in BACKENDS:
         raise ValueError(f"{kernel}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto" and runs_numba(x):
-        return "numba"
     if backend == "auto":
-        return "torch"
+        return "numba" if runs_numba(x) else "torch"
     if backend == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError(f"{kernel}: triton needs a CUDA tensor (or TRITON_INTERPRET=1), got {describe(x)}")
     if backend == "triton" and x.dtype not in FLOATS:

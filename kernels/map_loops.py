@@ -9,7 +9,6 @@ All of it stands in one file because Numba's cache notices only changes in the f
 
 # mypy: disable-error-code="no-untyped-def"
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,13 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
-from kernels.augment.numba import Array
 from kernels.threads import KEPT
 
+Array = np.ndarray[Any, Any]
 f32, i32, u32, u16 = np.float32, np.int32, np.uint32, np.uint16
 LANES = 1024
 STEPS = 8  # turns of a loop over an image at least, where it has so many positions: else copying to lanes costs more
-SAMPLE = 32  # positions whose mean is near enough to that of all, even if one of them is an outlier
+SAMPLE = 16  # positions whose mean is near enough to that of all, even if one of them is an outlier
 # A product may be added without being rounded first; nothing else is reordered.
 FUSED: dict[str, Any] = {**KEPT, "fastmath": {"contract", "nsz"}}
 NONE, RELU, MISH = range(3)
@@ -32,14 +31,20 @@ NUMBER = {"none": NONE, "relu": RELU, "mish": MISH}
 
 
 def flat(x: Tensor) -> Array:
-    """x as the loops take it, without a copy: x is dense, its memory rows [N * P, C]."""
-    rows = x.detach().permute(0, 2, 3, 1).view(-1)
+    """A dense x as it lies in memory, for the loops: not a copy."""
+    rows = x.detach().as_strided((x.numel(),), (1,))
     return (rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy()
 
 
 def channels_last(x: Tensor) -> Tensor:
     """x itself if it is so, else a copy that is."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def stacked(*vectors: Tensor) -> Array:
+    """Vectors [C], [1, C] or [N, C] as the loops take them: [K, 1 or N, C]."""
+    alike = torch.broadcast_tensors(*(v.detach() if v.dim() > 1 else v.detach()[None] for v in vectors))
+    return torch.stack(alike).numpy()
 
 
 # Numbers
@@ -127,6 +132,23 @@ def times_slope(gradient, z, activation):
     return gradient * mish_slope(z) if activation == MISH else gradient
 
 
+# Mish of numbers first..last-1
+
+
+@njit(**FUSED)
+def mish_values(first, last, x, out):
+    x, out = x[first:last], out[first:last]
+    for i in range(len(x)):
+        out[i] = narrow(mish_value(widen(x[i])), out[i])
+
+
+@njit(**FUSED)
+def mish_gradients(first, last, gradient, x, out):
+    gradient, x, out = gradient[first:last], x[first:last], out[first:last]
+    for i in range(len(x)):
+        out[i] = narrow(widen(gradient[i]) * mish_slope(widen(x[i])), out[i])
+
+
 # From channels to lanes and back
 
 
@@ -159,7 +181,8 @@ def add_copies(lanes, copies, sums):
         sums[c] = lanes[c]
 
 
-# Passes over images first..last-1
+# Passes over images first..last-1 of maps [N * P * C]. vectors [3 or 5, 1 or N, C]: mean, slope, intercept, constant and
+# decline, the same for all images or for each its own.
 
 
 @njit(**FUSED)
@@ -199,8 +222,11 @@ def image_statistics(first, last, x, means, m2s, positions):
                 m2[c] -= left[c] * left[c] / f32(positions)
 
 
+# The loops over numbers are compiled for each activation, whose number is a constant within.
+
+
 @njit(**FUSED)
-def result_row(x, r, vectors, activation, out):
+def result_numbers(x, r, vectors, activation, out):
     mean, slope, intercept = vectors[0], vectors[1], vectors[2]
     for i in range(len(x)):
         z = (widen(x[i]) - mean[i]) * slope[i] + intercept[i]
@@ -210,7 +236,33 @@ def result_row(x, r, vectors, activation, out):
 
 
 @njit(**FUSED)
-def sums_row(g, x, r, vectors, activation, dz, s1, s2):
+def result_row(x, r, vectors, activation, out):
+    if activation == RELU:
+        result_numbers(x, r, vectors, RELU, out)
+    elif activation == MISH:
+        result_numbers(x, r, vectors, MISH, out)
+    else:
+        result_numbers(x, r, vectors, NONE, out)
+
+
+@njit(**FUSED)
+def result(first, last, x, r, vectors, activation, out, positions):
+    """out = act(z) with z = (x - mean) slope + intercept + r; r may be None."""
+    _, own, channels = vectors.shape
+    copies, lanes = at_once(positions, channels), np.empty((3, LANES), f32)
+    for image in range(first, last):
+        for c0 in range(0, channels, LANES):
+            c1 = min(c0 + LANES, channels)
+            for k in range(3):
+                repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
+            for p in range(0, positions, copies):
+                row = (image * positions + p) * channels + c0
+                end = row + (c1 - c0) * min(copies, positions - p)
+                result_row(x[row:end], None if r is None else r[row:end], lanes, activation, out[row:end])
+
+
+@njit(**FUSED)
+def sums_numbers(g, x, r, vectors, activation, dz, s1, s2):
     mean, slope, intercept = vectors[0], vectors[1], vectors[2]
     for i in range(len(x)):
         centred = widen(x[i]) - mean[i]
@@ -225,70 +277,59 @@ def sums_row(g, x, r, vectors, activation, dz, s1, s2):
 
 
 @njit(**FUSED)
-def gradient_row(g, x, vectors, activation, out):
+def sums_row(g, x, r, vectors, activation, dz, s1, s2):
+    if activation == RELU:
+        sums_numbers(g, x, r, vectors, RELU, dz, s1, s2)
+    elif activation == MISH:
+        sums_numbers(g, x, r, vectors, MISH, dz, s1, s2)
+    else:
+        sums_numbers(g, x, r, vectors, NONE, dz, s1, s2)
+
+
+@njit(**FUSED)
+def sums(first, last, g, x, r, vectors, activation, dz, s1, s2, positions):
+    """dz = g act'(z), stored unless None; s1 = sum dz and s2 = sum dz (x - mean) of each image and channel [N, C]."""
+    _, own, channels = vectors.shape
+    copies, lanes = at_once(positions, channels), np.empty((5, LANES), f32)
+    for image in range(first, last):
+        for c0 in range(0, channels, LANES):
+            c1 = min(c0 + LANES, channels)
+            for k in range(3):
+                repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
+            lanes[3:] = 0
+            for p in range(0, positions, copies):
+                row = (image * positions + p) * channels + c0
+                end = row + (c1 - c0) * min(copies, positions - p)
+                added, kept = None if r is None else r[row:end], None if dz is None else dz[row:end]
+                sums_row(g[row:end], x[row:end], added, lanes, activation, kept, lanes[3], lanes[4])
+            add_copies(lanes[3], copies, s1[image, c0:c1])
+            add_copies(lanes[4], copies, s2[image, c0:c1])
+
+
+@njit(**FUSED)
+def gradient_row(g, x, vectors, rectified, out):
     mean, slope, intercept, constant, decline = vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]
     for i in range(len(x)):
         centred = widen(x[i]) - mean[i]
-        d = times_slope(widen(g[i]), centred * slope[i] + intercept[i], activation)
+        z = centred * slope[i] + intercept[i]
+        d = f32(0) if rectified and not z > f32(0) else widen(g[i])
         out[i] = narrow(d * slope[i] + (constant[i] - centred * decline[i]), out[i])
 
 
-@cache
-def tail_loops(name):
-    """The passes of a tail with the activation `name`, a constant to the compiler: result, sums and map_gradient.
+@njit(**FUSED)
+def map_gradient(first, last, g, x, vectors, rectified, out, positions):
+    """out = dz slope + constant - (x - mean) decline, where dz is g, or `rectified` with ReLU's slope at z without r.
 
-    g, x, r, dz and out are maps; r and dz may be None. vectors [3 or 5, 1 or N, C]: mean, slope, intercept, constant and
-    decline, the same for all images or for each its own.
+    out is not g: were it, the compiler could not take vectors.
     """
-    activation = NUMBER[name]
-
-    @njit(**FUSED)
-    def result(first, last, x, r, vectors, out, positions):
-        """out = act(z) with z = (x - mean) slope + intercept + r."""
-        _, own, channels = vectors.shape
-        copies, lanes = at_once(positions, channels), np.empty((3, LANES), f32)
-        for image in range(first, last):
-            for c0 in range(0, channels, LANES):
-                c1 = min(c0 + LANES, channels)
-                for k in range(3):
-                    repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
-                for p in range(0, positions, copies):
-                    row = (image * positions + p) * channels + c0
-                    end = row + (c1 - c0) * min(copies, positions - p)
-                    result_row(x[row:end], None if r is None else r[row:end], lanes, activation, out[row:end])
-
-    @njit(**FUSED)
-    def sums(first, last, g, x, r, vectors, dz, s1, s2, positions):
-        """dz = g act'(z), and s1 = sum dz and s2 = sum dz (x - mean) of each image and channel [N, C]."""
-        _, own, channels = vectors.shape
-        copies, lanes = at_once(positions, channels), np.empty((5, LANES), f32)
-        for image in range(first, last):
-            for c0 in range(0, channels, LANES):
-                c1 = min(c0 + LANES, channels)
-                for k in range(3):
-                    repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
-                lanes[3:] = 0
-                for p in range(0, positions, copies):
-                    row = (image * positions + p) * channels + c0
-                    end = row + (c1 - c0) * min(copies, positions - p)
-                    added, kept = None if r is None else r[row:end], None if dz is None else dz[row:end]
-                    sums_row(g[row:end], x[row:end], added, lanes, activation, kept, lanes[3], lanes[4])
-                add_copies(lanes[3], copies, s1[image, c0:c1])
-                add_copies(lanes[4], copies, s2[image, c0:c1])
-
-    @njit(**FUSED)
-    def map_gradient(first, last, g, x, vectors, out, positions):
-        """out = g act'(z) slope + constant - (x - mean) decline, where z is without a shortcut; `out` may be g."""
-        _, own, channels = vectors.shape
-        copies, lanes = at_once(positions, channels), np.empty((5, LANES), f32)
-        for image in range(first, last):
-            for c0 in range(0, channels, LANES):
-                c1 = min(c0 + LANES, channels)
-                for k in range(5):
-                    repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
-                for p in range(0, positions, copies):
-                    row = (image * positions + p) * channels + c0
-                    end = row + (c1 - c0) * min(copies, positions - p)
-                    gradient_row(g[row:end], x[row:end], lanes, activation, out[row:end])
-
-    return result, sums, map_gradient
+    _, own, channels = vectors.shape
+    copies, lanes = at_once(positions, channels), np.empty((5, LANES), f32)
+    for image in range(first, last):
+        for c0 in range(0, channels, LANES):
+            c1 = min(c0 + LANES, channels)
+            for k in range(5):
+                repeat(vectors[k, image % own, c0:c1], copies, lanes[k])
+            for p in range(0, positions, copies):
+                row = (image * positions + p) * channels + c0
+                end = row + (c1 - c0) * min(copies, positions - p)
+                gradient_row(g[row:end], x[row:end], lanes, rectified, out[row:end])

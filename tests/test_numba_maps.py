@@ -1,14 +1,21 @@
 """The loops over a CPU's maps: as exact as eager PyTorch, the same bits with any number of threads."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from kernels import backends
+from kernels.mish import mish
 from kernels.residual_tail import numba
-from tests.kernel_checks import poisoned_buffers
+from kernels.squeeze_excite import reference, squeeze_excite
+from tests.kernel_checks import assert_gradients_as_exact_as_eager, poisoned_buffers
 from tests.tail_cases import NUMBA, Case
+from tests.test_mish import LAYOUTS as MISH_LAYOUTS
+from tests.test_mish import normal
 from tests.test_residual_tail import EVALUATION, HARD, SMALL, TRAINING, assert_equal
+from tests.test_squeeze_excite import LAYOUTS, call, drawn
 
 DTYPES = [torch.bfloat16, torch.float32]
 WIDE = Case((2, 1100, 3, 3), "mish", 2)  # more channels than lanes
@@ -72,3 +79,42 @@ def test_the_number_of_threads_changes_no_bit(dtype):
         torch.set_num_threads(threads)
     assert_equal(found[1], found[0])
     assert_equal(found[2], found[0])
+
+
+# The operators take Numba where Triton does not run
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 45, 8, 6, 2), (2, 90, 4, 4, 5), (3, 170, 1, 1, 10), (2, 340, 2, 2, 21), (1, 1100, 3, 3, 4)]
+)
+def test_squeeze_excitation_is_as_exact_as_eagers(shape, dtype):
+    draws = drawn(*shape, dtype=dtype, parameters=torch.float32, biases=shape[1] % 2 == 0)
+    ours = call(partial(squeeze_excite, backend="numba"), "mish")
+    assert_gradients_as_exact_as_eager(ours, call(reference.squeeze_excite, "mish"), *draws)
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squeeze_excitation_of_any_layout(layout):
+    change, expected = LAYOUTS[layout]
+    draws = [[change(x), *parameters] for x, *parameters in drawn(2, 5, 3, 4, 2)]
+    ours = call(partial(squeeze_excite, backend="numba"))
+    assert_gradients_as_exact_as_eager(ours, call(reference.squeeze_excite), *draws)
+    assert ours(*draws[0]).is_contiguous(memory_format=expected)
+
+
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", MISH_LAYOUTS)
+def test_mish_is_as_exact_as_eagers(layout, dtype):
+    x = MISH_LAYOUTS[layout](normal(2, 6, 4, 5).to(dtype))
+    ours = partial(mish, backend="numba")
+    assert ours(x).stride() == torch.nn.functional.mish(x).stride()
+    assert_gradients_as_exact_as_eager(ours, torch.nn.functional.mish, [x])

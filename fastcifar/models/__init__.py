@@ -98,9 +98,9 @@ def build_model(
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
-    ablations. kernels: who computes what stands between convolutions: torch, numba (on a CPU), triton, fusable (our algebra in
-    PyTorch operations), auto (numba on a CPU, torch on CUDA) or {kind: form}. The probabilities and `kernels` change neither
-    parameters nor `state_dict` names.
+    ablations. kernels: who computes what stands between convolutions: torch, numba (auto on a CPU), triton or fusable (our
+    algebra in PyTorch operations), or {kind: form}. The probabilities and `kernels` change neither parameters nor `state_dict`
+    names.
     """
     row = architecture(name)
     require_known(kernels)

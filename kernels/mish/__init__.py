@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backends import Backend, describe, resolve, runs_triton
+from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton
 from kernels.mish import reference
 from kernels.operators import register_fake
 
@@ -31,25 +31,34 @@ def like(x: Tensor, layout: Tensor) -> Tensor:
     return x if x.stride() == layout.stride() else torch.empty_like(layout, dtype=x.dtype).copy_(x)
 
 
+def _form(x: Tensor) -> Any:
+    """The module whose forward and backward fill what they are given, or None."""
+    if runs_triton(x):
+        from kernels.mish import triton
+
+        return triton
+    if runs_numba(x):
+        from kernels.mish import numba
+
+        return numba
+    return None
+
+
 @torch.library.custom_op("fastcifar::mish", mutates_args=())
 def _mish(x: Tensor) -> Tensor:
-    if not runs_triton(x):
+    form, y = _form(x), torch.empty_like(x)
+    if form is None:
         return reference.mish(x)
-    from kernels.mish import triton
-
-    y = torch.empty_like(x)
-    triton.forward(like(x, y), y)
+    form.forward(like(x, y), y)
     return y
 
 
 @torch.library.custom_op("fastcifar::mish_backward", mutates_args=())
 def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    result = torch.empty_like(x)
-    if not runs_triton(x):
+    form, result = _form(x), torch.empty_like(x)
+    if form is None:
         return like(reference.gradient(gradient, x), result)
-    from kernels.mish import triton
-
-    triton.backward(like(gradient, result), like(x, result), result)
+    form.backward(like(gradient, result), like(x, result), result)
     return result
 
 

@@ -7,9 +7,9 @@ one less of all where there is no shortcut, but that Mish's dz is stored even th
 import torch
 from torch import Tensor
 
-from kernels.augment.numba import Array
+from kernels import map_loops
 from kernels.backends import unfilled, wide
-from kernels.map_loops import channels_last, flat, image_statistics, tail_loops
+from kernels.map_loops import NUMBER, Array, channels_last, flat, stacked
 from kernels.residual_tail import fusable
 from kernels.residual_tail.fusable import Gradients, Settings, Tensors
 from kernels.threads import run
@@ -21,10 +21,9 @@ def statistics(
     """`fusable.statistics`."""
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     image_mean, m2 = unfilled(x, n, channels), unfilled(x, n, channels)
-    run(image_statistics, n, flat(channels_last(x)), image_mean.numpy(), m2.numpy(), positions)
-    var_of_means, mean = torch.var_mean(image_mean.double(), 0, correction=0)
-    variance = (m2.mean(0, dtype=torch.float64) / positions + var_of_means).float()
-    mean = mean.float()
+    run(map_loops.image_statistics, n, flat(channels_last(x)), image_mean.numpy(), m2.numpy(), positions)
+    exact = image_mean.double().mean(0)
+    mean, variance = exact.float(), ((image_mean - exact).square() + m2 / positions).mean(0).float()
     fusable.move(running_mean, running_var, mean, variance, momentum, n * positions)
     return image_mean if per_image else unfilled(x, 0), mean, variance
 
@@ -33,35 +32,30 @@ def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, 
     """`fusable.apply`."""
     tensors = fusable.excited(tensors, settings)
     x, r = channels_last(tensors.conv_out), tensors.shortcut
-    out = torch.empty_like(x)
-    result, _, _ = tail_loops(settings.activation)
+    out, positions = torch.empty_like(x), x.shape[2] * x.shape[3]
     added = None if r is None else flat(channels_last(r))
-    run(result, len(x), flat(x), added, _vectors(tensors, settings), flat(out), x.shape[2] * x.shape[3])
+    vectors = _vectors(tensors, settings)
+    run(map_loops.result, len(x), flat(x), added, vectors, NUMBER[settings.activation], flat(out), positions)
     return out, tensors.scale, tensors.hidden
 
 
 def _vectors(tensors: Tensors, settings: Settings, *more: Tensor) -> Array:
-    """Mean, slope, intercept and what else the loops want beside a map: [3 or more, 1 or N, C]."""
-    vectors = (wide(tensors.mean), *fusable.line(tensors, settings), *more)
-    return torch.stack(torch.broadcast_tensors(*(v.detach().reshape(-1, v.shape[-1]) for v in vectors))).numpy()
+    return stacked(wide(tensors.mean), *fusable.line(tensors, settings), *more)
 
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """`fusable.gradients`."""
     g, x, r = channels_last(gradient), channels_last(tensors.conv_out), tensors.shortcut
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
+    activation = settings.activation
     d_conv, s1, s2 = torch.empty_like(x), unfilled(x, n, channels), unfilled(x, n, channels)
-    dz, activation = None, settings.activation
-    if activation != "none" and (r is not None or activation == "mish"):
-        dz = d_conv if r is None else torch.empty_like(x)
-    maps = (None if m is None else flat(channels_last(m)) for m in (g, x, r, dz))
-    _, sums, _ = tail_loops(activation)
-    g_rows, x_rows, r_rows, dz_rows = maps
-    run(sums, n, g_rows, x_rows, r_rows, _vectors(tensors, settings), dz_rows, s1.numpy(), s2.numpy(), positions)
+    dz = torch.empty_like(x) if activation == "mish" or (activation == "relu" and r is not None) else None
+    added, stored = None if r is None else flat(channels_last(r)), None if dz is None else flat(dz)
+    vectors = _vectors(tensors, settings)
+    run(
+        map_loops.sums, n, flat(g), flat(x), added, vectors, NUMBER[activation], stored, s1.numpy(), s2.numpy(), positions
+    )  # fmt: skip
     constant, decline, parameters = fusable.from_sums(s1, s2, tensors, settings)
-    if dz is not None:
-        g_rows, activation = dz_rows, "none"
-    _, _, map_gradient = tail_loops(activation)
-    vectors = _vectors(tensors, settings, constant, decline)
-    run(map_gradient, n, g_rows, x_rows, vectors, flat(d_conv), positions)
+    vectors, source = _vectors(tensors, settings, constant, decline), flat(g) if stored is None else stored
+    run(map_loops.map_gradient, n, source, flat(x), vectors, stored is None and activation == "relu", flat(d_conv), positions)
     return d_conv, None if r is None else g if dz is None else dz, *parameters

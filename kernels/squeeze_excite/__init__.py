@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kernels.activations import Activation
-from kernels.backends import Backend, describe, resolve, runs_triton
+from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton
 from kernels.operators import register_fake
 from kernels.squeeze_excite import reference
-from kernels.squeeze_excite.reference import Results, unfilled_gradients, unfilled_results
+from kernels.squeeze_excite.reference import Results, layout_of, unfilled_gradients, unfilled_results
 
 
 def squeeze_excite(
@@ -66,12 +66,16 @@ def _check(x: Tensor, activation: str, parameters: dict[str, Tensor | None]) -> 
 
 
 def _form(x: Tensor) -> Any:
-    """The module that serves x: both have the functions forward and backward."""
-    if not runs_triton(x):
-        return reference
-    from kernels.squeeze_excite import triton
+    """The module that serves x: all have the functions forward and backward."""
+    if runs_triton(x):
+        from kernels.squeeze_excite import triton
 
-    return triton
+        return triton
+    if runs_numba(x) and layout_of(x) == torch.channels_last:
+        from kernels.squeeze_excite import numba
+
+        return numba
+    return reference
 
 
 @torch.library.custom_op("fastcifar::squeeze_excite", mutates_args=())
