@@ -76,7 +76,7 @@ def convolve_backward(copies: list[str], gradient: Tensor, x: Tensor, weight: Te
         if each:
             launch("convolution's gradient")
         results.append(torch.empty_like(tensor, memory_format=layout) if each else None)
-    return *results, None
+    return *results, gradient.sum((0, 2, 3)) if wanted[2] else None
 
 
 class Count(TorchDispatchMode):
