@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
@@ -20,6 +21,7 @@ from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of, share_keys
 from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
+from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,6 +73,7 @@ class TrainStep:
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
+        self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
         self._keys = share_keys(model) if mean.device.type == "cpu" else None
@@ -166,6 +169,7 @@ class TrainStep:
     def run(self) -> None:
         """The step at the cursor, operation by operation."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.rounded.round()
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
@@ -180,6 +184,7 @@ class TrainStep:
         with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
+        self.rounded.widen()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, moments)
         tally.hits += hits
@@ -224,7 +229,7 @@ class TrainStep:
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss and its hits; of a mixed image each label counts by its weight."""
         with autocast(images.device, self.settings.autocast_dtype):
-            logits = self.model(images)
+            logits = functional_call(self.model, self.rounded.by_name, images)
         predicted = logits.detach().argmax(1)
         hits = lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
         return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), hits

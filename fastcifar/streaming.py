@@ -25,7 +25,7 @@ class BatchRing:
 
     def begin(self, order: Tensor, first: int) -> None:
         """Load batch `first` of an epoch's batches `order` [steps, B], which are positions in the set."""
-        self._pointers = self.data.pointers[order.cpu().numpy()]  # host sync, once an epoch
+        self._pointers = self.data.pointers[order.cpu().numpy()]  # host sync, once an epoch: nothing uses the ring then
         self._load(first)
 
     def batch(self, cursor: Tensor, positions: Tensor) -> ResidentSet:

@@ -28,7 +28,7 @@ RECIPES = {
         "--stochastic-depth", "0.5", "--peak-lr", "0.01", "--clip-gradient-norm", "1",
     ),
     "one-cycle": ONE_CYCLE,
-    "streamed": ("--recipe", "resnet18", "--stream", "--cutout", "8"),
+    "streamed, bf16": ("--recipe", "resnet18", "--stream", "--cutout", "8", "--precision", "bf16"),
 }  # fmt: skip
 
 
@@ -109,7 +109,10 @@ def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch
 
 @pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed"])
 def test_a_resume_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, taped, monkeypatch, resumed_as):
-    recipe, original = RECIPES["streamed" if resumed_as == "streamed" else "AdamW, average and dropout"], TrainStep.__call__
+    recipe, original = (
+        RECIPES["streamed, bf16" if resumed_as == "streamed" else "AdamW, average and dropout"],
+        TrainStep.__call__,
+    )
     whole = run(betons, tmp_path / "whole", *recipe)
 
     def signalled(step):

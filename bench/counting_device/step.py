@@ -76,7 +76,7 @@ def convolve_backward(copies: list[str], gradient: Tensor, x: Tensor, weight: Te
         if each:
             launch("convolution's gradient")
         results.append(torch.empty_like(tensor, memory_format=layout) if each else None)
-    return *results, None
+    return *results, gradient.sum((0, 2, 3)) if wanted[2] else None
 
 
 class Count(TorchDispatchMode):
@@ -234,6 +234,9 @@ def count(arch: str, batch_size: int, options: dict[str, Any], *, host_time: boo
                 loop()
             convolved = list(observed.convolved)
             kernels = [*observed.inductor, *observed.ours] if run.compile else count_eager(trained[0], batch_size)
+            with Count(kernels):
+                trained[0].rounded.widen()
+                trained[0].rounded.round()
         with patch.object(TrainStep, "__call__", timed):
             for _ in range(TIMED // STEPS if host_time else 0):
                 loop()
@@ -265,6 +268,7 @@ def count_eager(step: TrainStep, batch_size: int) -> Kernels:
     pixels = torch.zeros(batch_size, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
     step.optimizer.zero_grad(set_to_none=True)  # gradients that lie there would be added to
+    step.rounded.round()
     with Count(kernels):
         step.loss(pixels, labels, labels, torch.ones((), device="cuda"))[0].backward()
     return kernels
