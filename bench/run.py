@@ -150,7 +150,10 @@ class Job:
         for name in ("out", *PLANNED):
             if name not in given(self.command.run):
                 changed.pop(name, None)
-        trained_on = files.read_json(self.path / "config.json", remedy="delete the folder").get("hardware")
+        config = files.read_json(self.path / "config.json", remedy="delete the folder")
+        trained_on = config.get("hardware")
+        if config.get("plan", {}).get("chosen", "default") == self.command.run.plan:  # auto may have been the default too
+            changed.pop("plan", None)
         if hardware not in (None, trained_on):
             changed["hardware"] = (trained_on, hardware)
         done = (self.path / "summary.json").exists()

@@ -125,9 +125,10 @@ def choose(command: Command, images: int, device: torch.device, say: Say) -> Cho
         return _automatic(command, images, device, say)
     record = _named(command, device)
     plan = Plan(**record["plan"])
-    for name, value in given(run).items():
-        if run.plan != "default" and value != getattr(plan, name):
-            raise InputError(f"plan {run.plan} has {name} {getattr(plan, name)}, {value} was given: leave one of the two out")
+    for name in ("compile", "compile_mode", "kernels"):  # which make a plan what it is
+        value, its = given(run).get(name, getattr(plan, name)), getattr(plan, name)
+        if run.plan != "default" and value != its:
+            raise InputError(f"plan {run.plan} has {name} {its}, {value} was given: leave one of the two out")
     return decided(run, record, device)
 
 
@@ -213,7 +214,10 @@ def spare_cores() -> int:
 
 def cache_path() -> Path:
     """Where measured plans are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcifar" / "plans.json"
+    home = os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # a user without a home, for whom nothing can be kept
+        home = os.devnull
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "fastcifar" / "plans.json"
 
 
 def key_of(command: Command, device: torch.device, threads: int = 0) -> Record:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench import counting_device
 from bench.step_cost import FORMS
 from fastcifar import plan as plans
 from fastcifar import tune
@@ -22,6 +24,7 @@ from fastcifar.files import read_json, write_json
 from fastcifar.plan import PLANS, Plan, cache_path, candidates, choose, keep, read_cached, record_of
 from fastcifar.recipes import PLANNED, RunOptions, run_options_from_dict, to_dict
 from fastcifar.train import main, train
+from tests.conftest import run_cli
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = ("--arch", "se_resnet18", "--limit-train", "32", "--limit-test", "10", "--batch-size", "8")
@@ -342,3 +345,19 @@ def test_tune_writes_a_file_that_a_run_takes(betons, tmp_path, quick, call):
     folder = trained(betons, tmp_path / "run", "--plan", str(tmp_path / "plans.json"))
     assert read_json(folder.path / "config.json", "")["run"]["kernels"] == "torch"
     assert read_json(cache_path(), "")["format"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the counting device is built with g++")
+@pytest.mark.parametrize("arch", ["se_resnet18", "mish_se_resnet18", "robust_resnet64"])
+def test_every_plan_of_a_gpu_is_compiled_captured_and_timed(arch, tmp_path):
+    out = tmp_path / "plans.json"
+    environment = counting_device.environment() | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = run_cli("-m", "bench.counting_device.plans", arch, out, env=environment, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    record = read_json(out, "")["record"]
+    rows = {row["plan"]: row for row in record["timings"]}
+    assert set(PLANS["cuda"]) < set(rows)  # and single kinds
+    assert all(row.get("ms") and row["turns"] >= tune.ROUNDS for row in rows.values()), rows
+    assert not any("not captured" in line for line in read_json(out, "")["lines"])
+    assert record["name"] in rows
