@@ -69,7 +69,7 @@ def residual_tail(
 ) -> None:
     """With squeeze-excitation if it has units; its activation is the tail's own. alone: without what may stand next to it."""
     from kernels.residual_tail import triton
-    from kernels.residual_tail.fusable import ALONE, Neighbours, Settings, Tensors
+    from kernels.residual_tail.fusable import ALONE, Settings, Tensors
 
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
@@ -82,9 +82,16 @@ def residual_tail(
     if biases:
         tensors = tensors._replace(b_reduce=b_reduce, b_expand=b_expand)
     settings = Settings(True, 1e-5, activation, activation)
-    neighbours = ALONE if alone else Neighbours(torch.empty_like(x, dtype=torch.bool), 0.9, x, x)
+    neighbours = ALONE if alone else neighbours_of(x, weight if shortcut else None)
     _, scale, hidden = triton.apply(tensors, settings, neighbours)
     triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings, neighbours)
+
+
+def neighbours_of(x: torch.Tensor, vector: torch.Tensor | None) -> Any:
+    """All of a tail's; vector: of the shortcut's own BN."""
+    from kernels.residual_tail.fusable import Neighbours
+
+    return Neighbours(torch.empty_like(x, dtype=torch.bool), 0.9, *(vector,) * 4, x, x)
 
 
 def residual_tail_and_neighbours(dtype: torch.dtype, *arguments: Any) -> None:
@@ -151,7 +158,7 @@ ROWS = (
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
-        "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
+        "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (106, 14),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (32, 32, 0, "relu", False, False), {  # robust_resnet64
@@ -159,8 +166,8 @@ ROWS = (
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (256, 8, 16, "mish", True, True), {
-        "statistics": (124, 16), "batch": (99, 45), "tail": (88, 39), "sums": (245, 85), "map_gradient": (106, 18),
-        "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181),
+        "statistics": (124, 16), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
+        "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181), "channel_gradient": (71, 23),
     }),
     # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart
     Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (60, 42)}),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcifar.compiling import compiled
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock
 from kernels import residual_tail as tail
-from kernels.residual_tail import fusable, neighbours, reference, residual_tail
+from kernels.residual_tail import fusable, neighbours, residual_tail
 from kernels.residual_tail.neighbours import fuse_neighbours
 from tests.kernel_checks import DEVICE, SLACK, error, poisoned_buffers, sample
 from tests.tail_cases import FLOAT32, Case
@@ -23,18 +23,25 @@ CASES = [
     Case((3, 45, 5, 5), "mish", 3, se_activation="mish", biases=True),
     Case((2, 185, 3, 2), "relu", shortcut=False),
     Case((3, 6, 19, 19), "none", 2, shortcut=False),
+    Case((2, 45, 4, 3), "relu"),
     Case((5, 90, 2, 2), "none"),
 ]
+NORM = ("shortcut_weight", "shortcut_bias", "running_shortcut_mean", "running_shortcut_var")
 
 
 def network(form, case, leaves, kept=None):
-    """A tail of a sum that is used elsewhere too, behind it dropout and two convolutions; the mask, drawn or given, is last."""
+    """A tail of a sum that is used elsewhere too, behind it dropout and two convolutions; the mask, drawn or given, is last.
+
+    The shortcut has its own BN, but where there is no activation.
+    """
+    norm = case.shortcut and case.activation != "none"
     total = leaves["conv_out"] + leaves["addend"]
     linear = ("w_reduce", "w_expand", *("b_reduce", "b_expand") * case.biases) if case.units else ()
     out = form(
         total, leaves["shortcut"] if case.shortcut else None, leaves["bn_weight"], leaves["bn_bias"],
         leaves["running_mean"], leaves["running_var"], training=True, momentum=0.1, eps=1e-5, activation=case.activation,
         se_activation=case.se_activation, se=tuple(leaves[name] for name in linear) or None,
+        shortcut_bn=tuple(leaves[name] for name in NORM) if norm else None,
     )  # fmt: skip
     if kept is None:
         out, kept = torch.native_dropout(out, 0.3, True)
@@ -79,6 +86,8 @@ def test_what_is_moved_into_the_operators_is_as_exact_as_eager_pytorch(case, fus
     gradients = [inputs.pop("gradient"), *torch.randn(2, n, 4, h, w).to(DEVICE)]
     inputs["addend"] = torch.randn(case.shape).contiguous(memory_format=torch.channels_last).to(DEVICE)
     inputs |= {name: torch.randn(4, c, 1, 1).to(DEVICE) for name in ("first", "second")}
+    inputs |= {name: inputs[name.replace("shortcut", "bn")] + 0.5 for name in NORM[:2]}
+    inputs |= {name: torch.rand(c).to(DEVICE) for name in NORM[2:]}
     graphs, form = [], partial(residual_tail, backend="triton")
     function = torch.compile(partial(network, form, case), fullgraph=True, dynamic=False, backend=compiling(graphs))
     with poisoned_buffers():
@@ -88,7 +97,7 @@ def test_what_is_moved_into_the_operators_is_as_exact_as_eager_pytorch(case, fus
     assert not any(name in forward for name in ("aten.add", "aten.mul"))
     dz_is_the_gradient = case.shortcut and case.activation == "none"  # which the shortcut wants too
     assert dz_is_the_gradient == any(name in backward for name in ("aten.add", "aten.mul"))
-    definition = partial(network, reference.residual_tail, case, kept=kept)
+    definition = partial(network, partial(residual_tail, backend="torch"), case, kept=kept)
     (eager, _), (exact, _) = (run(definition, inputs, gradients, dtype) for dtype in (torch.float32, torch.float64))
     assert ours.keys() == eager.keys()
     for name, value in ours.items():
@@ -117,22 +126,23 @@ def test_what_is_not_as_expected_stays(function):
 
 
 @pytest.mark.parametrize(
-    "case", sample([replace(SMALL, activation="none", units=0), SMALL, replace(SMALL, shortcut=False)], every=3), ids=str
+    "case", sample([SMALL, replace(SMALL, activation="none", units=0), replace(SMALL, shortcut=False)], every=3), ids=str
 )
 def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
     inputs = case.inputs(torch.float32)
     x, shortcut, gradient, weight, bias, mean, var, *linear = inputs.values()
     addend, second, elsewhere = (torch.randn_like(x) for _ in range(3))
-    kept = torch.rand_like(x) > 0.3
+    norm = (bias + 1, weight, mean / 2, var + 1) if case.units and case.shortcut else (None,) * 4
+    near = fusable.Neighbours(torch.rand_like(x) > 0.3, 0.7, *norm, second, elsewhere)
     torch.library.opcheck(tail._sum_statistics, (x, addend, mean.clone(), var.clone(), 0.1, case.units > 0))
     image_mean = x.mean((2, 3)) if case.units else None
     leaves = [x, shortcut if case.shortcut else None, weight, bias, *(linear if case.units else [None] * 4)]
     settings = fusable.Settings(True, 1e-5, "mish", case.activation)
-    arguments = (*leaves, image_mean, mean, var, *settings, kept, 0.7)
+    arguments = (*leaves, image_mean, mean, var, *settings, *near[: fusable.NEAR])
     _, *excited = tail._tail(*arguments)
     torch.library.opcheck(tail._tail, tuple(t.detach().requires_grad_() if i in (0, 2) else t for i, t in enumerate(arguments)))
     kept_by_forward = excited if case.units else (None, None)
-    arguments = (gradient, *leaves, image_mean, mean, var, *kept_by_forward, *settings, kept, 0.7, second, elsewhere)
+    arguments = (gradient, *leaves, image_mean, mean, var, *kept_by_forward, *settings, *near)
     torch.library.opcheck(tail._tail_backward, arguments)
     found = tail._tail_backward(*arguments)
     monkeypatch.setattr(tail, "_form", lambda _: fusable)

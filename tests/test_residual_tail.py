@@ -282,6 +282,10 @@ BAD = {
     r"b_reduce must be .*\[2\].*\[6\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], t["b_expand"], None)},
     r"b_expand must be .*\[6\].*\[2\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], None, t["b_reduce"])},
     r"bn_bias must be on .*meta": lambda t: {"bn_bias": t["bn_bias"].to("meta")},
+    "shortcut_bn must have a shortcut": lambda t: {"shortcut": None, "shortcut_bn": (t["bn_weight"],) * 4},
+    r"bn_bias must be .*\[6\].*\[5\]": lambda t: {
+        "shortcut_bn": (t["bn_weight"], t["bn_bias"][:5], t["bn_bias"], t["bn_bias"])
+    },
     "activation must be relu, mish or none, got 'gelu'": lambda t: {"activation": "gelu"},
     "se_activation must be": lambda t: {"se_activation": "none"},
     "more than one value per channel": lambda t: {"conv_out": t["conv_out"][:1, :, :1, :1], "shortcut": None},

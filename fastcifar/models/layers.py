@@ -175,22 +175,33 @@ def norm_act(
     *,
     se: nn.Module | None = None,
     shortcut: Tensor | None = None,
+    shortcut_bn: nn.Module | None = None,
 ) -> Tensor:
-    """activation(shortcut + se(bn(x))), each of the two where given: by the modules themselves or as one fused operation."""
+    """activation(shortcut_bn(shortcut) + se(bn(x))), each where given: by the modules themselves or as one fused operation."""
     squeezing = se if isinstance(se, SqueezeExcitation) else None
     name = ACTIVATIONS.get(type(activation), "none")
     form = _form(variant(shortcut, squeezing, name), kernels, x, activation, *([squeezing.activation] if squeezing else []))
+    if shortcut is not None and shortcut_bn is not None and form not in ("numba", "triton"):
+        shortcut, shortcut_bn = shortcut_bn(shortcut), None
     if form == "torch":
         y = bn(x) if se is None else se(bn(x))
         return activation(y if shortcut is None else shortcut + y)
     assert isinstance(bn, nn.BatchNorm2d)
     tail: Callable[..., Tensor] = partial(residual_tail, backend=form)
     return tail(
-        x, shortcut, bn.weight, bn.bias, bn.running_mean, bn.running_var,
+        x, shortcut, *_vectors(bn), shortcut_bn=None if shortcut_bn is None else _vectors(shortcut_bn),
         training=bn.training, momentum=bn.momentum, eps=bn.eps, activation=name,
         se=squeezing.parameters_of_kernels if squeezing else None,
         se_activation=ACTIVATIONS[type(squeezing.activation)] if squeezing else "relu",
     )  # fmt: skip
+
+
+def _vectors(bn: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, bias, running mean and variance, as the kernels take them."""
+    assert isinstance(bn, nn.BatchNorm2d)
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def idle(*layers: nn.Module) -> bool:

@@ -22,8 +22,8 @@ from kernels.activations import Activation
 from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton, unfilled
 from kernels.operators import register_fake
 from kernels.residual_tail import fusable, reference
-from kernels.residual_tail.fusable import EVERY, GIVEN, Neighbours, Settings, Tensors, stores_dz
-from kernels.residual_tail.reference import SqueezeExcitation, TailActivation
+from kernels.residual_tail.fusable import EVERY, GIVEN, NEAR, Neighbours, Settings, Tensors, has_own_gradient, shortcut_tail
+from kernels.residual_tail.reference import BatchNorm, SqueezeExcitation, TailActivation
 
 CHANNELS_LAST = torch.channels_last
 
@@ -39,6 +39,7 @@ def residual_tail(
     training: bool,
     momentum: float,
     eps: float,
+    shortcut_bn: BatchNorm | None = None,
     se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: TailActivation = "relu",
@@ -47,7 +48,8 @@ def residual_tail(
     """BN, squeeze-excitation where `se` is given, sum with `shortcut` where there is one, activation.
 
     conv_out, shortcut: [N, C, H, W], of one dtype, which the result has. bn_weight, bn_bias, running_mean, running_var:
-    [C]. se: (w_reduce [R, C], w_expand [C, R], b_reduce [R] or None, b_expand [C] or None), or the first two of these.
+    [C]. shortcut_bn: the same four of the BN, with the same momentum and eps, through which the shortcut passes first, where it
+    has one. se: (w_reduce [R, C], w_expand [C, R], b_reduce [R] or None, b_expand [C] or None), or the first two of these.
     training: normalise by the batch and move the running statistics as nn.BatchNorm2d does. backend: "fusable" computes by the
     kernels' algebra on any device. Everything between is computed in float32 (float64 for float64), under autocast too.
 
@@ -56,14 +58,21 @@ def residual_tail(
     """
     channels = (bn_weight, bn_bias, running_mean, running_var)
     _check(conv_out, shortcut, channels, training, se, se_activation, activation)
+    if shortcut_bn is not None:
+        if shortcut is None:
+            raise ValueError("residual_tail: shortcut_bn must have a shortcut to normalise, got none")
+        _check(shortcut, None, shortcut_bn, training, None, "relu", "none")
     form = backend if backend == "fusable" else resolve(variant(shortcut, se, activation), backend, conv_out)
+    module = None if form == "torch" else _called(form)
+    if shortcut is not None and shortcut_bn is not None and (form == "torch" or module is not None):
+        same: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "backend": form}
+        shortcut = residual_tail(shortcut, None, *shortcut_bn, activation="none", **same)
     if form == "torch":
         return reference.residual_tail(
             conv_out, shortcut, *channels,
             training=training, momentum=momentum, eps=eps, se=se, se_activation=se_activation, activation=activation,
         )  # fmt: skip
     # The statistics are taken outside autograd: the gradient of the tail accounts for how they depend on conv_out.
-    module = _called(form)
     statistics = _statistics if module is None else module.statistics
     image_mean, mean, variance = None, running_mean, running_var
     if training:
@@ -73,7 +82,19 @@ def residual_tail(
     image_mean = None if se is None else image_mean
     tensors = Tensors(conv_out, shortcut, bn_weight, bn_bias, *_linear(se), image_mean, mean, variance)
     settings = Settings(training, eps, se_activation, activation)
-    return _tail(*tensors[:GIVEN], *settings)[0] if module is None else fusable.tail(module, tensors, settings)
+    if module is not None:
+        return fusable.tail(module, tensors, settings)
+    return _tail(*tensors[:GIVEN], *settings, *_of_shortcut(shortcut, shortcut_bn, training, momentum))[0]
+
+
+def _of_shortcut(shortcut: Tensor | None, norm: BatchNorm | None, training: bool, momentum: float) -> tuple[Any, ...]:
+    """What the operator is told of the shortcut's own BN; in training its running statistics move."""
+    if shortcut is None or norm is None:
+        return ()
+    weight, bias, mean, variance = norm
+    if training:
+        _, mean, variance = _statistics(shortcut.detach(), mean, variance, momentum, False)
+    return *Neighbours()[:2], weight, bias, mean, variance
 
 
 def variant(shortcut: Any, se: Any, activation: str) -> str:
@@ -169,10 +190,12 @@ def _dropped(x: Tensor, neighbours: Neighbours) -> Tensor:
 
 
 def _apply(tensors: Tensors, settings: Settings, neighbours: Neighbours) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`fusable.apply`, then dropout."""
+    """`fusable.apply` of a shortcut that went through its own BN, then dropout."""
     form = _form(tensors.conv_out)
     if _fuses(form):
         return form.apply(tensors, settings, neighbours)
+    if neighbours.shortcut_weight is not None:
+        tensors = tensors._replace(shortcut=form.apply(*shortcut_tail(tensors, settings, neighbours))[0])
     out, scale, hidden = form.apply(tensors, settings)
     return _dropped(out, neighbours), scale, hidden
 
@@ -183,8 +206,15 @@ def _gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbour
     if _fuses(form):
         return form.gradients(gradient, tensors, settings, neighbours)
     gradient = gradient if neighbours.second is None else gradient + neighbours.second
-    d_conv, *others = form.gradients(_dropped(gradient, neighbours), tensors, settings)
-    return d_conv if neighbours.elsewhere is None else d_conv + neighbours.elsewhere, *others
+    own_tail = shortcut_tail(tensors, settings, neighbours) if neighbours.shortcut_weight is not None else None
+    if own_tail is not None:
+        tensors = tensors._replace(shortcut=form.apply(*own_tail)[0])
+    d_conv, d_shortcut, *others = form.gradients(_dropped(gradient, neighbours), tensors, settings)
+    if own_tail is not None:
+        dz = _dropped(gradient, neighbours) if d_shortcut is None else d_shortcut
+        d_shortcut, _, *norm = form.gradients(dz, *own_tail)
+        others += norm[:2]
+    return d_conv if neighbours.elsewhere is None else d_conv + neighbours.elsewhere, d_shortcut, *others
 
 
 @torch.library.custom_op("fastcifar::residual_tail_statistics", mutates_args=("running_mean", "running_var"))
@@ -223,7 +253,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "fastcifar::residual_tail", mutates_args=(), schema=f"({_schema(GIVEN, neighbours=2)}) -> (Tensor, Tensor, Tensor)"
+    "fastcifar::residual_tail", mutates_args=(), schema=f"({_schema(GIVEN, NEAR)}) -> (Tensor, Tensor, Tensor)"
 )
 def _tail(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out, scale and hidden; the last two empty without squeeze-excitation."""
@@ -241,41 +271,49 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op(
     "fastcifar::residual_tail_backward", mutates_args=(),
-    schema=f"(Tensor gradient, {_schema(EVERY, neighbours=4)}) -> Tensor[]",
+    schema=f"(Tensor gradient, {_schema(EVERY, len(Neighbours._fields))}) -> Tensor[]",
 )  # fmt: skip
 def _tail_backward(gradient: Tensor, *arguments: Any) -> list[Tensor]:
-    """The gradients of the first eight of Tensors; empty where absent, and for a shortcut whose gradient is `gradient`."""
+    """The gradients of the first eight of Tensors, empty where absent and for a shortcut whose gradient is `gradient`.
+
+    Those of the shortcut's own weight and bias come last, where it has a BN.
+    """
     given = _unpack(EVERY, arguments)
     d_conv, dz, *parameters = _gradients(gradient, *given)
-    maps = (d_conv, dz if stores_dz(*given) else None)
+    maps = (d_conv, dz if has_own_gradient(*given) else None)
     dense = (None if x is None else x.contiguous(memory_format=CHANNELS_LAST) for x in maps)
     return [gradient.new_empty(0) if x is None else x for x in (*dense, *parameters)]
 
 
 @register_fake(_tail_backward)
 def _(gradient: Tensor, *arguments: Any) -> list[Tensor]:
-    stored = (True, stores_dz(*_unpack(EVERY, arguments)))
+    tensors, settings, neighbours = _unpack(EVERY, arguments)
+    stored = (True, has_own_gradient(tensors, settings, neighbours))
     maps = [torch.empty_like(gradient, memory_format=CHANNELS_LAST) if each else gradient.new_empty(0) for each in stored]
-    return maps + [gradient.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[2:8]]
+    norm = [x for x in (neighbours.shortcut_weight, neighbours.shortcut_bias) if x is not None]
+    return maps + [gradient.new_empty(0) if x is None else x.new_empty(x.shape) for x in (*tensors[2:8], *norm)]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     tensors, ctx.settings, neighbours = _unpack(GIVEN, inputs)
     excited = output[1:] if tensors.w_reduce is not None else (None, None)
-    ctx.save_for_backward(*tensors[:GIVEN], *excited, neighbours.kept)
+    ctx.save_for_backward(*tensors[:GIVEN], *excited, *(x for x in neighbours if not isinstance(x, float)))
     ctx.keep, ctx.inputs = neighbours.keep, len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *saved, kept = ctx.saved_tensors
-    tensors, settings, neighbours = Tensors(*saved), ctx.settings, Neighbours(kept, ctx.keep)
-    own: list[Tensor | None] = [None] * 8
+    settings, tensors = ctx.settings, Tensors(*ctx.saved_tensors[:EVERY])
+    kept, *others = ctx.saved_tensors[EVERY:]
+    neighbours = Neighbours(kept, ctx.keep, *others)
+    own = dict[int, Tensor]()  # by the argument's number
     if gradient is not None:
         found = _tail_backward(gradient, *tensors, *settings, *neighbours)
-        found[1] = found[1] if stores_dz(tensors, settings, neighbours) else gradient
-        own = [None if x is None else g for x, g in zip(tensors, found, strict=False)]
-    return *own, *(None,) * (ctx.inputs - len(own))
+        found[1] = found[1] if has_own_gradient(tensors, settings, neighbours) else gradient
+        own = {number: g for number, (x, g) in enumerate(zip(tensors[:8], found, strict=False)) if x is not None}
+        of_norm = GIVEN + len(settings) + Neighbours._fields.index("shortcut_weight")
+        own |= dict(enumerate(found[8:], of_norm))
+    return tuple(own.get(number) for number in range(ctx.inputs))
 
 
 _tail.register_autograd(_gradient, setup_context=_keep)

@@ -61,6 +61,10 @@ class Neighbours(NamedTuple):
 
     kept: Tensor | None = None  # [N, C, H, W], boolean: what dropout behind the activation keeps,
     keep: float = 1.0  # with this probability, and divides by it
+    shortcut_weight: Tensor | None = None  # [C], like the next three: the shortcut's own BN, through which it passes first
+    shortcut_bias: Tensor | None = None
+    shortcut_mean: Tensor | None = None
+    shortcut_variance: Tensor | None = None
     second: Tensor | None = None  # the gradient of the result's second use
     elsewhere: Tensor | None = None  # of the gradient of conv_out: what its other uses add
 
@@ -68,13 +72,21 @@ class Neighbours(NamedTuple):
 ALONE = Neighbours()
 EVERY = len(Tensors._fields)
 GIVEN = EVERY - 2  # how many `apply` takes
+NEAR = len(Neighbours._fields) - 2  # how many of Neighbours are known in the forward pass
 Gradients = tuple[Tensor | None, ...]  # of the first eight; None where there is nothing
 
 
-def stores_dz(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> bool:
-    """Whether someone wants dz and it is not simply the result's gradient."""
-    simply = settings.activation == "none" and neighbours.kept is None and neighbours.second is None
-    return tensors.shortcut is not None and not simply
+def has_own_gradient(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> bool:
+    """Whether there is a shortcut whose gradient is not simply the result's."""
+    direct = neighbours.kept is None and neighbours.second is None and neighbours.shortcut_weight is None
+    return tensors.shortcut is not None and not (direct and settings.activation == "none")
+
+
+def shortcut_tail(tensors: Tensors, settings: Settings, neighbours: Neighbours) -> tuple[Tensors, Settings]:
+    """The shortcut's own BN as a tail without anything else."""
+    given: dict[str, Any] = dict.fromkeys(Tensors._fields)
+    given |= dict(zip(("weight", "bias", "mean", "variance"), neighbours[2:NEAR], strict=True))
+    return Tensors(**given | {"conv_out": tensors.shortcut}), settings._replace(activation="none")
 
 
 def spread(channels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from kernels.residual_tail.fusable import EVERY, GIVEN, Neighbours, Settings
+from kernels.residual_tail.fusable import EVERY, GIVEN, NEAR, Neighbours, Settings
 
 aten, fastcifar = torch.ops.aten, torch.ops.fastcifar
 FORWARD, BACKWARD = fastcifar.residual_tail.default, fastcifar.residual_tail_backward.default
@@ -121,7 +121,7 @@ def _with(node: Node, tensors: int, **neighbours: Any) -> tuple[Any, ...]:
     """An operator's arguments, with these neighbours too; `tensors` stand before its settings."""
     settings = tensors + len(Settings._fields)
     known = Neighbours(*node.args[settings:])._replace(**neighbours)  # type: ignore[arg-type]
-    return *node.args[:settings], *(known[:2] if node.target is FORWARD else known)
+    return *node.args[:settings], *(known[:NEAR] if node.target is FORWARD else known)
 
 
 def _result(node: Node, number: int) -> Node | None:
