@@ -5,6 +5,7 @@ the report it comes from (`schedule_epochs` in all). A run of another length str
 with 15 epochs of warm-up spend the same 6 % of their steps warming up.
 """
 
+import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,10 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastcifar.errors import require
+from kernels.operators import spare_compiler
 
 ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
 
@@ -146,10 +149,17 @@ def build_optimizer(
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
     if kind in ("adam", "adamw"):
-        adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        adam = _eager(torch.optim.Adam if kind == "adam" else torch.optim.AdamW)
         capturable = next(model.parameters()).is_cuda  # changes no bit of the fused kernel, whose step count is a tensor
         return adam(groups, lr=1.0, betas=(momentum, 0.999), fused=True, capturable=capturable)
-    return torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+    return _eager(torch.optim.SGD)(groups, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+
+
+def _eager(kind: type[Optimizer]) -> type[Any]:
+    """The optimizer without what imports PyTorch's compiler, only to ask it not to look: half a second of a run's start."""
+    for method in (kind.add_param_group, kind.zero_grad, kind.state_dict, kind.load_state_dict):
+        spare_compiler(method)
+    return type(kind.__name__, (kind,), {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def set_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, momentum: float | None) -> None:
