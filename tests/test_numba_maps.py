@@ -81,15 +81,9 @@ def test_the_number_of_threads_changes_no_bit(dtype):
     assert_equal(found[2], found[0])
 
 
-# The operators take Numba where Triton does not run
+# Squeeze-excitation and Mish by themselves
 
 
-@pytest.fixture
-def without_triton(monkeypatch):
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-
-
-@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(2, 45, 8, 6, 2), (2, 90, 4, 4, 5), (3, 170, 1, 1, 10), (2, 340, 2, 2, 21), (1, 1100, 3, 3, 4)]
@@ -100,7 +94,6 @@ def test_squeeze_excitation_is_as_exact_as_eagers(shape, dtype):
     assert_gradients_as_exact_as_eager(ours, call(reference.squeeze_excite, "mish"), *draws)
 
 
-@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_squeeze_excitation_of_any_layout(layout):
     change, expected = LAYOUTS[layout]
@@ -110,7 +103,6 @@ def test_squeeze_excitation_of_any_layout(layout):
     assert ours(*draws[0]).is_contiguous(memory_format=expected)
 
 
-@pytest.mark.usefixtures("without_triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", MISH_LAYOUTS)
 def test_mish_is_as_exact_as_eagers(layout, dtype):
@@ -118,3 +110,19 @@ def test_mish_is_as_exact_as_eagers(layout, dtype):
     ours = partial(mish, backend="numba")
     assert ours(x).stride() == torch.nn.functional.mish(x).stride()
     assert_gradients_as_exact_as_eager(ours, torch.nn.functional.mish, [x])
+
+
+# Compiled, the operators call the same loops
+
+
+@pytest.mark.parametrize("case", [SMALL, replace(SMALL, units=0, shortcut=False, activation="relu", biases=False)], ids=str)
+def test_compiles_into_one_graph(monkeypatch, case):
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    calls = []
+    original = numba.gradients
+    monkeypatch.setattr(numba, "gradients", lambda *given: calls.append(given) or original(*given))
+    inputs = case.inputs(torch.float32)
+    torch._dynamo.reset()
+    found = case.run(torch.compile(NUMBA, fullgraph=True, backend="aot_eager"), inputs)
+    assert len(calls) == 1
+    assert_equal(found, case.run(NUMBA, inputs))
