@@ -237,8 +237,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(tune, "interval", lambda values: (0.5, 0.9))
 
 
-def weights(folder):
-    return load_checkpoint(folder.last, CPU).model
+def assert_same_weights(*folders):
+    one, other = (load_checkpoint(folder.last, CPU).model for folder in folders)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def trained(betons, out, *flags, epochs=1, lines=None):
@@ -260,7 +261,7 @@ def test_a_run_that_measured_ends_with_the_weights_of_its_plan_by_name(betons, t
     kept = trained(betons, tmp_path / "kept")
     assert read_json(kept.path / "config.json", "")["plan"]["chosen"] == "cached"
     for other in (named, filed, kept):
-        assert all(torch.equal(value, weights(other)[name]) for name, value in weights(auto).items())
+        assert_same_weights(auto, other)
 
 
 def test_a_resume_takes_the_recorded_plan(betons, tmp_path, monkeypatch):
@@ -272,7 +273,7 @@ def test_a_resume_takes_the_recorded_plan(betons, tmp_path, monkeypatch):
     command = parse_command(["--resume", str(folder.path)])
     assert (command.run.kernels, command.run.compile) == ("torch", False)
     train(command, Console(quiet=True))
-    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(whole).items())
+    assert_same_weights(whole, folder)
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
