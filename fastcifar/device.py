@@ -48,6 +48,12 @@ def set_up_process(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; the CPU is done when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to `device` without waiting for it: a GPU takes it from pinned memory when its turn comes."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
