@@ -10,7 +10,7 @@ map in the last: statistics 1 read; result 2 reads, 1 write; sums for the gradie
 
 To PyTorch it is three operators. An operator that changes its arguments has no gradient, so the statistics are one of their
 own; the gradient of `fastcifar::residual_tail` accounts for how they depend on conv_out. A fourth, statistics of a sum, and the
-last arguments of the others are for the compiler, which moves what stands next to a tail into its kernels (`neighbours.py`).
+last arguments of the others are for the compiler: `kernels/neighbours.py` moves what stands next to a tail into its kernels.
 """
 
 from typing import Any, Literal, get_args, get_type_hints

@@ -57,7 +57,7 @@ class Tensors(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """What stands next to a tail in a network and a kernel may do in the same pass; `neighbours.py` finds it."""
+    """What stands next to a tail in a network and a kernel may do in the same pass; `kernels/neighbours.py` finds it."""
 
     kept: Tensor | None = None  # [N, C, H, W], boolean: what dropout behind the activation keeps,
     keep: float = 1.0  # with this probability, and divides by it

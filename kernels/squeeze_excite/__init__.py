@@ -83,9 +83,10 @@ def _squeeze_excite(
 
 @torch.library.custom_op("fastcifar::squeeze_excite_backward", mutates_args=())
 def _squeeze_excite_backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _form(x).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _form(x).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation, second)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:

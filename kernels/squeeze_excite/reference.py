@@ -57,10 +57,14 @@ def forward(
 
 
 def backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> Results:
-    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R]."""
-    g = wide(gradient)
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> Results:  # fmt: skip
+    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R].
+
+    second: the gradient of y's second use, to be added to the first.
+    """
+    g = wide(gradient) if second is None else wide(gradient) + wide(second)
     with torch.autocast(x.device.type, enabled=False):
         d_logits = (g * x).sum(dim=(2, 3)) * scale * (1 - scale)
         d_hidden = d_logits @ wide(w_expand) * slope(hidden, activation)
