@@ -1,6 +1,6 @@
 """The end of a residual block: act(shortcut + SE(BN(conv_out))), channels_last, with its gradients.
 
-    out = act(z)        z = s (gamma (c - mu) rstd + beta) + r
+    out = act(z)        z = s (gamma (c - mu) rstd + beta) + r        r through a BN of its own where it has one
     s = sigmoid(W_expand act(W_reduce mean_hw(BN(c)) + b_reduce) + b_expand), or 1
 
 Three forms of one function: PyTorch's own operations (`reference.py`), our algebra as operations the compiler may fuse
