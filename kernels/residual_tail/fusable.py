@@ -15,8 +15,9 @@ The operators run it where no kernel serves, and the Triton kernels compute the 
     dbeta = sum_n (s S1 + dm)   dgamma = rstd sum_n (s S2 + dm (mean_nc - mu))
     dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M    (the last two in training only)
 
-With a BN of its own, r = gamma_r (d - mu_r) rstd_r + beta_r of another convolution's output d, whose gradients follow from dz as
-dc does from s = 1:        dbeta_r = sum dz        dgamma_r = rstd_r sum dz (d - mu_r)
+A shortcut with a BN of its own is r = gamma_r (d - mu_r) rstd_r + beta_r of another convolution's output d. In training
+
+    dbeta_r = sum dz            dgamma_r = rstd_r sum dz (d - mu_r)
     dd = a_r (dz - dbeta_r / M - (d - mu_r) rstd_r dgamma_r / M)
 
 Centring on mu costs one subtraction and keeps what c a + (beta - mu a) cancels when |mu| is large. For the backward pass c,
