@@ -28,7 +28,7 @@ def _options(mode: CompileMode) -> dict[str, Any]:
     """Inductor's settings, and our own pass over its graphs; their cache knows the pass by its source."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-    from kernels.residual_tail import neighbours
+    from kernels import neighbours
 
     class FuseNeighbours(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:

@@ -1,4 +1,4 @@
-"""`kernels.residual_tail.neighbours`: what stands next to a tail goes into its kernels, and computes what it did."""
+"""`kernels.neighbours`: what stands next to a tail or a squeeze-excitation goes into its kernels, and computes what it did."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -10,12 +10,17 @@ import torch.nn.functional as F
 
 from fastcifar.compiling import compiled
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from kernels import neighbours
 from kernels import residual_tail as tail
-from kernels.residual_tail import fusable, neighbours, residual_tail
-from kernels.residual_tail.neighbours import fuse_neighbours
-from tests.kernel_checks import DEVICE, SLACK, error, poisoned_buffers, sample
+from kernels import squeeze_excite as excitation
+from kernels.neighbours import fuse_neighbours
+from kernels.residual_tail import fusable, residual_tail
+from kernels.squeeze_excite import reference as excitation_reference
+from kernels.squeeze_excite import squeeze_excite
+from tests.kernel_checks import DEVICE, SLACK, assert_as_exact_as_eager, error, poisoned_buffers, sample
 from tests.tail_cases import FLOAT32, Case
 from tests.test_model_kernels import assert_same, small, step
+from tests.test_squeeze_excite import inputs as inputs_of_excitation
 
 SMALL = Case((2, 6, 3, 3), "mish", 2, biases=True)
 CALL = neighbours._call
@@ -161,3 +166,27 @@ def test_a_compiled_network_learns_the_same(block, monkeypatch):
     with torch._inductor.config.patch(force_disable_caches=True):
         assert_same(step(ours), step(model), rtol=1e-4, atol=1e-5)
     assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("interpreting", sample([True, False], every=2))
+def test_a_squeeze_excitation_takes_both_gradients(interpreting, monkeypatch):
+    graphs, weights = [], [torch.randn(4, 45, 1, 1, device=DEVICE) for _ in range(2)]
+    leaves = [t.requires_grad_() for t in inputs_of_excitation(2, 45, 3, 3, 5)]
+
+    def function(form, x, w_reduce, w_expand, *biases):
+        y = form(x, w_reduce, w_expand, "mish", *biases)
+        return sum(F.conv2d(y, weight.to(y)).sin().sum() for weight in weights)
+
+    ours = partial(function, partial(squeeze_excite, backend="triton"))
+    compiled = torch.compile(ours, fullgraph=True, backend=compiling(graphs))
+    if not interpreting:
+        monkeypatch.setattr(excitation, "_form", lambda _: excitation_reference)
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    (_, (_, backward)) = graphs
+    assert "aten.add" not in backward
+    definition = partial(function, excitation_reference.squeeze_excite)
+    eager = torch.autograd.grad(definition(*leaves), leaves)
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(definition(*exact_leaves), exact_leaves)
+    for triple in zip(gradients, eager, exact, strict=True):
+        assert_as_exact_as_eager(*triple, "gradient")

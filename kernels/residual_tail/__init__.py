@@ -1,6 +1,6 @@
 """The end of a residual block: act(shortcut + SE(BN(conv_out))), channels_last, with its gradients.
 
-    out = act(z)        z = s (gamma (c - mu) rstd + beta) + r
+    out = act(z)        z = s (gamma (c - mu) rstd + beta) + r        r through a BN of its own where it has one
     s = sigmoid(W_expand act(W_reduce mean_hw(BN(c)) + b_reduce) + b_expand), or 1
 
 Three forms of one function: PyTorch's own operations (`reference.py`), our algebra as operations the compiler may fuse
@@ -10,7 +10,7 @@ map in the last: statistics 1 read; result 2 reads, 1 write; sums for the gradie
 
 To PyTorch it is three operators. An operator that changes its arguments has no gradient, so the statistics are one of their
 own; the gradient of `fastcifar::residual_tail` accounts for how they depend on conv_out. A fourth, statistics of a sum, and the
-last arguments of the others are for the compiler, which moves what stands next to a tail into its kernels (`neighbours.py`).
+last arguments of the others are for the compiler: `kernels/neighbours.py` moves what stands next to a tail into its kernels.
 """
 
 from typing import Any, Literal, get_args, get_type_hints

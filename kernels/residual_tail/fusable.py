@@ -15,6 +15,11 @@ The operators run it where no kernel serves, and the Triton kernels compute the 
     dbeta = sum_n (s S1 + dm)   dgamma = rstd sum_n (s S2 + dm (mean_nc - mu))
     dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M    (the last two in training only)
 
+A shortcut with a BN of its own is r = gamma_r (d - mu_r) rstd_r + beta_r of another convolution's output d. In training
+
+    dbeta_r = sum dz            dgamma_r = rstd_r sum dz (d - mu_r)
+    dd = a_r (dz - dbeta_r / M - (d - mu_r) rstd_r dgamma_r / M)
+
 Centring on mu costs one subtraction and keeps what c a + (beta - mu a) cancels when |mu| is large. For the backward pass c,
 r, mean_nc, mu, var, s and q are kept; not z, not y.
 """
@@ -57,7 +62,7 @@ class Tensors(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """What stands next to a tail in a network and a kernel may do in the same pass; `neighbours.py` finds it."""
+    """What stands next to a tail in a network and a kernel may do in the same pass; `kernels/neighbours.py` finds it."""
 
     kept: Tensor | None = None  # [N, C, H, W], boolean: what dropout behind the activation keeps,
     keep: float = 1.0  # with this probability, and divides by it

@@ -90,9 +90,9 @@ def _squeeze_excite(
 @torch.library.custom_op("fastcifar::squeeze_excite_backward", mutates_args=())
 def _squeeze_excite_backward(
     gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
-    form: str,
+    form: str, second: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _form(x, form).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
+    return _form(x, form).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation, second)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:

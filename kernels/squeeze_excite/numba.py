@@ -31,10 +31,12 @@ def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> Results:
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> Results:  # fmt: skip
     """`reference.backward`."""
-    g, x, positions = channels_last(gradient), channels_last(x), x.shape[2] * x.shape[3]
+    g = channels_last(gradient if second is None else gradient + second)
+    x, positions = channels_last(x), x.shape[2] * x.shape[3]
     unused, d_scale = torch.empty_like(scale), torch.empty_like(scale)
     zeros = stacked(*[torch.zeros(1, x.shape[1])] * 3)
     run(map_loops.sums, len(x), flat(g), flat(x), None, zeros, NONE, None, unused.numpy(), d_scale.numpy(), positions)

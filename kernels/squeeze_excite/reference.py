@@ -74,10 +74,14 @@ def forward(
 
 
 def backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> Results:
-    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R]."""
-    g, positions = wide(gradient), x.shape[2] * x.shape[3]
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> Results:  # fmt: skip
+    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R].
+
+    second: the gradient of y's second use, to be added to the first.
+    """
+    g, positions = wide(gradient) if second is None else wide(gradient) + wide(second), x.shape[2] * x.shape[3]
     d_scale = (g * x).sum(dim=(2, 3))
     d_logits, d_hidden, d_mean, active = excite_gradients(d_scale, hidden, scale, w_reduce, w_expand, activation)
     d_x = g * scale[:, :, None, None] + d_mean[:, :, None, None] / positions

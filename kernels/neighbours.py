@@ -1,8 +1,9 @@
-"""Moves what stands next to a residual tail in a compiled graph into the tail's kernels: fewer passes over the maps.
+"""Moves what stands next to our operators in a compiled graph into their kernels: fewer passes over the maps.
 
     s = a + b, statistics(s)                    one kernel that writes the sum and takes its statistics: 1 read fewer
     dropout(tail(...))                          the tail applies the mask: a read and a write fewer each way
-    tail_backward(g + h)                        both gradients of a result that two operations read: a read and a write fewer
+    backward(g + h)                             both gradients of a result that two operations read: a read and a write fewer;
+                                                of a squeeze-excitation too
     tail_backward(...)[conv_out] + h            what conv_out's other uses add to its gradient: the same
 
 Autograd adds gradients in operations of their own and the compiler cannot fuse into an operator, so this is done where both
@@ -16,10 +17,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+import kernels.residual_tail
+import kernels.squeeze_excite  # noqa: F401  both define their operators
 from kernels.residual_tail.fusable import EVERY, GIVEN, NEAR, Neighbours, Settings
 
 aten, fastcifar = torch.ops.aten, torch.ops.fastcifar
 FORWARD, BACKWARD = fastcifar.residual_tail.default, fastcifar.residual_tail_backward.default
+EXCITE_BACKWARD, EXCITE_ARGUMENTS = fastcifar.squeeze_excite_backward.default, 8
 STATISTICS, SUM_STATISTICS = fastcifar.residual_tail_statistics.default, fastcifar.residual_sum_statistics.default
 
 
@@ -33,8 +37,11 @@ def fuse_neighbours(graph: Graph) -> None:
             _take_dropout(node, order)
         elif node.target is BACKWARD:
             _take_gradients_dropout(node)
-            _take_second_gradient(node)
+            if pair := _two_gradients(node):
+                _call(node, pair[0], *_with(node, 1 + EVERY, second=pair[1])[1:])
             _take_elsewhere(node, order)
+        elif node.target is EXCITE_BACKWARD and (pair := _two_gradients(node)):
+            _call(node, pair[0], *node.args[1:EXCITE_ARGUMENTS], pair[1])
     graph.eliminate_dead_code()
 
 
@@ -91,12 +98,10 @@ def _take_gradients_dropout(node: Node) -> None:
             return
 
 
-def _take_second_gradient(node: Node) -> None:
-    """g + h is the gradient, and nobody else's."""
+def _two_gradients(node: Node) -> tuple[Node, Node] | None:
+    """g and h, where g + h is the gradient, and nobody else's."""
     total: Node = node.args[0]  # type: ignore[assignment]
-    pair = _addends(total)
-    if pair is not None and _only_user(total) is node:
-        _call(node, pair[0], *_with(node, 1 + EVERY, second=pair[1])[1:])
+    return _addends(total) if _only_user(total) is node else None
 
 
 def _take_elsewhere(node: Node, order: dict[Node, int]) -> None:
