@@ -181,7 +181,7 @@ def norm_act(
     squeezing = se if isinstance(se, SqueezeExcitation) else None
     name = ACTIVATIONS.get(type(activation), "none")
     form = _form(variant(shortcut, squeezing, name), kernels, x, activation, *([squeezing.activation] if squeezing else []))
-    if shortcut is not None and shortcut_bn is not None and form not in ("numba", "triton"):
+    if shortcut is not None and shortcut_bn is not None and form != "triton":
         shortcut, shortcut_bn = shortcut_bn(shortcut), None
     if form == "torch":
         y = bn(x) if se is None else se(bn(x))
