@@ -3,8 +3,8 @@
 torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
 numba    our passes over a CPU's float32 and bfloat16 maps, where PyTorch has more
 triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
-auto     numba on a CPU where it can serve, else torch: which of a network's operations gain from our kernels is measured in
-         its training step (`fastcifar.plan`)
+auto     numba on a CPU where it can serve and there is Mish or squeeze-excitation, else torch: which of a network's operations
+         gain from our kernels is measured in its training step (`fastcifar.plan`)
 """
 
 import os
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba", "triton")
+GAINS = ("mish", "se+", "squeeze_excite")  # kinds of operation with these in their name; PyTorch's ReLU tails are as fast
 DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = tuple(DTYPE_NAMES.values())
 
@@ -32,7 +33,7 @@ def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "numba
     if backend not in BACKENDS:
         raise ValueError(f"{kernel}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "numba" if runs_numba(x) else "torch"
+        return "numba" if runs_numba(x) and any(part in kernel for part in GAINS) else "torch"
     if backend == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError(f"{kernel}: triton needs a CUDA tensor (or TRITON_INTERPRET=1), got {describe(x)}")
     if backend == "triton" and x.dtype not in FLOATS:

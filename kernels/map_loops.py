@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 f32, i32, u32, u16 = np.float32, np.int32, np.uint32, np.uint16
 LANES = 1024
 STEPS = 8  # turns of a loop over an image at least, where it has so many positions: else copying to lanes costs more
-SAMPLE = 16  # positions whose mean is near enough to that of all, even if one of them is an outlier
+SAMPLE = 16  # positions, or a quarter of all, whose mean is near enough to that of all, even if one is an outlier
 # A product may be added without being rounded first; nothing else is reordered.
 FUSED: dict[str, Any] = {**KEPT, "fastmath": {"contract", "nsz"}}
 NONE, RELU, MISH = range(3)
@@ -208,7 +208,7 @@ def image_statistics(first, last, x, means, m2s, positions):
             mean, m2, left = means[image, c0:c1], m2s[image, c0:c1], np.empty(c1 - c0, f32)
             for c in range(c1 - c0):
                 mean[c] = widen(x[image * positions * channels + c0 + c])
-            for seen in (min(positions, SAMPLE), positions):
+            for seen in (min(max(positions // 4, 1), SAMPLE), positions):
                 repeat(mean, copies, lanes[0])
                 lanes[1:] = 0
                 for p in range(0, seen, copies):
@@ -220,6 +220,24 @@ def image_statistics(first, last, x, means, m2s, positions):
                     mean[c] += left[c] / f32(seen)
             for c in range(c1 - c0):
                 m2[c] -= left[c] * left[c] / f32(positions)
+
+
+@njit(**FUSED)
+def merge(means, m2s, positions, mean, variance):
+    """Mean and biased variance [C] of all images from `image_statistics`, in float64 (Chan, Golub & LeVeque 1979)."""
+    images, channels = means.shape
+    total, squares = np.zeros(channels), np.zeros(channels)
+    for image in range(images):
+        for c in range(channels):
+            total[c] += means[image, c]
+    for c in range(channels):
+        total[c] /= images
+    for image in range(images):
+        for c in range(channels):
+            difference = means[image, c] - total[c]
+            squares[c] += difference * difference + np.float64(m2s[image, c]) / positions
+    for c in range(channels):
+        mean[c], variance[c] = total[c], squares[c] / images
 
 
 # The loops over numbers are compiled for each activation, whose number is a constant within.

@@ -126,3 +126,15 @@ def test_compiles_into_one_graph(monkeypatch, case):
     found = case.run(torch.compile(NUMBA, fullgraph=True, backend="aot_eager"), inputs)
     assert len(calls) == 1
     assert_equal(found, case.run(NUMBA, inputs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("mish", "numba"), ("squeeze_excite", "numba"), ("residual_tail/mish", "numba"), ("residual_tail/shortcut+relu", "torch"),
+        ("residual_tail/shortcut+se+relu", "numba"), ("residual_tail/se+none", "numba"), ("residual_tail/none", "torch"),
+    ],
+)  # fmt: skip
+def test_auto_takes_numba_where_there_is_mish_or_squeeze_excitation(kind, form):
+    assert backends.resolve(kind, "auto", torch.ones(1)) == form
+    assert backends.resolve(kind, "auto", torch.ones(1).half()) == "torch"

@@ -62,7 +62,8 @@ def test_the_device_counts_what_it_is_asked_for():
 CEILINGS = {
     "se_resnet18": {"eager": (916, 10108), "combo": (282, 7578)},
     "mish_se_resnet18": {"fusable-tuned": (440, 8190)},
-    "dropout_resnet24": {"triton": (378, 13558), "captured": (3, 14510)},
+    "dropout_resnet24": {"triton": (336, 12230), "captured": (3, 14510)},
+    "robust_resnet64": {"triton": (741, 25086)},
 }
 
 
@@ -98,7 +99,7 @@ def test_every_kernel_of_the_default_network_compiles_in_time():
     assert "error" not in counts, counts
     assert counts["first_step_seconds"] < 120  # of this machine's CPU; 46 on two Xeon cores
     assert 0 < counts["host_ms"] < 1e3 * counts["first_step_seconds"]
-    assert counts["launches"] <= 1.02 * 330
+    assert counts["launches"] <= 1.02 * 282
     assert {"tail_kernel", "sums_kernel", "excite_kernel"} <= set(counts["launched"])
 
 

@@ -22,8 +22,8 @@ def statistics(
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     image_mean, m2 = unfilled(x, n, channels), unfilled(x, n, channels)
     run(map_loops.image_statistics, n, flat(channels_last(x)), image_mean.numpy(), m2.numpy(), positions)
-    exact = image_mean.double().mean(0)
-    mean, variance = exact.float(), ((image_mean - exact).square() + m2 / positions).mean(0).float()
+    mean, variance = unfilled(x, channels), unfilled(x, channels)
+    map_loops.merge(image_mean.numpy(), m2.numpy(), positions, mean.numpy(), variance.numpy())
     fusable.move(running_mean, running_var, mean, variance, momentum, n * positions)
     return image_mean if per_image else unfilled(x, 0), mean, variance
 
