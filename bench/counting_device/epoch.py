@@ -33,9 +33,10 @@ def count_epoch(arch: str, options: dict[str, Any]) -> dict[str, Any]:
     splits, events, observed = replace(images(IMAGES), test=images(TEST_IMAGES).test), list[str](), Observed(dry=True)
     splits = replace(splits, select=splits.test)
     with TemporaryDirectory() as folder, observed.convolving(), observed.watching(), as_if_computed(events):
-        run = RunOptions(out=Path(folder), device="cuda", max_parameters=0, plots=False, stop_after=COUNTED + 2, **options)
+        options = options | {"plan": "default", "device": "cuda", "max_parameters": 0, "plots": False}
+        run = RunOptions(out=Path(folder), stop_after=COUNTED + 2, **options)
         with (
-            patch.object(training, "load_splits", lambda *_, **__: splits),
+            patch.object(training, "load_data", lambda *_, **__: splits),
             patch.object(training, "EpochWriter", partial(EpochWriter, interval=0.0)),
             torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
         ):
