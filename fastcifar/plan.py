@@ -66,6 +66,7 @@ PLANS: dict[str, dict[str, Plan]] = {
     },
     "cpu": {
         "eager": Plan(),
+        "numba": Plan(kernels="numba"),
         "torch": Plan(kernels="torch"),
         "fusable": Plan(compile=True, kernels="fusable"),
         "compiled": Plan(compile=True),
