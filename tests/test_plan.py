@@ -22,7 +22,7 @@ from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.files import read_json, write_json
 from fastcifar.plan import PLANS, Plan, cache_path, candidates, choose, keep, read_cached, record_of
-from fastcifar.recipes import PLANNED, RunOptions, run_options_from_dict, to_dict
+from fastcifar.recipes import PLANNED, RunOptions, given, run_options_from_dict, to_dict
 from fastcifar.train import main, train
 from tests.conftest import run_cli
 
@@ -73,6 +73,13 @@ def test_what_the_user_says_is_in_every_candidate(said, names):
     found = candidates(RunOptions(**said), CUDA)
     assert list(found) == names
     assert all(asdict(plan) | said == asdict(plan) for plan in found.values())
+
+
+def test_the_command_line_tells_what_is_given():
+    asked = ([], ["--compile"], ["--no-compile"], ["--kernels", "residual_tail/relu", "fusable", "*", "torch", "--compile"])
+    kinds = {"compile": True, "kernels": {"residual_tail/relu": "fusable", "*": "torch"}}
+    expected = [{}, {"compile": True}, {"compile": False}, kinds]
+    assert [given(parse_command(arguments).run) for arguments in asked] == expected
 
 
 def test_threads_are_candidates_only_where_they_are_left_open(monkeypatch):
@@ -198,6 +205,12 @@ REFUSED = {
     "plan fusable has kernels fusable, torch was given: leave one of the two out": ("--plan", "fusable", "--kernels", "torch"),
     r"threads must be 0\.\.\d+ on this machine, got 4096": ("--threads", "4096"),
     "threads must be 0 or more, got -2": ("--threads", "-2"),
+    "--kernels 'trition' is not of the form": ("--kernels", "trition"),
+    "unknown kind of kernel 'residual_tail/rule': did you mean residual_tail/relu": (
+        "--kernels",
+        "residual_tail/rule",
+        "torch",
+    ),
     r"nowhere\.json is missing": ("--plan", "nowhere.json"),
     r"plan\.json was chosen on a GPU, this is .*: leave --plan out": {"device": "a GPU"},
     "a plan of format 0, this version reads 1: measure again": {"format": 0},
