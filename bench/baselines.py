@@ -30,8 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from bench.results import Timing
 from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import ResidentSet, Splits, load_splits
-from fastcifar.device import computes_bf16
+from fastcifar.device import computes_bf16, synchronise
 from fastcifar.errors import InputError
+from fastcifar.models.layers import Kernels
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.state import build_state, build_step
 from fastcifar.step import TrainStep, autocast
@@ -161,12 +162,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU; the CPU is done when a call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 # ---- The optimization ladder.
 
 
@@ -182,7 +177,7 @@ STEPS = {
         "tuned compile", "compiler thresholds that move fewer bytes", "the thresholds are made for a GPU's memory traffic", "",
     ),
     "kernels": (
-        "fused kernels", "fused kernels where they measured faster: Triton on CUDA, Numba augmentation on a CPU", "", "",
+        "fused kernels", "every fused kernel there is: Triton's on CUDA, Numba's augmentation on a CPU", "", "",
     ),
     "captured": ("whole step captured", "the whole step one CUDA graph", "CUDA graphs need a GPU", ""),
 }  # fmt: skip
@@ -212,9 +207,10 @@ def stepped_loop(task: Task, steps: Sequence[str]) -> Call:
         return ordinary_loop(task)
     if "tuned" in steps and "compile" not in steps:
         raise InputError("needs torch.compile, which this ladder does without")
+    fused: Kernels = "triton" if task.device.type == "cuda" else "auto"
     run = RunOptions(
         data=task.folder, max_parameters=0, precision="bf16" if "bf16" in steps else "fp32", compile="compile" in steps,
-        compile_mode="tuned" if "tuned" in steps else "default", kernels="auto" if "kernels" in steps else "torch",
+        compile_mode="tuned" if "tuned" in steps else "default", kernels=fused if "kernels" in steps else "torch",
         capture="auto" if "captured" in steps else "off",
     )  # fmt: skip
     return fastcifar_loop(task, run, channels_last="channels_last" in steps)

@@ -238,7 +238,7 @@ def time_to_first_step(options: Options, console: Console) -> dict[str, Any]:
             command = [
                 sys.executable, "-m", "fastcifar.train", "--arch", options.arch, "--data", str(options.data.resolve()),
                 "--out", folder, "--epochs", "1", "--batch-size", "128", "--limit-train", "128", "--limit-test", "2",
-                "--no-plots", "--held-out", "0",  # all 128 in the batch, by whatever recipe
+                "--no-plots", "--plan", "default", "--held-out", "0",  # all 128 in the batch, by whatever recipe
             ]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
             seconds.append(RunFolder(Path(folder)).read_metrics()[0]["first_step_seconds"])

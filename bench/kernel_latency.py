@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long every fused kernel takes on this machine, beside eager and compiled PyTorch.
 
-python bench/kernel_latency.py --out bench/results/h200/kernel_latency.json --record
+python bench/kernel_latency.py --out bench/results/h200/kernel_latency.json
 
 A form that fails its check (against float64; of the augmentation against NumPy's pixels) is not timed. Each of the others is
 captured as one CUDA graph of calls on several sets of inputs, as a captured training step would run it, so that the host's pace
@@ -9,15 +9,13 @@ does not enter. Cold: the sets are over 150 MB together, three times an H200's c
 memory of its own; hot: all calls meet the first set, and memory is used again. A round replays every form once, in an order
 drawn anew; beside them a copy of one feature map, whose bandwidth is the ceiling of that round.
 
-A win is claimed only where the 95 % interval of the ratio excludes 1 against every other form. `--record` writes those feature
-maps to kernels/measured.json, from which `--kernels auto` chooses. Without a CUDA device what runs on the CPU is measured: the
-augmentation.
+A win is claimed only where the 95 % interval of the ratio excludes 1 against every other form. Which form a run takes is
+measured in its own step (docs/plans.md). Without a CUDA device what runs on the CPU is measured: the augmentation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
-from itertools import groupby
 from math import ceil, prod
 from pathlib import Path
 from statistics import median
@@ -40,13 +38,13 @@ from fastcifar.augmentation import Augmentation
 from fastcifar.dataset import CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
-from fastcifar.files import read_json, write_json
+from fastcifar.files import write_json
 from fastcifar.models import ARCHITECTURES, Architecture
 from fastcifar.models.blocks import BasicBlock
 from kernels.augment import augment_fused
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import augment_numpy, augment_torch
-from kernels.backends import DTYPE_NAMES, MEASURED
+from kernels.backends import DTYPE_NAMES
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
 from kernels.residual_tail import residual_tail, variant
@@ -68,7 +66,7 @@ CACHES = ("cold", "hot")
 class KernelRow:
     """One kernel and what it is compared with. All forms take the inputs in their order and return the same tensors."""
 
-    name: str  # as `auto` looks it up in kernels/measured.json
+    name: str  # as a mapping of `--kernels` names its kind
     shapes: tuple[Shape, ...]
     inputs: Callable[[Shape, int, torch.dtype, torch.Generator], Inputs]  # of shape, batch, dtype; on the generator's device
     ours: Form
@@ -428,7 +426,7 @@ def measure(
 
 
 def shape_name(shape: Shape) -> str:
-    """CxHxW, as kernels/measured.json has it."""
+    """CxHxW."""
     return "x".join(map(str, shape))
 
 
@@ -482,7 +480,6 @@ class Options:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the feature maps; weights are float32
     rounds: int = 40  # timed turns of each form
     data: Path = Path("data/beton")  # folder with the betons, for the CPU's part
-    record: bool = False  # write the feature maps where ours won to kernels/measured.json
     out: Path | None = None  # JSON to write; default: print only
 
     def __post_init__(self) -> None:
@@ -497,7 +494,7 @@ class Options:
                 raise unknown("map", shape, known)
         if not torch.cuda.is_available():
             given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-            if idle := sorted(given & {"kernels", "shapes", "dtype", "record"}):
+            if idle := sorted(given & {"kernels", "shapes", "dtype"}):
                 raise InputError(f"{', '.join(idle)}: for the Triton kernels on a CUDA device, and there is none: leave it out")
 
 
@@ -511,8 +508,6 @@ def main() -> None:
     if device.type == "cuda":
         measurements = gpu_part(options, device, console)
         results = {"kernels": [each.to_json() for each in measurements], "clocks_after": environment(device).get("clocks")}
-        if options.record:
-            record(MEASURED, facts["hardware"], measurements)
     else:
         console.print("no CUDA device: the Triton kernels are not timed, what runs on the CPU follows")
         results = {"cpu": cpu_part(options, console)}
@@ -563,18 +558,6 @@ def latency_table(measurements: list[Measurement]) -> Table:
             str(each.speedup or "-"), share, " / ".join(launched), " / ".join(megabytes), style="green" if each.won else None,
         )  # fmt: skip
     return table
-
-
-def record(path: Path, device_name: str, measurements: Iterable[Measurement]) -> None:
-    """Write dtype and map where ours won, cold, in each direction, into measured.json; what was not measured now stays."""
-    known: dict[str, dict[str, list[str]]] = read_json(path, remedy="delete it") if path.exists() else {}
-    wins = known.setdefault(device_name, {})
-    short = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPE_NAMES.items()}
-    cold = ((each.kernel, f"{short[each.dtype]} {each.shape}", each.won) for each in measurements if each.cache == "cold")
-    for (kernel, entry), each in groupby(sorted(cold), key=lambda one: one[:2]):
-        kept = set(wins.get(kernel, ())) - {entry}
-        wins[kernel] = sorted(kept | {entry} if all(won for _, _, won in each) else kept)
-    write_json(path, known)
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:

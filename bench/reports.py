@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.run import OWN_FLAGS, Job, new_console, require_free, resumable
+from bench.run import OWN_FLAGS, Job, latest, new_console, require_free, resumable
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import Manifest
@@ -73,8 +73,8 @@ class Options:
 
     def job(self, arch: str, flags: list[str] | None = None) -> Job:
         """The training of an architecture, with further flags of its own."""
-        given = ("--arch", arch, "--seed", str(self.seed), "--data", str(self.data), *(flags or []))
-        return Job(self.out, f"{arch}-seed{self.seed}", given, stop_after=self.epochs or EPOCHS.get(arch, 1))
+        given = ("--arch", arch, "--seed", str(self.seed), "--data", str(self.data), "--plan", "default", *(flags or []))
+        return Job(self.out, f"{arch}-seed{self.seed}", latest(given), stop_after=self.epochs or EPOCHS.get(arch, 1))
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from bench.baselines import synchronise, wall_clock
+from bench.baselines import wall_clock
 from fastcifar.arguments import parse_arguments
-from fastcifar.device import choose_device, computes_bf16, device_name
+from fastcifar.device import choose_device, computes_bf16, device_name, synchronise
 from fastcifar.errors import require, run_command
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock

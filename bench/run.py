@@ -42,7 +42,7 @@ from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.evaluate import warn_synthetic
 from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
-from fastcifar.recipes import reported
+from fastcifar.recipes import PLANNED, given, reported
 from fastcifar.reporting import clock
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import steps_per_epoch
@@ -147,8 +147,13 @@ class Job:
         if not (self.path / "config.json").exists():
             return False
         changed = differences(resumed(self.path), self.command)
-        changed.pop("out", None)
-        trained_on = files.read_json(self.path / "config.json", remedy="delete the folder").get("hardware")
+        for name in ("out", *PLANNED):
+            if name not in given(self.command.run):
+                changed.pop(name, None)
+        config = files.read_json(self.path / "config.json", remedy="delete the folder")
+        trained_on = config.get("hardware")
+        if config.get("plan", {}).get("chosen", "default") == self.command.run.plan:  # auto may have been the default too
+            changed.pop("plan", None)
         if hardware not in (None, trained_on):
             changed["hardware"] = (trained_on, hardware)
         done = (self.path / "summary.json").exists()
@@ -290,13 +295,13 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
     manifest, sha256 = data.manifest, dict(zip(("train", "test"), data.sha256, strict=True))
     about = {"name": manifest.name, "official": manifest.official, "synthetic": manifest.synthetic, "sha256": sha256}
     before = read_results(out)[1] if (out / "results.json").exists() else Results(now, about, {})
-    for name, then, given in (
+    for name, then, found in (
         ("hardware", before.environment["hardware"], now["hardware"]),
         ("torch", before.environment["versions"]["torch"], now["versions"]["torch"]),
         ("data", before.data, about),
     ):
-        if then != given:
-            raise InputError(f"{out} was begun with other {name} ({then} before, {given} now): choose another --out")
+        if then != found:
+            raise InputError(f"{out} was begun with other {name} ({then} before, {found} now): choose another --out")
     rates = asdict(measure_rates(device))
     for name, rate in before.environment.get("rates", {}).items():
         rates[name] = max(rates[name], rate)  # a ceiling is the most ever seen: at another time the machine may be busier
@@ -325,7 +330,7 @@ def training(
         "--arch", arch,
         "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
         "--device", device.type, "--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test),
-        "--max-parameters", "0", "--no-plots",
+        "--max-parameters", "0", "--no-plots", "--plan", "default",  # which is the same in every run
         "--held-out", "0",  # every variant trains on all images and is measured on the test set after each epoch
         *(("--batch-size", str(options.batch_size)) if options.batch_size else ()), *own,
     )))  # fmt: skip

@@ -93,7 +93,9 @@ def _one_line(box: str) -> str:
     """The message in tyro's frame, with what it thinks was meant."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     rows = [row.strip("│╭╮╰╯ ").strip() for row in text.splitlines() if not row.startswith(("╭", "╰"))]
-    rules = [number for number, row in enumerate(rows) if row and not row.strip("─")]
+    rules = [number for number, row in enumerate(rows) if row and not row.strip("─-")]
+    if "╭" not in text and rules[:1] == [1]:  # where the output is ASCII, a title and a rule stand in place of the frame
+        rows, rules = rows[2:], [number - 2 for number in rules[1:]]
     message = " ".join(" ".join(rows[: rules[0] if rules else None]).split())
     if message.startswith("Missing from"):
         return f"needed: {' '.join(name for name in message.split() if name.startswith('--'))}"

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from fastcifar.arguments import parse_arguments
+from fastcifar.dataset import Splits, load_splits
 from fastcifar.errors import InputError
 from fastcifar.models import architecture
 from fastcifar.recipes import Recipe, RunOptions, reported
@@ -14,6 +16,8 @@ from fastcifar.run_folder import RunFolder
 
 DEFAULT_ARCH = "se_resnet18"
 PROGRAM = "python -m fastcifar.train"
+# Whether it was given at all counts, which tyro's own switches do not tell.
+SWITCHES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Command:
 
 def parse_command(arguments: list[str]) -> Command:
     """Return the command: defaults from the arch's recipe, or from the run folder to go on with. Raises InputError."""
+    arguments = [part for argument in arguments for part in SWITCHES.get(argument, [argument])]
     resume = _early(arguments, "resume")
     if resume is not None:
         began = resumed(Path(resume))
@@ -59,6 +64,23 @@ def parse_command(arguments: list[str]) -> Command:
     recipe = _early(arguments, "recipe")
     default = Command(arch=arch, settings=reported(recipe or arch).recipe)
     return parse_arguments(Command, PROGRAM, arguments, default=default)
+
+
+def load_data(command: Command, device: torch.device) -> Splits:
+    """The images of a run, on its device. Raises InputError."""
+    recipe, run = command.settings, command.run
+    return load_splits(
+        run.data,
+        device,
+        limit_train=run.limit_train,
+        limit_test=run.limit_test,
+        val_fraction=recipe.held_out or run.val_fraction,
+        seed=run.seed,
+        verify=run.verify,
+        stream=run.stream,
+        std=recipe.std,
+        std_everywhere=recipe.std != reported(command.recipe_name).recipe.std,
+    )
 
 
 def resumed(path: Path) -> Command:

@@ -21,7 +21,23 @@ def compiled(function: Callable[..., Any], mode: CompileMode = "default", *, ful
     """`function`, compiled at its first call for the shapes it is called with."""
     if mode == "tuned":
         return torch.compile(function, dynamic=False, fullgraph=fullgraph, backend=_tuned)
-    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=OPTIONS[mode] or None)
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=_options(mode))
+
+
+def _options(mode: CompileMode) -> dict[str, Any]:
+    """Inductor's settings, and our own pass over its graphs; their cache knows the pass by its source."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    from kernels import neighbours
+
+    class FuseNeighbours(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            neighbours.fuse_neighbours(graph)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((neighbours.__file__,))
+
+    return OPTIONS[mode] | {"post_grad_custom_pre_pass": FuseNeighbours()}
 
 
 def _tuned(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -30,4 +46,4 @@ def _tuned(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
-        return compile_fx(graph, inputs, config_patches=OPTIONS["tuned"])
+        return compile_fx(graph, inputs, config_patches=_options("tuned"))

@@ -1,5 +1,6 @@
 """The device a run uses, its precision, and what the hardware is called."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +24,13 @@ def choose_precision(choice: Literal["auto", "bf16", "fp32"], device: torch.devi
     return torch.bfloat16 if choice == "bf16" else None
 
 
-def require_kernels(kernels: str, device: torch.device) -> None:
-    """Raise InputError where Triton's kernels are asked for and the device cannot run them."""
-    if kernels == "triton" and device.type != "cuda":
+def require_kernels(kernels: str | Mapping[str, str], device: torch.device) -> None:
+    """Raise InputError where kernels are asked for that the device cannot run."""
+    forms = [kernels] if isinstance(kernels, str) else kernels.values()
+    if "triton" in forms and device.type != "cuda":
         raise InputError("kernels triton needs a CUDA device, this run is on the CPU: use --kernels auto, or --device cuda")
+    if "numba" in forms and device.type != "cpu":
+        raise InputError(f"kernels numba needs the CPU, this run is on {device.type}: use --kernels auto, or --device cpu")
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -42,6 +46,12 @@ def set_up_process(device: torch.device, *, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; the CPU is done when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -80,13 +90,19 @@ CPUS = {
 
 def device_name(device: torch.device) -> str:
     """What a report calls the hardware: the GPU's name, or the CPU's with the number of threads."""
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    return f"{hardware_name(device)}{threads}"
+
+
+def hardware_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         cpuinfo = ""
-    return f"{cpu_name(cpuinfo)}, {torch.get_num_threads()} threads"
+    return cpu_name(cpuinfo)
 
 
 def cpu_name(cpuinfo: str) -> str:

@@ -22,9 +22,8 @@ class EpochPlan:
 class EpochTally:
     """What an epoch counts without asking the device: read it once, after the last step."""
 
-    losses: Tensor  # [steps] float32
+    losses: Tensor  # [steps] float32; with skip_nonfinite NaN where the update was left out
     hits: Tensor  # 0-d float64: images whose label was predicted; of a mixed image each label counts by its weight
-    skipped: int = 0  # steps whose loss or gradients were not finite and whose update was left out
 
     def read(self, *more: Tensor) -> tuple[list[float], float, list[float]]:
         """Wait for the device once; return the losses, the hits, and the values of 0-d tensors."""

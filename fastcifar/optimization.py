@@ -5,6 +5,7 @@ the report it comes from (`schedule_epochs` in all). A run of another length str
 with 15 epochs of warm-up spend the same 6 % of their steps warming up.
 """
 
+import inspect
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastcifar.errors import require
 from fastcifar.muon import Muon
+from kernels.operators import spare_compiler
 
 ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
 
@@ -180,12 +183,19 @@ def build_optimizer(
         for row in rows:
             if not row["orthogonal"] and factors.vector_momentum is not None:
                 row["momentum"] = factors.vector_momentum
-        return Muon(rows, momentum=momentum, steps=factors.muon_steps)
+        return _eager(Muon)(rows, momentum=momentum, steps=factors.muon_steps)
     if kind in ("adam", "adamw"):
-        adam = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        adam = _eager(torch.optim.Adam if kind == "adam" else torch.optim.AdamW)
         capturable = next(model.parameters()).is_cuda  # changes no bit of the fused kernel, whose step count is a tensor
         return adam(rows, lr=1.0, betas=(momentum, 0.999), fused=True, capturable=capturable)
-    return torch.optim.SGD(rows, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+    return _eager(torch.optim.SGD)(rows, lr=1.0, momentum=momentum, nesterov=kind == "nesterov", fused=True)
+
+
+def _eager(kind: type[Optimizer]) -> type[Any]:
+    """The optimizer without what imports PyTorch's compiler, only to ask it not to look: half a second of a run's start."""
+    for method in (kind.add_param_group, kind.zero_grad, kind.state_dict, kind.load_state_dict):
+        spare_compiler(method)
+    return type(kind.__name__, (kind,), {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def set_step(optimizer: torch.optim.Optimizer, rate: float | Tensor, momentum: float | None) -> None:
@@ -235,6 +245,34 @@ def rescaled_moments(optimizer: torch.optim.Optimizer, before: Tensor, after: Te
     rescale(before)
     yield
     rescale(after)
+
+
+@torch.no_grad()
+def copies(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """{id: copy} of tensors, some of 4 bytes an element and some of 8."""
+    made = [torch.empty_like(tensor) for tensor in tensors]
+    for now, new in zip(_words(tensors), _words(made), strict=True):
+        torch._foreach_copy_(new, now)
+    return dict(zip(map(id, tensors), made, strict=True))
+
+
+@torch.no_grad()
+def take_back(tensors: Sequence[Tensor], before: dict[int, Tensor], wrong: Tensor) -> None:
+    """Where the 0-d bool `wrong` says so, give tensors the values of their `copies`, and 0 to those made since; nothing waits.
+
+    x - wrong (x - before)    in the integers that their bits are, since NaN times 0 is NaN; what is right keeps every bit
+    """
+    kept = [before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor) for tensor in tensors]
+    for now, old in zip(_words(tensors), _words(kept), strict=True):
+        change = torch._foreach_sub(now, old)
+        torch._foreach_mul_(change, wrong.to(now[0].dtype))
+        torch._foreach_sub_(now, change)
+
+
+def _words(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Those of 4 and those of 8 bytes an element as integers: lists of one dtype are a few launches."""
+    sized = {integer: [x for x in tensors if x.element_size() == integer.itemsize] for integer in (torch.int32, torch.int64)}
+    return [[x.detach().view(integer) for x in some] for integer, some in sized.items()]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

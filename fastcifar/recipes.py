@@ -8,15 +8,16 @@ below are its help.
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+import tyro
 from tyro.conf import OmitArgPrefixes
 
 from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
-from fastcifar.models.layers import Kernels, StochasticDepthMode
+from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
 from fastcifar.optimization import Factors, OptimizerKind, Schedule
 
 
@@ -89,14 +90,22 @@ class RunOptions:
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
-    # auto: what is measured fastest on this device (a CPU: Numba); torch: PyTorch's operations; triton: our fused kernels, with
-    # CUDA; fusable: the kernels' formulas as operations for --compile to fuse
+    # how a step runs, where the five options below leave it open. auto: what was or is measured fastest on this machine, where
+    # the run is long enough to pay for it; default: CUDA compiles, a CPU does not; a name, as compiled or triton; or a file: a
+    # plan that fastcifar.tune wrote, or the config.json of a run. docs/plans.md
+    plan: str = "auto"
+    plan_seconds: float | None = None  # longest time to measure plans in; default: 5 % of what the run may take, at most 60
+    # auto: the plan's (its default: Numba's passes on a CPU, PyTorch's operations on CUDA); torch: PyTorch's operations; numba:
+    # our passes, on a CPU; triton: our fused kernels, with CUDA; fusable: the kernels' formulas as operations for --compile to
+    # fuse; or a form for each kind of operation: augment, squeeze_excite, residual_tail/shortcut+se+mish and its like, '*' for
+    # the rest
     kernels: Kernels = "auto"
-    compile: bool = field(default_factory=torch.cuda.is_available)  # torch.compile the step; on by default with CUDA
+    compile: Annotated[bool | None, tyro.conf.arg(metavar="or --no-compile")] = None  # torch.compile the step; None: the plan's
     # of --compile; tuned: fuse longer chains and recompute more, which moves fewer bytes on some networks and more on others;
     # combo: kernels that do not wait for one another share a launch. docs/step-cost.md has what each does to each network
-    compile_mode: CompileMode = "default"
+    compile_mode: CompileMode | None = None
     capture: Literal["auto", "off"] = "auto"  # auto: CUDA replays the whole step as one graph where the recipe allows it
+    threads: int = 0  # of a CPU; 0: the plan's, which by default is PyTorch's number or OMP_NUM_THREADS
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
@@ -113,13 +122,25 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
-        for name in ("limit_train", "limit_test", "max_parameters", "stop_after", "profile"):
+        for name in ("limit_train", "limit_test", "max_parameters", "stop_after", "profile", "threads"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
         require(self, 0 <= self.val_fraction < 1, "val_fraction", "0 to below 1")
-        require(self, self.compile or self.compile_mode == "default", "compile_mode", "default without --compile")
-        require(self, self.compile or self.kernels != "fusable", "kernels", "auto, torch or triton without --compile")
+        require_known(self.kernels)
+        forms = self.kernels.values() if isinstance(self.kernels, dict) else [self.kernels]
+        compiles = torch.cuda.is_available() if self.compile is None else self.compile
+        require(self, compiles or self.compile_mode in (None, "default"), "compile_mode", "default without --compile")
+        require(self, compiles or "fusable" not in forms, "kernels", "auto, torch or triton without --compile")
+        require(self, self.plan_seconds is None or self.plan_seconds >= 0, "plan_seconds", "0 or more")
         for name in ("eval_every", "eval_batch_size"):
             require(self, getattr(self, name) >= 1, name, "at least 1")
+
+
+PLANNED = ("compile", "compile_mode", "kernels", "capture", "threads")  # the options that a plan has
+
+
+def given(run: RunOptions) -> dict[str, Any]:
+    """What a run says itself of the options that a plan has; the others it leaves open."""
+    return {name: getattr(run, name) for name in PLANNED if getattr(run, name) != getattr(RunOptions, name)}
 
 
 @dataclass(frozen=True)

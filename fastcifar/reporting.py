@@ -36,7 +36,7 @@ def announce(
     console.print(f"{data.manifest.name}: {sizes}; best.pt is chosen on {CHOSEN_ON[data.select_name]}")
     how = [data.mean.device.type, "fp32" if dtype is None else "bf16 autocast", "channels_last"]
     modes = {"default": "compiled", "tuned": "compiled tuned", "combo": "compiled with combined kernels"}
-    how += [modes[command.run.compile_mode]] if command.run.compile else []
+    how += [modes[command.run.compile_mode or "default"]] if command.run.compile else []
     epochs = f"{recipe.epochs} epochs" if not command.run.stop_after else f"{command.run.stop_after} of {recipe.epochs} epochs"
     console.print(f"{', '.join(how)}; {epochs} of batch {recipe.batch_size}; into {folder.path}")
     if state.epoch or state.within:

@@ -18,6 +18,7 @@ from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
+from fastcifar.plan import settled
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.step import AveragedModel, StepSettings, TrainStep
@@ -47,7 +48,6 @@ class EpochState:
             "step": self.step,
             "losses": self.tally.losses.cpu(),
             "hits": self.tally.hits.cpu(),
-            "skipped": self.tally.skipped,
             "seconds": self.seconds,
             "generators": self.generators,
         }
@@ -56,14 +56,14 @@ class EpochState:
     def load(cls, values: dict[str, Any], steps: int, device: torch.device) -> "EpochState":
         """The inverse of `save` for an epoch of `steps` steps. Raises KeyError, TypeError, ValueError or AttributeError."""
         losses, hits = values["losses"].to(device, torch.float32), values["hits"].to(device, torch.float64)
-        step, skipped, seconds = int(values["step"]), int(values["skipped"]), float(values["seconds"])
+        step, seconds = int(values["step"]), float(values["seconds"])
         generators = {name: state.cpu() for name, state in values["generators"].items()}
         if losses.shape != (steps,) or hits.shape != () or not 0 < step <= steps:
             raise ValueError(f"step {step} of {steps}")
         kinds = ({name: (x.shape, x.dtype) for name, x in states.items()} for states in (generators, generator_states(device)))
         if operator.ne(*kinds):
             raise ValueError("generators of another device")
-        return cls(EpochTally(losses, hits, skipped), step, seconds, generators)
+        return cls(EpochTally(losses, hits), step, seconds, generators)
 
 
 @dataclass
@@ -144,6 +144,9 @@ def build_step(
 
     say: told why the step cannot be captured, where that was wanted.
     """
+    run = settled(run, data.mean.device)
+    assert run.compile is not None
+    assert run.compile_mode is not None
     settings = StepSettings(
         batch_size=recipe.batch_size,
         label_smoothing=recipe.label_smoothing,
@@ -159,7 +162,7 @@ def build_step(
     )
     record = None
     if captures(run, data.mean.device):
-        if why := obstacle(recipe, run):
+        if why := obstacle(recipe):
             say(f"the step is not captured, and so slower: {why}")
         else:
             record = cuda_graph
@@ -177,13 +180,11 @@ def moves_by_table(recipe: Recipe) -> bool:
     return recipe.schedule.min_momentum is not None and recipe.momentum > 0 and recipe.optimizer in ("sgd", "adam")
 
 
-def obstacle(recipe: Recipe, run: RunOptions) -> str:
+def obstacle(recipe: Recipe) -> str:
     """Why a training step cannot be captured, by the name of the setting; empty: it can."""
     if recipe.schedule.min_momentum is not None and not moves_by_table(recipe):
         return f"min_momentum moves a momentum that {recipe.optimizer} takes as a number"
-    if run.stream:
-        return "stream reads every batch from the disk"
-    return "skip_nonfinite asks the device in every step" if run.skip_nonfinite else ""
+    return ""
 
 
 def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:

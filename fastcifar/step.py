@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
@@ -18,10 +19,10 @@ from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
-from fastcifar.models.layers import Kernels
-from fastcifar.optimization import mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
-from kernels.augment.operations import SIDE
-from kernels.backends import has_won
+from fastcifar.models.layers import Kernels, form_of, share_keys
+from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
+from fastcifar.rounding import RoundedWeights
+from fastcifar.streaming import BatchRing
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +41,7 @@ class StepSettings:
     compile_mode: CompileMode = "default"
     clip_gradient_value: float = 0.0  # 0 = off
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
-    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite; asks the device in every step
+    skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
 
 
 class TrainStep:
@@ -67,16 +68,19 @@ class TrainStep:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
+        self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
+        self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
+        self._keys = share_keys(model) if mean.device.type == "cpu" else None
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
         dtype = settings.autocast_dtype if mean.is_cuda else None
         self._image_dtype = dtype or torch.float32
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device, self._image_dtype)
+        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = compiled(self.loss, settings.compile_mode)
@@ -121,6 +125,8 @@ class TrainStep:
             self.tables = fresh
         else:
             self.tables.refill(fresh)
+        if self._ring is not None:
+            self._ring.begin(fresh.order, first)
         self.number, self._momenta = first, momenta
         self.model.train()
         return self.tables.tally
@@ -145,13 +151,17 @@ class TrainStep:
 
     def __call__(self) -> None:
         """Train on the next batch."""
-        self._step()
+        with self._ring.turn(self.number) if self._ring is not None else nullcontext():
+            self._step()
         self.number += 1
 
     def _changes(self) -> list[Tensor]:
         """All that a step changes."""
-        tally = self.tables.tally
-        tensors = [self.tables.cursor, tally.losses, tally.hits]
+        return [self.tables.cursor, self.tables.tally.losses, *self._trained()]
+
+    def _trained(self) -> list[Tensor]:
+        """The part of it that a step left out does not change."""
+        tensors = [self.tables.tally.hits]
         for model in (self.model, *([self.average.model] if self.average is not None else [])):
             tensors += [*model.parameters(), *model.buffers()]
         return tensors + [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
@@ -159,26 +169,30 @@ class TrainStep:
     def run(self) -> None:
         """The step at the cursor, operation by operation."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.rounded.round()
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
         rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
+        samples = None if self._keys is None else data.index[positions]
         if isinstance(data, StreamedSet):
-            data, plan = data.fetch(positions), replace(plan, draws=plan.draws.at(positions))
+            assert self._ring is not None
+            data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
         images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
-        statistics = [buffer.clone() for buffer in self.model.buffers()] if self.settings.skip_nonfinite else []
-        loss, hits = self._loss(images, labels, partner_labels, lam)
+        before = copies(self._trained()) if self.settings.skip_nonfinite else {}
+        with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
+            loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward()
-        if self.settings.skip_nonfinite and not self._is_finite(loss):
-            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-                buffer.copy_(before)  # the forward pass has let the values into batch norm's averages
-            tally.losses.index_fill_(0, cursor, torch.nan)
-            tally.skipped += 1
-        else:
-            self._update(rate, moments)
-            tally.losses.index_copy_(0, cursor, loss.detach()[None])
-            tally.hits += hits
+        self.rounded.widen()
+        finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
+        self._update(rate, moments)
+        tally.hits += hits
+        loss = loss.detach()
+        if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
+            take_back(self._trained(), before, ~finite)
+            loss = torch.where(finite, loss, torch.nan)
+        tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
 
     def _update(self, rate: Tensor, moments: Tensor) -> None:
@@ -194,9 +208,9 @@ class TrainStep:
         if self.average is not None:
             self.average.update(self.model)
 
-    def _is_finite(self, loss: Tensor) -> bool:
+    def _is_finite(self, loss: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return bool(torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all())  # host sync
+        return torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
@@ -215,28 +229,20 @@ class TrainStep:
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss and its hits; of a mixed image each label counts by its weight."""
         with autocast(images.device, self.settings.autocast_dtype):
-            logits = self.model(images)
+            logits = functional_call(self.model, self.rounded.by_name, images)
         predicted = logits.detach().argmax(1)
         hits = lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
         return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), hits
 
 
 def choose_augmentation(
-    augmentation: Augmentation, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    augmentation: Augmentation, kernels: Kernels, device: torch.device
 ) -> Literal["torch", "numba", "triton"]:
     """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
-    chosen = kernels in ("auto", "fusable")  # fusable is said of the network
-    if chosen and numba_serves(augmentation, device):
+    form = form_of(kernels, "augment")
+    if form not in ("torch", "triton") and numba_serves(augmentation, device):  # fusable is said of the network
         return "numba"
-    able = device.type == "cuda" and triton_serves(augmentation)
-    if able and (kernels == "triton" or (chosen and measured_faster(device, dtype))):
-        return "triton"
-    return "torch"
-
-
-def measured_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused augmentation won on this device where it was measured."""
-    return has_won("augment", torch.empty(0, 3, SIDE, SIDE, dtype=dtype, device=device))
+    return "triton" if form == "triton" and device.type == "cuda" and triton_serves(augmentation) else "torch"
 
 
 class AveragedModel(Generic[Model]):

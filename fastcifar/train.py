@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -18,11 +19,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastcifar.command import Command, parse_command
-from fastcifar.dataset import Splits, load_splits
+from fastcifar.command import Command, load_data, parse_command
+from fastcifar.dataset import Splits
 from fastcifar.device import (
     choose_device,
     choose_precision,
+    device_name,
     generator_states,
     require_kernels,
     set_generators,
@@ -32,8 +34,9 @@ from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.optimization import epoch_momenta, epoch_rates
+from fastcifar.plan import choose
 from fastcifar.profiling import profiled
-from fastcifar.recipes import Recipe, RunOptions, reported
+from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
 from fastcifar.saving import EpochWriter
@@ -79,30 +82,30 @@ def train(command: Command, console: Console) -> RunFolder:
     """
     recipe, run = command.settings, command.run
     device = choose_device(run.device)
-    require_kernels(run.kernels, device)
     set_up_process(device, deterministic=run.deterministic)
     dtype = choose_precision(run.precision, device)
-    data = load_splits(
-        run.data,
-        device,
-        limit_train=run.limit_train,
-        limit_test=run.limit_test,
-        val_fraction=recipe.held_out or run.val_fraction,
-        seed=run.seed,
-        verify=run.verify,
-        stream=run.stream,
-        std=recipe.std,
-        std_everywhere=recipe.std != reported(command.recipe_name).recipe.std,
-    )
+    data = load_data(command, device)
     steps = steps_per_epoch(data, recipe.batch_size)
-    state = build_state(command.arch, recipe, run, data, device)
+    choice = choose(command, steps * recipe.batch_size, device, console.print)
+    require_kernels(choice.run.kernels, device)
+    state = build_state(command.arch, recipe, choice.run, data, device)
     folder, rows = RunFolder(run_path(command)), []
     facts = environment_facts(device)  # at the start: what is running, whatever is edited meanwhile
     with folder.held(new=run.resume is None), StopRequest() as stop:
+        if choice.seconds:
+            from fastcifar import tune  # here, since most runs measure nothing
+
+            with stop.at_once():
+                choice = tune.measured(command, choice, data, device, console)
+            state = build_state(command.arch, recipe, choice.run, data, device)
+        run, command = choice.run, replace(command, run=choice.run)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        facts |= {"hardware": device_name(device)}
         if run.resume is not None:
             rows = restore(state, folder, data, steps, device)
         else:
-            folder.write_config(command.arch, command.recipe_name, recipe, run, facts)
+            folder.write_config(command.arch, command.recipe_name, recipe, run, facts | {"plan": choice.record})
         announce(console, command, data, state, folder, dtype)
 
         last = last_epoch(recipe, run, state.epoch)

@@ -1,40 +1,23 @@
 """Which implementation of an operation runs, and what all of them share.
 
-    torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
-    triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
-    auto     triton where a measurement on this device found it faster than all else (`measured.json`), torch elsewhere
-
-`python bench/kernel_latency.py --record` writes what it measured; a device it has not run on uses PyTorch.
+torch    the reference in plain PyTorch: any device, any dtype, the baseline of every measurement
+numba    our passes over a CPU's float32 and bfloat16 maps, where PyTorch has more
+triton   our fused kernel: CUDA tensors, or CPU tensors under the interpreter (TRITON_INTERPRET=1 before the first import)
+auto     numba on a CPU where it can serve and there is Mish or squeeze-excitation, else torch: which of a network's operations
+         gain from our kernels is measured in its training step (`fastcifar.plan`)
 """
 
-import json
 import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton"]
-BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
-MEASURED = Path(__file__).with_name("measured.json")  # {device name: {kernel: ["bf16 CxHxW", ...] where it won}}
+Backend = Literal["auto", "torch", "numba", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "torch", "numba", "triton")
+GAINS = ("mish", "se+", "squeeze_excite")  # kinds of operation with these in their name; PyTorch's ReLU tails are as fast
 DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = tuple(DTYPE_NAMES.values())
-
-
-def read_wins(path: Path) -> dict[str, dict[tuple[str, torch.dtype], list[list[int]]]]:
-    """{device name: {(kernel, dtype): [[C, H, W], ...]}}; nothing where nothing was measured."""
-    wins: dict[str, dict[tuple[str, torch.dtype], list[list[int]]]] = {}
-    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for device, kernels in measured.items():
-        for kernel, maps in kernels.items():
-            for dtype, shape in (entry.split() for entry in maps):
-                shapes = wins.setdefault(device, {}).setdefault((kernel, DTYPE_NAMES[dtype]), [])
-                shapes.append([int(side) for side in shape.split("x")])
-    return wins
-
-
-WINS = read_wins(MEASURED)  # once, here: the compiler cannot trace the reading of a file
 
 
 def interpreting() -> bool:
@@ -42,34 +25,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "triton"]:
+def resolve(kernel: str, backend: Backend, x: Tensor) -> Literal["torch", "numba", "triton"]:
     """Choose the implementation of `kernel` for a feature map x [N, C, H, W] (or any shape, for elementwise kernels).
 
-    Raises ValueError for an unknown backend, and for "triton" where it cannot run: naming x's shape, dtype and device.
+    Raises ValueError for an unknown backend, and for numba and triton where they cannot run: naming x's shape, dtype, device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{kernel}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "triton" if x.is_cuda and x.dtype in FLOATS and has_won(kernel, x) else "torch"
+        return "numba" if runs_numba(x) and any(part in kernel for part in GAINS) else "torch"
     if backend == "triton" and not (x.is_cuda or interpreting()):
         raise ValueError(f"{kernel}: triton needs a CUDA tensor (or TRITON_INTERPRET=1), got {describe(x)}")
     if backend == "triton" and x.dtype not in FLOATS:
         raise ValueError(f"{kernel}: triton takes float32, float16 or bfloat16, got {describe(x)}")
+    if backend == "numba" and not runs_numba(x):
+        raise ValueError(f"{kernel}: numba takes filled float32 or bfloat16 tensors of a CPU, got {describe(x)}")
     return backend
-
-
-def has_won(kernel: str, x: Tensor) -> bool:
-    """Whether a committed measurement says that our kernel is the fastest for x's dtype and shape on its device.
-
-    What is measured is training with batches of 512 (bench/kernel_latency.py); smaller batches are taken to behave alike.
-    """
-    device_name = torch.cuda.get_device_properties(x.device).name
-    return list(x.shape[1:]) in WINS.get(device_name, {}).get((kernel, x.dtype), ())
 
 
 def runs_triton(x: Tensor) -> bool:
     """Whether an operator called with x launches a Triton kernel: an empty tensor needs none."""
     return (x.is_cuda or interpreting()) and x.dtype in FLOATS and x.numel() > 0
+
+
+def runs_numba(x: Tensor) -> bool:
+    """Whether the loops of a CPU can serve x."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
 
 
 def wide(x: Tensor) -> Tensor:

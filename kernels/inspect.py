@@ -46,26 +46,35 @@ def mish(dtype: torch.dtype) -> None:
 
 
 def squeeze_excite(dtype: torch.dtype, channels: int, side: int, units: int, activation: str, layout: str = "NHWC") -> None:
-    """With biases."""
+    """With biases, and two gradients of the result."""
     from kernels.squeeze_excite import triton
 
     memory_format = torch.contiguous_format if layout == "NCHW" else torch.channels_last
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=memory_format)
     w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     _, _, hidden, scale = triton.forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
-    triton.backward(x, x, hidden, scale, w_reduce, w_expand, activation)
+    triton.backward(x, x, hidden, scale, w_reduce, w_expand, activation, x)
 
 
 def residual_tail(
-    dtype: torch.dtype, channels: int, side: int, units: int, activation: str, shortcut: bool, biases: bool
+    dtype: torch.dtype,
+    channels: int,
+    side: int,
+    units: int,
+    activation: str,
+    shortcut: bool,
+    biases: bool,
+    *,
+    alone: bool = True,
 ) -> None:
-    """With squeeze-excitation if it has units; its activation is the tail's own."""
+    """With squeeze-excitation if it has units; its activation is the tail's own. alone: without what may stand next to it."""
     from kernels.residual_tail import triton
-    from kernels.residual_tail.fusable import Settings, Tensors
+    from kernels.residual_tail.fusable import ALONE, Settings, Tensors
 
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
-    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0)
+    addend, total = (None, None) if alone else (x, torch.empty_like(x))
+    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0, addend, total)
     w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
     if units:
@@ -73,8 +82,21 @@ def residual_tail(
     if biases:
         tensors = tensors._replace(b_reduce=b_reduce, b_expand=b_expand)
     settings = Settings(True, 1e-5, activation, activation)
-    _, scale, hidden = triton.apply(tensors, settings)
-    triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings)
+    neighbours = ALONE if alone else neighbours_of(x, weight if shortcut else None)
+    _, scale, hidden = triton.apply(tensors, settings, neighbours)
+    triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings, neighbours)
+
+
+def neighbours_of(x: torch.Tensor, vector: torch.Tensor | None) -> Any:
+    """All of a tail's; vector: of the shortcut's own BN."""
+    from kernels.residual_tail.fusable import Neighbours
+
+    return Neighbours(torch.empty_like(x, dtype=torch.bool), 0.9, *(vector,) * 4, x, x)
+
+
+def residual_tail_and_neighbours(dtype: torch.dtype, *arguments: Any) -> None:
+    """Of a sum that is used elsewhere, and behind it dropout and two uses of the result."""
+    residual_tail(dtype, *arguments, alone=False)
 
 
 def linear_layers(channels: int, units: int) -> list[torch.Tensor]:
@@ -113,7 +135,7 @@ class Row:
         if not self.arguments:
             return ""
         channels, side, *_, last = self.arguments
-        layout = "" if self.operation is residual_tail else " NCHW" if last == "NCHW" else " NHWC"
+        layout = "" if isinstance(last, bool) else " NCHW" if last == "NCHW" else " NHWC"
         return f" {channels}x{side}x{side}{layout}"
 
 
@@ -136,16 +158,24 @@ ROWS = (
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
-        "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (88, 14),
+        "statistics": (106, 14), "batch": (99, 46), "tail": (73, 15), "sums": (132, 37), "map_gradient": (106, 14),
         "channel_gradient": (71, 23),
     }),
+    Row(residual_tail_and_neighbours, (32, 32, 0, "relu", False, False), {  # robust_resnet64
+        "statistics": (121, 32), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
+        "channel_gradient": (71, 23),
+    }),
+    Row(residual_tail_and_neighbours, (256, 8, 16, "mish", True, True), {
+        "statistics": (124, 16), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
+        "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181), "channel_gradient": (71, 23),
+    }),
     # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart
-    Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (60, 42)}),
-    Row(squeeze_excite, (90, 16, 5, "relu"), {"forward": (85, 69), "backward": (60, 47)}),
+    Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (71, 50)}),
+    Row(squeeze_excite, (90, 16, 5, "relu"), {"forward": (85, 69), "backward": (71, 55)}),
     Row(squeeze_excite, (170, 8, 10, "relu"), {"forward": (51, 67), "backward": (70, 76)}),
-    Row(squeeze_excite, (340, 4, 21, "relu"), {"forward": (70, 60), "backward": (71, 59)}),
-    Row(squeeze_excite, (256, 8, 16, "mish"), {"forward": (55, 59), "backward": (64, 67)}),
-    Row(squeeze_excite, (48, 32, 3, "mish", "NCHW"), {"forward": (44, 26), "backward": (52, 30)}),
+    Row(squeeze_excite, (340, 4, 21, "relu"), {"forward": (70, 60), "backward": (82, 73)}),
+    Row(squeeze_excite, (256, 8, 16, "mish"), {"forward": (55, 59), "backward": (115, 90)}),
+    Row(squeeze_excite, (48, 32, 3, "mish", "NCHW"), {"forward": (44, 26), "backward": (68, 38)}),
     Row(augment, (), {"augment": (72, 62)}, (torch.bfloat16, torch.float32), elements=3 * 32 * 32),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch._library.custom_ops import CustomOpDef
 
+MARK = "__dynamo_disable"  # where `torch._disable_dynamo` keeps what it calls instead
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 
 
@@ -25,6 +26,8 @@ def register_fake(operator: CustomOpDef) -> Callable[[Fake], Fake]:
             return fake(*arguments, **keywords)
 
         operator.register_fake(trace)
+        for call in operator._backend_fns.values():
+            spare_compiler(call)
         return fake
 
     return register
@@ -34,3 +37,19 @@ def _register_fallback(lowering: Any, overload: Any) -> None:
     """Inductor's call of an operator as it is, on tensors that lie in memory as they do uncompiled."""
     if overload not in lowering.lowerings:
         lowering.make_fallback(overload, layout_constraint=lowering.constrain_to_fake_tensors)
+
+
+def spare_compiler(function: Any) -> None:
+    """Keep a function that hides itself from PyTorch's compiler from importing it, where nothing is compiled.
+
+    Such functions (`torch._disable_dynamo`) import it at their first call, for half a second; this one waits until it is there.
+    """
+    hidden = function.__wrapped__
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return hidden(*arguments, **keywords)
+        del hidden.__dict__[MARK]
+        return function(*arguments, **keywords)
+
+    setattr(hidden, MARK, call)

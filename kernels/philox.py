@@ -32,7 +32,7 @@ class Purpose(IntEnum):
     CROP_FLIP = 1  # word 0: row offset, word 1: column offset, word 2: flipped or not
     CUTOUT = 2  # word 0: centre row, word 1: centre column
     MIX = 3  # per batch (counter word 0 = batch number): whether, which, lambda and box of mixup and cutmix
-    TORCH = 4  # word 0, 1: the epoch's seed of PyTorch's own generator, which serves dropout and stochastic depth
+    TORCH = 4  # word 0, 1: the epoch's seed of PyTorch's own generator, which serves dropout and stochastic depth on CUDA
     HOLD_OUT = 5  # words 0, 1: sort key that decides which training samples are held out for validation
     FIRST_FLIP = 6  # word 0: whether an alternating flip flips the even epochs or the odd ones; the counter's epoch is 0
     JITTER = 7  # words 0..3: brightness, contrast, saturation, hue
@@ -44,13 +44,15 @@ class Purpose(IntEnum):
     )
     # 0, 1: the seed of the noise that erases
     NOISE = 12  # by that seed, counter word 0 = value number // 8: eight 16-bit quantiles, the low half of each word first
+    DROPOUT = 13  # | layer << 8, block = element // 8: eight 16-bit values, the low half of each word first (kernels.dropout)
 
 
-def philox(seed: Any, sample: Words, epoch: int | Words, purpose: int, block: int = 0) -> tuple[Words, ...]:
+def philox(seed: Any, sample: Words, epoch: int | Words, purpose: int, block: int | Words = 0) -> tuple[Words, ...]:
     """Return four int64 arrays shaped like `sample`, each holding uniform words in 0..2^32-1.
 
-    seed: 0..2^64-1. sample, epoch, purpose, block: the counter's words, each 0..2^32-1; `sample` (and `epoch`, if it is
-    an array) int64, NumPy or PyTorch. Equals Random123's philox4x32-10 and `tl.philox(seed, sample, epoch, purpose, block)`.
+    seed: 0..2^64-1. sample, epoch, purpose, block: the counter's words, each 0..2^32-1; `sample` (and `epoch` and
+    `block`, if they are arrays) int64, NumPy or PyTorch, broadcast against each other. Equals Random123's philox4x32-10 and
+    `tl.philox(seed, sample, epoch, purpose, block)`.
     """
     k0, k1 = seed & MASK, seed >> 32 & MASK
     c0: Any  # after two rounds every word has the shape and kind of `sample`

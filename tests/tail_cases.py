@@ -13,6 +13,7 @@ from tests.kernel_checks import DEVICE, FLOOR, SLACK, error
 
 Form = Callable[..., Tensor]
 TRITON: Form = partial(residual_tail, backend="triton")
+NUMBA: Form = partial(residual_tail, backend="numba")
 FORMS = {name: partial(residual_tail, backend=name) for name in ("triton", "fusable")}
 FLOAT32 = 1.3e-6  # torch.testing's relative tolerance
 

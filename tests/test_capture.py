@@ -28,6 +28,7 @@ RECIPES = {
         "--stochastic-depth", "0.5", "--peak-lr", "0.01", "--clip-gradient-norm", "1",
     ),
     "one-cycle": ONE_CYCLE,
+    "streamed, bf16": ("--recipe", "resnet18", "--stream", "--cutout", "8", "--precision", "bf16"),
 }  # fmt: skip
 
 
@@ -83,6 +84,22 @@ def test_a_replayed_step_gives_the_plain_steps_bits(betons, tmp_path, taped, mon
     assert_same_training(captured, run(betons, tmp_path / "plain", *RECIPES[recipe]))
 
 
+@pytest.mark.parametrize("recipe", ["SGD and mixing", "AdamW, average and dropout"])
+def test_a_replayed_step_leaves_out_what_is_not_finite(betons, tmp_path, taped, monkeypatch, recipe):
+    original, arguments = TrainStep.loss, (*RECIPES[recipe], "--skip-nonfinite")
+
+    def poisoned(step, *batch):
+        loss, hits = original(step, *batch)
+        return loss * torch.where(step.tables.cursor[0] % 2 == 0, torch.nan, 1.0), hits
+
+    monkeypatch.setattr(TrainStep, "loss", poisoned)
+    captured = run(betons, tmp_path / "captured", *arguments)
+    assert len(taped) == 3
+    assert [row["skipped_steps"] for row in captured.read_metrics()] == [3] * 3  # of 5, the very first among them
+    monkeypatch.setattr(state_module, "captures", lambda *_: False)
+    assert_same_training(captured, run(betons, tmp_path / "plain", *arguments))
+
+
 def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch):
     calls, original = [], TrainStep.run
     monkeypatch.setattr(TrainStep, "run", lambda step: calls.append(step.number) or original(step))
@@ -90,9 +107,12 @@ def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch
     assert calls == [0] * 4  # three warm-ups and the recording, of 15 steps
 
 
-@pytest.mark.parametrize("resumed_as", ["captured", "plain"])
+@pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed"])
 def test_a_resume_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, taped, monkeypatch, resumed_as):
-    recipe, original = RECIPES["AdamW, average and dropout"], TrainStep.__call__
+    recipe, original = (
+        RECIPES["streamed, bf16" if resumed_as == "streamed" else "AdamW, average and dropout"],
+        TrainStep.__call__,
+    )
     whole = run(betons, tmp_path / "whole", *recipe)
 
     def signalled(step):
@@ -119,18 +139,11 @@ def test_what_the_host_would_change_shows_on_the_tape(betons, tmp_path, taped, m
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("field", "arguments"),
-    [
-        ("min_momentum", (*ONE_CYCLE, "--optimizer", "nesterov", "--min-momentum", "0.85")),
-        ("stream", ("--recipe", "resnet18", "--stream")),
-        ("skip_nonfinite", ("--recipe", "resnet18", "--skip-nonfinite")),
-    ],
-)
-def test_what_stands_against_capture_is_named(betons, tmp_path, taped, field, arguments):
+def test_what_stands_against_capture_is_named(betons, tmp_path, taped):
     console = Console(record=True, quiet=False, width=200, file=io.StringIO())
+    arguments = (*ONE_CYCLE, "--optimizer", "nesterov", "--min-momentum", "0.85")
     folder = run(betons, tmp_path / "run", *arguments, console=console)
-    assert f"the step is not captured, and so slower: {field} " in console.export_text()
+    assert "the step is not captured, and so slower: min_momentum " in console.export_text()
     assert len(taped) == 1  # evaluation
     assert folder.read_summary()["epochs_trained"] == 3
 

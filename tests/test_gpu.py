@@ -162,6 +162,7 @@ CAPTURED = {
         "--ema-decay", "0.9", "--clip-gradient-norm", "1",
     ),
     "one-cycle, Adam": ("--arch", "resnet42", "--held-out", "0"),
+    "streamed": ("--arch", "se_resnet18", "--stream", "--skip-nonfinite"),
 }  # fmt: skip
 
 

@@ -95,9 +95,10 @@ def test_an_earlier_batch_can_be_overwritten(backend):
 def test_numbas_philox_is_philox():
     from kernels.augment.numba import philox, u64
 
-    for seed, sample, epoch, purpose in ((0, 0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1), (12345 << 32, 7, 9, 2)):
-        expected = keyed.philox(seed, np.array([sample], dtype=np.int64), epoch, purpose)
-        assert [int(word) for word in philox(u64(seed), u64(sample), u64(epoch), u64(purpose))] == [int(w[0]) for w in expected]
+    top = 2**32 - 1
+    for seed, sample, *others in ((0, 0, 0, 0, 0), (2**64 - 1, top, top, top, top), (12345 << 32, 7, 9, 2, 5)):
+        expected = keyed.philox(seed, np.array([sample], dtype=np.int64), *others)
+        assert [int(word) for word in philox(*map(u64, (seed, sample, *others)))] == [int(w[0]) for w in expected]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

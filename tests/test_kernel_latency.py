@@ -14,7 +14,6 @@ from bench import kernel_latency
 from bench.kernel_latency import DRAWS, KERNELS, KernelRow, Options, check, disagreement, input_sets, measure
 from fastcifar import augmentation
 from fastcifar.errors import InputError
-from kernels import backends
 from kernels.mish.reference import mish as eager_mish
 from kernels.squeeze_excite.reference import squeeze_excite as eager_squeeze_excite
 
@@ -209,32 +208,6 @@ def test_the_table_shows_both_times_and_the_ratio_with_its_interval(told):
     assert "125%" in line or "124%" in line
 
 
-def test_only_maps_that_won_cold_in_both_directions_are_recorded_and_the_rest_stays(told, tmp_path):
-    path = tmp_path / "measured.json"
-    before = {"mish": ["bf16 7x7x7", "fp32 8x4x4", "fp32 9x9x9"], "other": ["fp32 2x2x2"]}
-    path.write_text(json.dumps({"H100": {"mish": ["bf16 1x1x1"]}, "H200": before}))
-    won = told.measured()
-    lost = [replace(each, shape="7x7x7") for each in won]
-    lost[2] = replace(lost[2], seconds=lost[2].seconds | {"ours": lost[2].seconds["eager"]})
-    hot_lost = [replace(each, shape="6x6x6", dtype="bfloat16") for each in won]
-    hot_lost[3] = replace(hot_lost[3], seconds=hot_lost[3].seconds | {"ours": hot_lost[3].seconds["eager"]})
-    kernel_latency.record(path, "H200", [*won, *lost, *hot_lost])
-    mish = ["bf16 6x6x6", "bf16 7x7x7", "fp32 8x4x4", "fp32 9x9x9"]  # the loss in fp32 says nothing of bf16
-    expected = {"H100": {"mish": ["bf16 1x1x1"]}, "H200": {"mish": mish, "other": ["fp32 2x2x2"]}}
-    assert json.loads(path.read_text()) == expected
-    kernel_latency.record(path, "H200", [replace(each, shape="9x9x9") for each in lost])
-    assert json.loads(path.read_text())["H200"]["mish"] == ["bf16 6x6x6", "bf16 7x7x7", "fp32 8x4x4"]
-
-
-def test_what_is_recorded_is_what_auto_reads(told, tmp_path, monkeypatch):
-    kernel_latency.record(tmp_path / "measured.json", "H200", told.measured())
-    monkeypatch.setattr(backends, "WINS", backends.read_wins(tmp_path / "measured.json"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H200"))
-    x = torch.empty(512, *SHAPE)
-    asked = (("mish", x), ("mish", x.bfloat16()), ("mish", torch.empty(512, 8, 4, 5)), ("squeeze_excite", x))
-    assert [backends.has_won(*each) for each in asked] == [True, False, False, False]
-
-
 def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch):
     data = kernel_latency.load_all(betons, CPU)
     backwards = replace(data, train=data.train.subset(torch.arange(140, 80, -1)))  # sample indices that are not in order
@@ -285,9 +258,7 @@ def test_bad_options_are_named(given, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
-@pytest.mark.parametrize(
-    "given", [{"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"record": True}, {"dtype": "fp32", "kernels": ("mish",)}]
-)
+@pytest.mark.parametrize("given", [{"kernels": ("mish",)}, {"shapes": ("45x32x32",)}, {"dtype": "fp32", "kernels": ("mish",)}])
 def test_what_is_for_triton_is_refused_without_a_gpu(given):
     assert Options(kernels=tuple(KERNELS), batch_size=8, dtype="bf16").batch_size == 8  # as by default
     with pytest.raises(InputError, match=f"^{', '.join(given)}: for the Triton kernels on a CUDA device, and there is none"):

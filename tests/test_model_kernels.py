@@ -14,7 +14,7 @@ from fastcifar.models.resnet import ResNet
 from kernels import backends, residual_tail
 from tests.kernel_checks import sample
 
-KINDS = ["torch", "triton", "fusable"]
+KINDS = ["torch", "numba", "triton", "fusable"]
 BLOCKS = [BasicBlock, PreActivationBlock]
 
 
@@ -85,8 +85,8 @@ def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_on_a_cpu_auto_is_torch_to_the_bit(block):
-    ours, theirs = step(small(block, "auto")), step(small(block, "torch"))
+def test_on_a_cpu_auto_is_numba_to_the_bit(block):
+    ours, theirs = step(small(block, "auto")), step(small(block, "numba"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -129,18 +129,15 @@ def test_compiles_into_one_graph_under_autocast(block, kernels):
     assert_same(step(compiled, torch.bfloat16), step(model, torch.bfloat16), rtol=0.05, atol=0.05)
 
 
-def test_auto_takes_what_was_measured_to_be_faster(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        model_layers, "resolve", lambda kernel, choice, x: asked.append((kernel, choice, x.shape[1:])) or "torch"
-    )
-    small(BasicBlock, "auto", nn.ReLU)(torch.randn(2, 3, 6, 6))
-    assert [kernel for kernel, _, _ in asked] == [
-        "residual_tail/relu", "residual_tail/relu", "residual_tail/shortcut+relu",
-        "residual_tail/relu", "residual_tail/shortcut+se+relu", "squeeze_excite",
-    ]  # fmt: skip
-    assert {choice for _, choice, _ in asked} == {"auto"}
-    assert asked[-1][2] == (6, 3, 3)
+def test_a_form_for_each_kind(monkeypatch):
+    served = []
+    tail = model_layers.residual_tail
+    monkeypatch.setattr(model_layers, "residual_tail", lambda *given, backend, **more: served.append(backend) or tail(
+        *given, backend=backend, **more
+    ))  # fmt: skip
+    kinds = {"residual_tail/relu": "fusable", "residual_tail/shortcut+se+relu": "triton", "*": "torch"}
+    assert_same(step(small(BasicBlock, kinds, nn.ReLU)), step(small(BasicBlock, activation=nn.ReLU)), rtol=1e-4, atol=1e-5)
+    assert served == ["fusable", "fusable", "fusable", "triton"]  # the other tail, with a shortcut alone, is PyTorch's
 
 
 def test_an_activation_no_kernel_knows_is_left_to_the_modules():
@@ -154,6 +151,8 @@ def test_an_activation_no_kernel_knows_is_left_to_the_modules():
 def test_an_unknown_choice_is_a_users_error():
     with pytest.raises(InputError, match=r"kernels.*trition.*triton"):
         build_model("se_resnet18", kernels="trition")
+    with pytest.raises(InputError, match=r"unknown kind of kernel 'residual_tail.mich': did you mean residual_tail.mish"):
+        build_model("se_resnet18", kernels={"residual_tail/mich": "triton"})
 
 
 def test_triton_on_a_cpu_says_what_it_needs(monkeypatch):

@@ -39,10 +39,16 @@ class Case:
 def of_squeeze_excite(x, w_reduce, w_expand, *biases):
     hidden, scale = torch.randn(2, 2, device=DEVICE), torch.rand(2, 5, device=DEVICE)
     fixed = [t.detach() for t in (torch.randn_like(x), x, hidden, scale, w_reduce, w_expand)]
-    return [(_squeeze_excite, (x, w_reduce, w_expand, *biases, "mish")), (_squeeze_excite_backward, (*fixed, "relu"))]
+    return [
+        (_squeeze_excite, (x, w_reduce, w_expand, *biases, "mish", "triton")),
+        (_squeeze_excite_backward, (*fixed, "relu", "triton")),
+    ]
 
 
-MISH = Case(mish, eager_mish, mish_inputs, lambda x: [(_mish, (x,)), (_mish_backward, (torch.ones_like(x), x.detach()))])
+MISH = Case(
+    mish, eager_mish, mish_inputs,
+    lambda x: [(_mish, (x, "triton")), (_mish_backward, (torch.ones_like(x), x.detach(), "triton"))],
+)  # fmt: skip
 SQUEEZE_EXCITE = Case(
     lambda *leaves, backend: call(partial(squeeze_excite, backend=backend))(*leaves), call(eager_squeeze_excite), inputs,
     of_squeeze_excite,

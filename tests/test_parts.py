@@ -67,7 +67,7 @@ def test_optimizers_are_what_they_say():
     assert [g["weight_decay"] for g in nesterov.param_groups] == [0.1, 0.0]
     for kind, baseline in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         built = build_optimizer(model, kind, momentum=0.8, weight_decay=0.1, decay_norm_and_bias=True)
-        assert type(built) is baseline
+        assert isinstance(built, baseline)
         assert built.param_groups[0]["betas"] == (0.8, 0.999)
 
 

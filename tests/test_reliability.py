@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,40 @@ def test_killed_processes_leave_what_goes_on_to_the_same_bits():
     figures = trial("soak", "--kills", 10)
     assert figures["differences"] == []
     assert figures["killed"]["training"] >= 5
+
+
+KILLED = """
+import os, signal, sys, threading
+from fastcifar import saving, train
+from fastcifar.errors import run_command
+calls = int(sys.argv.pop(1))
+
+def counted(original):
+    def call(*arguments, **keywords):
+        global calls
+        calls -= threading.current_thread().name == "epoch writer"
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+    return call
+
+for name in ("fsync", "link", "replace"):
+    setattr(os, name, counted(getattr(os, name)))
+train.EpochWriter = lambda folder, device, background: saving.EpochWriter(folder, device, background=True, interval=0.0)
+run_command(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_background_writes_leaves_what_goes_on_to_the_same_bits(betons, tmp_path):
+    """At calls of the thread that writes: the best's replacement, the metrics', last.pt's link; then of later epochs."""
+    options, out = [*OPTIONS.replace("--epochs 2", "--epochs 5").split(), "--data", str(betons), "--out"], tmp_path / "run"
+    wanted = soak.outcome(train(parse_command([*options, str(tmp_path / "whole")]), Console(quiet=True)).path)
+    for calls in (2, 5, 8, 11, 14):
+        killed = run_cli("-c", KILLED, calls, *(["--resume", out] if out.exists() else [*options, out]))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    got = soak.outcome(train(parse_command(["--resume", str(out)]), Console(quiet=True)).path)
+    assert [part for part in wanted if not soak.same(wanted[part], got[part])] == []
 
 
 LIMITED = """

@@ -93,7 +93,7 @@ def test_trains_what_is_left_each_row_to_its_own_epoch(monkeypatch, trained, tmp
     archs = ("se_resnet18", "resnet42", "robust_resnet64")
     run(monkeypatch, "--out", tmp_path, "--archs", *archs)
     assert [(job.name, job.stop_after) for job in trained] == [("resnet42-seed0", 2), ("robust_resnet64-seed0", 1)]
-    assert trained[1].flags == ("--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton")
+    assert trained[1].flags == ("--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton", "--plan", "default")
     trained.clear()
     run(monkeypatch, "--out", tmp_path, "--archs", *archs)
     assert trained == []
@@ -128,7 +128,8 @@ def test_what_was_begun_is_resumed_and_all_stop_at_their_epoch(monkeypatch, tmp_
     with pytest.raises(InputError, match="robust_resnet64 failed: exit code 0, nothing said"):
         run(monkeypatch, "--out", tmp_path, "--archs", "resnet42", "robust_resnet64", "--", "--cutout", 0)
     folders = [str(tmp_path / f"{arch}-seed0") for arch in ("resnet42", "robust_resnet64")]
-    begun = ["--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton", "--cutout", "0", "--out", folders[1]]
+    begun = ["--arch", "robust_resnet64", "--seed", "0", "--data", "data/beton"]
+    begun += ["--plan", "default", "--cutout", "0", "--out", folders[1]]
     assert [command[1:] for command in commands if "fastcifar.train" in command] == [  # and git, for the commit
         ["-m", "fastcifar.train", "--resume", folders[0], "--data", "data/beton", "--stop-after", "2"],
         ["-m", "fastcifar.train", *begun, "--stop-after", "1"],

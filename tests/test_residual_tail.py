@@ -15,7 +15,7 @@ from kernels.residual_tail import fusable, reference, residual_tail, variant
 from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile
 from tests.conftest import run_cli
 from tests.kernel_checks import DEVICE, SLACK, captured, poisoned_buffers, sample
-from tests.tail_cases import FORMS, TRITON, Case
+from tests.tail_cases import FORMS, NUMBA, TRITON, Case
 
 TRAINING = [
     Case((3, 45, 5, 5), "mish", 3, se_activation="mish"),
@@ -282,10 +282,15 @@ BAD = {
     r"b_reduce must be .*\[2\].*\[6\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], t["b_expand"], None)},
     r"b_expand must be .*\[6\].*\[2\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], None, t["b_reduce"])},
     r"bn_bias must be on .*meta": lambda t: {"bn_bias": t["bn_bias"].to("meta")},
+    "shortcut_bn must have a shortcut": lambda t: {"shortcut": None, "shortcut_bn": (t["bn_weight"],) * 4},
+    r"bn_bias must be .*\[6\].*\[5\]": lambda t: {
+        "shortcut_bn": (t["bn_weight"], t["bn_bias"][:5], t["bn_bias"], t["bn_bias"])
+    },
     "activation must be relu, mish or none, got 'gelu'": lambda t: {"activation": "gelu"},
     "se_activation must be": lambda t: {"se_activation": "none"},
     "more than one value per channel": lambda t: {"conv_out": t["conv_out"][:1, :, :1, :1], "shortcut": None},
-    "backend must be": lambda t: {"backend": "numba"},
+    "backend must be": lambda t: {"backend": "cuda"},
+    "numba takes .*float16": lambda t: {"conv_out": t["conv_out"].half(), "shortcut": None, "backend": "numba"},
     "float64 on": lambda t: {"conv_out": t["conv_out"].double(), "shortcut": None, "backend": "triton"},
 }
 
@@ -313,9 +318,10 @@ def test_triton_wants_a_cuda_tensor_outside_the_interpreter():
     assert process.stderr.splitlines()[-1].endswith(expected)
 
 
-def test_on_the_cpu_auto_is_the_definition():
-    inputs = {name: x.cpu() for name, x in SMALL.inputs(torch.float32).items()}
-    assert_equal(SMALL.run(residual_tail, inputs), SMALL.run(reference.residual_tail, inputs))
+@pytest.mark.parametrize(("dtype", "form"), [(torch.float32, NUMBA), (torch.float16, reference.residual_tail)])
+def test_on_the_cpu_auto_is_numba_where_it_can_serve(dtype, form):
+    inputs = {name: x.cpu() for name, x in SMALL.inputs(dtype).items()}
+    assert_equal(SMALL.run(residual_tail, inputs), SMALL.run(form, inputs))
 
 
 def test_measurements_are_kept_apart_by_what_there_is_to_fuse():

@@ -143,7 +143,7 @@ def under_autocast(function):
 def operator_of_the_cpu(x, w_reduce, w_expand, activation, b_reduce, b_expand):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")
-        return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation)[0]
+        return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation, "triton")[0]
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_autocast_returns_the_maps_dtype_and_is_as_exact(dtype, function):
 @pytest.mark.parametrize("activation", ["relu", "mish"])
 def test_the_operators_formulas_of_the_gradient(activation):
     arguments = [t.double().cpu().requires_grad_() for t in inputs(2, 5, 3, 4, 3)]  # float64: the CPU's own implementation
-    assert torch.autograd.gradcheck(lambda *a: _squeeze_excite(*a, activation)[0], arguments)
+    assert torch.autograd.gradcheck(lambda *a: _squeeze_excite(*a, activation, "triton")[0], arguments)
     expected = call(reference.squeeze_excite, activation)(*arguments)
-    torch.testing.assert_close(_squeeze_excite(*arguments, activation)[0], expected)
+    torch.testing.assert_close(_squeeze_excite(*arguments, activation, "triton")[0], expected)
 
 
 X, REDUCE, EXPAND = (t.cpu() for t in inputs(2, 5, 3, 4, 2)[:3])

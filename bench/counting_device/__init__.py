@@ -83,7 +83,10 @@ def launch(name: str) -> None:
 
 @contextmanager
 def record(events: list[str]) -> Iterator[None]:
-    """Append what the device was asked for, an entry a call: its kind (launch, copy, sync, allocate or graph) and what."""
+    """Append what the device was asked for, an entry a call: its kind (launch, copy, sync, allocate or graph) and what.
+
+    A wait of another thread than the main one is no sync.
+    """
     library = _library()
     library.counting_start()
     try:

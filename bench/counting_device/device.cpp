@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -157,9 +158,13 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** f, unsigned
 
 // ---- Streams, events, graphs. Everything is done at once.
 
-API cudaError_t cudaDeviceSynchronize() { counting_event("sync", "cudaDeviceSynchronize"); OK; }
-API cudaError_t cudaStreamSynchronize(cudaStream_t) { counting_event("sync", "cudaStreamSynchronize"); OK; }
-API cudaError_t cudaEventSynchronize(cudaEvent_t) { counting_event("sync", "cudaEventSynchronize"); OK; }
+static cudaError_t waited(const char* how) {
+    counting_event(gettid() == getpid() ? "sync" : "wait of another thread", how);
+    OK;
+}
+API cudaError_t cudaDeviceSynchronize() { return waited("cudaDeviceSynchronize"); }
+API cudaError_t cudaStreamSynchronize(cudaStream_t) { return waited("cudaStreamSynchronize"); }
+API cudaError_t cudaEventSynchronize(cudaEvent_t) { return waited("cudaEventSynchronize"); }
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* most) { *least = 0, *most = -5; OK; }
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) { fresh(s); OK; }
 API cudaError_t cudaStreamGetPriority(cudaStream_t, int* p) { *p = 0; OK; }
@@ -269,4 +274,5 @@ static int named(void* f) { counting_event("launch", ((std::string*)f)->c_str())
 API int cuLaunchKernel(void* f, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**) { return named(f); }
 API int cuLaunchKernelEx(const void*, void* f, void**, void**) { return named(f); }
 NOTHING(cuCtxSetCurrent) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuOccupancyMaxActiveClusters)
+API int cuGetExportTable(const void**, const void*) { return 500; }  // not found: the runtime compiler, which asks, does without
 NOTHING(cuTensorMapEncodeTiled) NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetLimit) NOTHING(cuLaunchCooperativeKernel)

@@ -1,4 +1,4 @@
-"""Counts what one training step asks of the counting device; a process of its own, started by bench/step_cost.py.
+"""Counts what one training step asks of the counting device.
 
 Kernels are not compiled but counted where they would be launched, unless the host's time is wanted. Convolutions, which cuDNN
 would do, are a launch each. Bytes are those of forward pass, loss and backward pass but for convolutions and matrix products:
@@ -6,9 +6,7 @@ by Inductor's own count of each kernel's reads and writes; of our kernels, and o
 they are given and all they return, batch norm's as often as its kernels read them.
 """
 
-import json
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.baselines import Task, fastcifar_loop, one_line
+from bench.baselines import Task, fastcifar_loop
 from bench.counting_device import launch, record
 from fastcifar.beton import Manifest
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, Splits
@@ -78,7 +76,7 @@ def convolve_backward(copies: list[str], gradient: Tensor, x: Tensor, weight: Te
         if each:
             launch("convolution's gradient")
         results.append(torch.empty_like(tensor, memory_format=layout) if each else None)
-    return *results, None
+    return *results, gradient.sum((0, 2, 3)) if wanted[2] else None
 
 
 class Count(TorchDispatchMode):
@@ -202,12 +200,11 @@ def images(count: int) -> Splits:
 
 
 def count(arch: str, batch_size: int, options: dict[str, Any], *, host_time: bool) -> dict[str, Any]:
-    """Train `STEPS` steps of an architecture by its recipe, without its policy; return what the last of them took.
+    """Train `STEPS` steps of an architecture by its recipe; return what the last of them took.
 
     options: of the run, as kernels and compile.
     """
-    recipe = reported(arch).recipe
-    recipe = replace(recipe, batch_size=batch_size, augmentation=replace(recipe.augmentation, policy="none"))
+    recipe = replace(reported(arch).recipe, batch_size=batch_size)
     run = RunOptions(device="cuda", max_parameters=0, **options)
     torch._dynamo.reset()
     counters.clear()
@@ -237,6 +234,9 @@ def count(arch: str, batch_size: int, options: dict[str, Any], *, host_time: boo
                 loop()
             convolved = list(observed.convolved)
             kernels = [*observed.inductor, *observed.ours] if run.compile else count_eager(trained[0], batch_size)
+            with Count(kernels):
+                trained[0].rounded.widen()
+                trained[0].rounded.round()
         with patch.object(TrainStep, "__call__", timed):
             for _ in range(TIMED // STEPS if host_time else 0):
                 loop()
@@ -267,22 +267,8 @@ def count_eager(step: TrainStep, batch_size: int) -> Kernels:
     kernels: Kernels = []
     pixels = torch.zeros(batch_size, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
+    step.optimizer.zero_grad(set_to_none=True)  # gradients that lie there would be added to
+    step.rounded.round()
     with Count(kernels):
         step.loss(pixels, labels, labels, torch.ones((), device="cuda"))[0].backward()
     return kernels
-
-
-def main() -> None:
-    """Read {arch, batch_size, host_time, forms: {name: options}} from standard input, write {name: counts} to a file."""
-    wanted = json.load(sys.stdin)
-    counts: dict[str, Any] = {}
-    for name, options in wanted["forms"].items():
-        try:
-            counts[name] = count(wanted["arch"], wanted["batch_size"], options, host_time=wanted["host_time"])
-        except Exception as error:  # whatever a compiler raises, the other forms go on
-            counts[name] = {"error": one_line(error)}
-    Path(sys.argv[1]).write_text(json.dumps(counts), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ from fastcifar.augmentation.draws import Draws
 from kernels.augment import numba as compiled
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import level_table
+from kernels.threads import run
 
 ERASING_VALUES = get_args(ErasingValue)  # by their numbers in kernels.augment.numba
 NOTHING: dict[str, compiled.Array] = {
@@ -35,8 +36,7 @@ def augment_compiled(
     out = torch.empty(count, SIDE, SIDE, 3) if reuse is None else reuse.permute(0, 2, 3, 1)
     jitters = drawn.jitter is not None
     table = _table(tuple(mean.tolist()), tuple(std.tolist()))
-    # No tensor operation in here: PyTorch's idle threads spin for a while after each, on the cores these loops need.
-    compiled.in_threads(
+    run(
         compiled.recipe_batch, count, images.view(-1, SIDE, SIDE * 3).numpy(), positions.numpy(),
         drawn.down.numpy(), drawn.right.numpy(), drawn.flipped.numpy(), settings.crop_mode == "reflect",
         jitters and settings.jitter_before_crop, settings.recolours_the_crop, jitters and not settings.jitter_before_crop,

@@ -6,14 +6,13 @@ them, and the field's ResNet-18. Parameter counts are exact and tested: a row th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import nn
 
 from fastcifar.errors import InputError, unknown
 from fastcifar.models.blocks import BasicBlock, PreActivationBlock
-from fastcifar.models.layers import Kernels, StochasticDepthMode
+from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
 from fastcifar.models.resnet import Initialisation, ResNet
 
 BUDGET = 5_000_000  # trainable parameters a report was allowed
@@ -99,13 +98,12 @@ def build_model(
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
-    ablations. kernels: who computes what stands between convolutions: torch, triton, auto (triton where a measurement on this
-    device says it is faster) or fusable (our algebra in PyTorch operations). The probabilities and `kernels` change neither
-    parameters nor `state_dict` names.
+    ablations. kernels: who computes what stands between convolutions: torch, numba (auto on a CPU), triton or fusable (our
+    algebra in PyTorch operations), or {kind: form}. The probabilities and `kernels` change neither parameters nor `state_dict`
+    names.
     """
     row = architecture(name)
-    if kernels not in get_args(Kernels):
-        raise unknown("kernels", kernels, get_args(Kernels))
+    require_known(kernels)
     return ResNet(
         widths=row.widths,
         blocks=row.blocks,

@@ -61,7 +61,8 @@ class BasicBlock(nn.Module):
         branch = self.dropout1(norm_act(self.conv1(x), self.bn1, self.act1, self.kernels))
         branch = self.conv2(branch)
         if idle(self.dropout2, self.drop_path):  # nothing random stands between BN and the sum
-            return norm_act(branch, self.bn2, self.act2, self.kernels, se=self.se, shortcut=self.shortcut(x))
+            project, bn = self.shortcut if isinstance(self.shortcut, nn.Sequential) else (self.shortcut, None)
+            return norm_act(branch, self.bn2, self.act2, self.kernels, se=self.se, shortcut=project(x), shortcut_bn=bn)
         branch = self.se(self.dropout2(self.bn2(branch)))
         return self.act2(self.shortcut(x) + self.drop_path(branch))
 

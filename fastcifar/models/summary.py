@@ -1,5 +1,6 @@
 """A model's layers with their output shapes, parameters and FLOPs, from one traced forward pass; FLOPs of a training step."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,21 +24,14 @@ class LayerRow:
 
 @torch.no_grad()
 def trace_layers(model: nn.Module) -> list[LayerRow]:
-    """Run one image [1, 3, 32, 32] through `model` in eval mode; return a row for each layer that has no layers inside."""
+    """Trace one image [1, 3, 32, 32] through a copy of `model`; return a row for each layer that has no layers inside."""
+    model = deepcopy(model).to("meta").eval()  # where no kernel of ours stands for several layers
     outputs: dict[str, Tensor] = {}
     leaves = {name: m for name, m in model.named_modules() if not list(m.children()) and not isinstance(m, nn.Identity)}
-    hooks = [
+    for name, layer in leaves.items():
         layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
-        for name, layer in leaves.items()
-    ]
-    was_training, counter = model.training, FlopCounterMode(display=False)
-    try:
-        with counter:
-            model.eval()(torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32, device="meta"))
     counts = counter.get_flop_counts()
     rows = []
     for name, output in outputs.items():

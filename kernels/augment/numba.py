@@ -7,20 +7,15 @@ it stands in one file because Numba's cache notices only changes in the file of 
 
 # mypy: disable-error-code="no-untyped-def"
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 
 from kernels import philox as keyed
 from kernels.augment.operations import BRIGHTNESS, CONTRAST, HUE, LUMA, MOVES, NUMBER, SATURATION, SIDE
 from kernels.augment.operations import TOP as BRIGHTEST
+from kernels.threads import KEPT
 
 Array = np.ndarray[Any, Any]
 ROW, AREA = 3 * SIDE, SIDE * SIDE  # bytes of a row, pixels of an image
@@ -33,44 +28,18 @@ RED, GREEN, BLUE = (f32(weight) for weight in LUMA)
 FIRST_MOVE, LAST_MOVE = MOVES[0], MOVES[-1]
 BRIGHTEN, COLOR, CONTRASTS, SHARPEN, POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, INVERT = range(LAST_MOVE + 1, len(NUMBER))
 THIRD, HUE_BACK = f32(1 / 3), f32((255 + 1 - 1e-3) / 255)
-
-
-def _can_cache() -> bool:
-    """Whether Numba finds a place for compiled code: beside this file, or its folder in the home of the user."""
-    places = [os.environ.get("NUMBA_CACHE_DIR"), Path(__file__).parent, os.path.expanduser("~")]
-    return any(os.access(place, os.W_OK) for place in places if place)
-
-
-KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}
 # Sums and extremes of whole numbers are exact in any order; saying so lets the compiler use vectors.
 ANY_ORDER: dict[str, Any] = {**KEPT, "fastmath": {"reassoc", "nnan", "nsz"}}
-
-
-def in_threads(loop: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Run a compiled `loop(first, last, *arguments)` over `count` images, divided among PyTorch's number of threads."""
-    parts = max(min(torch.get_num_threads(), count), 1)
-    edges = [count * part // parts for part in range(parts + 1)]
-    others = [_pool(parts - 1, os.getpid()).submit(loop, edges[part], edges[part + 1], *arguments) for part in range(1, parts)]
-    loop(edges[0], edges[1], *arguments)
-    wait(others)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """A forked process has no threads of its parent, so it makes its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="augment")
 
 
 # Gathering, moving, normalising
 
 
-@njit(**KEPT)
-def philox(seed, sample, epoch, purpose):
-    """kernels.philox.philox for one counter, block 0."""
+@njit(inline="always", **KEPT)  # in line, a loop of counters becomes vectors
+def philox(seed, sample, epoch, purpose, block):
+    """kernels.philox.philox for one counter."""
     k0, k1 = seed & MASK, seed >> HALF_WORD
-    c0, c1, c2, c3 = sample, epoch, purpose, u64(0)
+    c0, c1, c2, c3 = sample, epoch, purpose, block
     for _ in range(10):
         p0, p1 = c0 * M0, c2 * M1
         c0, c1, c2, c3 = (p1 >> HALF_WORD) ^ c1 ^ k0, p1 & MASK, (p0 >> HALF_WORD) ^ c3 ^ k1, p0 & MASK
@@ -122,7 +91,7 @@ def fill_with_noise(image, box, seed, quantiles):
     for y in range(max(box[0], 0), min(box[1], SIDE)):
         for x in range(3 * max(box[2], 0), 3 * min(box[3], SIDE)):
             value = y * ROW + x
-            words = philox(seed, u64(value >> 3), u64(0), NOISE)
+            words = philox(seed, u64(value >> 3), u64(0), NOISE, u64(0))
             image[y, x] = quantiles[np.int64((words[(value & 7) >> 1] >> u64(16 * (value & 1))) & u64(0xFFFF))]
 
 

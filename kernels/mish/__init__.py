@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backends import Backend, describe, resolve, runs_triton
+from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton
 from kernels.mish import reference
 from kernels.operators import register_fake
 
@@ -23,7 +23,8 @@ def mish(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"mish: x must be of a floating-point dtype, got {describe(x)}")
-    return reference.mish(x) if resolve("mish", backend, x) == "torch" else _mish(x)
+    form = resolve("mish", backend, x)
+    return reference.mish(x) if form == "torch" else _mish(x, form)
 
 
 def like(x: Tensor, layout: Tensor) -> Tensor:
@@ -31,32 +32,46 @@ def like(x: Tensor, layout: Tensor) -> Tensor:
     return x if x.stride() == layout.stride() else torch.empty_like(layout, dtype=x.dtype).copy_(x)
 
 
-@torch.library.custom_op("fastcifar::mish", mutates_args=())
-def _mish(x: Tensor) -> Tensor:
-    if not runs_triton(x):
-        return reference.mish(x)
-    from kernels.mish import triton
+def _form(x: Tensor, form: str) -> Any:
+    """The module whose forward and backward fill what they are given, or None; Triton's interpreter only if it is asked for."""
+    if form == "triton" and runs_triton(x):
+        from kernels.mish import triton
 
-    y = torch.empty_like(x)
-    triton.forward(like(x, y), y)
+        return triton
+    if runs_numba(x):
+        from kernels.mish import numba
+
+        return numba
+    return None
+
+
+@torch.library.custom_op("fastcifar::mish", mutates_args=())
+def _mish(x: Tensor, form: str) -> Tensor:
+    module, y = _form(x, form), torch.empty_like(x)
+    if module is None:
+        return reference.mish(x)
+    module.forward(like(x, y), y)
     return y
 
 
 @torch.library.custom_op("fastcifar::mish_backward", mutates_args=())
-def _mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    result = torch.empty_like(x)
-    if not runs_triton(x):
+def _mish_backward(gradient: Tensor, x: Tensor, form: str) -> Tensor:
+    module, result = _form(x, form), torch.empty_like(x)
+    if module is None:
         return like(reference.gradient(gradient, x), result)
-    from kernels.mish import triton
-
-    triton.backward(like(gradient, result), like(x, result), result)
+    module.backward(like(gradient, result), like(x, result), result)
     return result
 
 
-def _gradient(ctx: Any, gradient: Tensor) -> Tensor:
-    return _mish_backward(gradient, *ctx.saved_tensors)
+def _keep(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    x, ctx.form = inputs
+    ctx.save_for_backward(x)
 
 
-register_fake(_mish)(lambda x: torch.empty_like(x))
-register_fake(_mish_backward)(lambda _, x: torch.empty_like(x))
-_mish.register_autograd(_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _mish_backward(gradient, *ctx.saved_tensors, ctx.form), None
+
+
+register_fake(_mish)(lambda x, _: torch.empty_like(x))
+register_fake(_mish_backward)(lambda _, x, __: torch.empty_like(x))
+_mish.register_autograd(_gradient, setup_context=_keep)

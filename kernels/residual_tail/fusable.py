@@ -15,6 +15,11 @@ The operators run it where no kernel serves, and the Triton kernels compute the 
     dbeta = sum_n (s S1 + dm)   dgamma = rstd sum_n (s S2 + dm (mean_nc - mu))
     dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M    (the last two in training only)
 
+A shortcut with a BN of its own is r = gamma_r (d - mu_r) rstd_r + beta_r of another convolution's output d. In training
+
+    dbeta_r = sum dz            dgamma_r = rstd_r sum dz (d - mu_r)
+    dd = a_r (dz - dbeta_r / M - (d - mu_r) rstd_r dgamma_r / M)
+
 Centring on mu costs one subtraction and keeps what c a + (beta - mu a) cancels when |mu| is large. For the backward pass c,
 r, mean_nc, mu, var, s and q are kept; not z, not y.
 """
@@ -56,8 +61,37 @@ class Tensors(NamedTuple):
     hidden: Tensor | None = None  # q [N, R]
 
 
-GIVEN = len(Tensors._fields) - 2  # how many `apply` takes
+class Neighbours(NamedTuple):
+    """What stands next to a tail in a network and a kernel may do in the same pass; `kernels/neighbours.py` finds it."""
+
+    kept: Tensor | None = None  # [N, C, H, W], boolean: what dropout behind the activation keeps,
+    keep: float = 1.0  # with this probability, and divides by it
+    shortcut_weight: Tensor | None = None  # [C], like the next three: the shortcut's own BN, through which it passes first
+    shortcut_bias: Tensor | None = None
+    shortcut_mean: Tensor | None = None
+    shortcut_variance: Tensor | None = None
+    second: Tensor | None = None  # the gradient of the result's second use
+    elsewhere: Tensor | None = None  # of the gradient of conv_out: what its other uses add
+
+
+ALONE = Neighbours()
+EVERY = len(Tensors._fields)
+GIVEN = EVERY - 2  # how many `apply` takes
+NEAR = len(Neighbours._fields) - 2  # how many of Neighbours are known in the forward pass
 Gradients = tuple[Tensor | None, ...]  # of the first eight; None where there is nothing
+
+
+def has_own_gradient(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> bool:
+    """Whether there is a shortcut whose gradient is not simply the result's."""
+    direct = neighbours.kept is None and neighbours.second is None and neighbours.shortcut_weight is None
+    return tensors.shortcut is not None and not (direct and settings.activation == "none")
+
+
+def shortcut_tail(tensors: Tensors, settings: Settings, neighbours: Neighbours) -> tuple[Tensors, Settings]:
+    """The shortcut's own BN as a tail without anything else."""
+    given: dict[str, Any] = dict.fromkeys(Tensors._fields)
+    given |= dict(zip(("weight", "bias", "mean", "variance"), neighbours[2:NEAR], strict=True))
+    return Tensors(**given | {"conv_out": tensors.shortcut}), settings._replace(activation="none")
 
 
 def spread(channels: Tensor) -> Tensor:
@@ -76,20 +110,24 @@ def statistics(
     else:
         variance, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
         image_mean = mean.new_empty(0)
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    move(running_mean, running_var, mean, variance, momentum, x.shape[0] * x.shape[2] * x.shape[3])
+    return image_mean, mean, variance
+
+
+def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, momentum: float, count: int) -> None:
+    """Move the running statistics as nn.BatchNorm2d does, by those of `count` values a channel."""
     running_mean.mul_(1 - momentum).add_(cast(mean, running_mean.dtype), alpha=momentum)
     running_var.mul_(1 - momentum).add_(cast(variance, running_var.dtype), alpha=momentum * count / max(count - 1, 1))
-    return image_mean, mean, variance
 
 
 def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return act(z) in conv_out's dtype, s and q."""
-    tensors = _excited(tensors, settings)
+    tensors = excited(tensors, settings)
     _, _, z = _linear(tensors, settings)
     return cast(activate(z, settings.activation), tensors.conv_out.dtype), tensors.scale, tensors.hidden
 
 
-def _excited(tensors: Tensors, settings: Settings) -> Tensors:
+def excited(tensors: Tensors, settings: Settings) -> Tensors:
     """With s [N, C] and q [N, R], where there is squeeze-excitation."""
     if tensors.w_reduce is None or tensors.w_expand is None:
         return tensors
@@ -108,12 +146,16 @@ def _squeezed(tensors: Tensors, settings: Settings) -> Tensor:
     return (tensors.image_mean - wide(tensors.mean)) * a + wide(tensors.bias)
 
 
-def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Return c - mu [N, C, H, W], s a [C] or [N, C], and z [N, C, H, W]."""
+def line(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return s a and s beta, [C] or [N, C]: z is (c - mu) times the first, plus the second and r."""
     slopes = wide(tensors.weight) * torch.rsqrt(wide(tensors.variance) + settings.eps)
     intercepts = wide(tensors.bias)
-    if tensors.scale is not None:
-        slopes, intercepts = tensors.scale * slopes, tensors.scale * intercepts
+    return (slopes, intercepts) if tensors.scale is None else (tensors.scale * slopes, tensors.scale * intercepts)
+
+
+def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return c - mu [N, C, H, W], s a [C] or [N, C], and z [N, C, H, W]."""
+    slopes, intercepts = line(tensors, settings)
     centred = wide(tensors.conv_out) - spread(wide(tensors.mean))
     z = centred * spread(slopes) + spread(intercepts)
     return centred, slopes, z if tensors.shortcut is None else z + wide(tensors.shortcut)
@@ -121,15 +163,25 @@ def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tenso
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """Return the gradients of the first eight of `tensors`, each in its dtype."""
-    conv_out, _, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
     centred, slopes, z = _linear(tensors, settings)
     dz = wide(gradient) * slope(z, settings.activation)
     s1, s2 = dz.sum((2, 3)), (dz * centred).sum((2, 3))  # [N, C]
+    constant, decline, parameters = from_sums(s1, s2, tensors, settings)
+    d_conv = dz * spread(slopes) + spread(constant)
+    if settings.training:
+        d_conv = d_conv - centred * spread(decline)
+    maps = (cast(d_conv, tensors.conv_out.dtype), None if tensors.shortcut is None else cast(dz, tensors.shortcut.dtype))
+    return *maps, *parameters
+
+
+def from_sums(s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Gradients]:
+    """Return k [C] or [N, C] and l [C] of dc = dz s a + k - (c - mu) l, and the parameters' gradients in their dtypes."""
+    conv_out, _, weight, bias, w_reduce, w_expand, _, _, image_mean, mean, variance, scale, hidden = tensors
     rstd = torch.rsqrt(wide(variance) + settings.eps)
     a = wide(weight) * rstd
     positions = conv_out.shape[2] * conv_out.shape[3]
-    d_conv = dz * spread(slopes)
     d_linear: Gradients = (None, None, None, None)
+    constant = torch.zeros_like(a)
     if scale is None:
         d_bias, d_weight = s1.sum(0), s2.sum(0) * rstd
     else:
@@ -145,32 +197,34 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradien
             d_linear = (dq.T @ _squeezed(tensors, settings), d_expand, dq.sum(0), dt.sum(0))
         d_bias = (scale * s1 + dm).sum(0)
         d_weight = (scale * s2 + dm * (image_mean - wide(mean))).sum(0) * rstd
-        d_conv = d_conv + spread(a * dm / positions)
+        constant = a * dm / positions
+    decline = torch.zeros_like(a)
     if settings.training:
         count = conv_out.shape[0] * positions
-        d_conv = d_conv - spread(a * d_bias / count) - centred * spread(a * rstd * d_weight / count)
-    found = (d_conv, dz, d_weight, d_bias, *d_linear)
-    return tuple(None if x is None or g is None else cast(g, x.dtype) for x, g in zip(tensors, found, strict=False))
+        constant, decline = constant - a * d_bias / count, a * rstd * d_weight / count
+    found = (d_weight, d_bias, *d_linear)
+    cast_to = zip(tensors[2:], found, strict=False)
+    return constant, decline, tuple(None if x is None or g is None else cast(g, x.dtype) for x, g in cast_to)
 
 
 class ResidualTail(torch.autograd.Function):
     """out and its gradients; the statistics enter as constants, and the formulas above know better."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, *given: Tensor | None) -> Tensor:
+    def forward(ctx: Any, form: Any, settings: Settings, *given: Tensor | None) -> Tensor:
         tensors = Tensors(*given)  # type: ignore[arg-type]
-        out, scale, hidden = apply(tensors, settings)
-        ctx.settings = settings
+        out, scale, hidden = form.apply(tensors, settings)
+        ctx.form, ctx.settings = form, settings
         ctx.save_for_backward(*given, scale, hidden)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradients(gradient, Tensors(*ctx.saved_tensors), ctx.settings)
-        return None, *found, *(None,) * (GIVEN - len(found))
+        found = ctx.form.gradients(gradient, Tensors(*ctx.saved_tensors), ctx.settings)
+        return None, None, *found, *(None,) * (GIVEN - len(found))
 
 
-def tail(tensors: Tensors, settings: Settings) -> Tensor:
-    """act(z), channels_last, with its gradients."""
-    return ResidualTail.apply(settings, *tensors[:GIVEN]).contiguous(memory_format=torch.channels_last)
+def tail(form: Any, tensors: Tensors, settings: Settings) -> Tensor:
+    """act(z), channels_last, with its gradients, by the `apply` and `gradients` of the module `form`."""
+    return ResidualTail.apply(form, settings, *tensors[:GIVEN]).contiguous(memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ from kernels.activations import Activation, activate
 from kernels.squeeze_excite.reference import squeeze_excite
 
 TailActivation = Literal["relu", "mish", "none"]
+BatchNorm = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, bias, running_mean and running_var, each [C]
 # w_reduce [R, C], w_expand [C, R] and, where there are any, b_reduce [R] and b_expand [C]
 SqueezeExcitation = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 

@@ -7,6 +7,8 @@ maps for S1, S2 and dz; small launches through sigmoid and linear layers; one pa
 shortcut dz is nobody's gradient: the second pass computes it again instead of reading it.
 """
 
+from typing import overload
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from triton import cdiv
 
 from kernels.backends import unfilled
 from kernels.mish.triton import activate, times_slope
-from kernels.residual_tail.fusable import Gradients, Settings, Tensors
+from kernels.residual_tail.fusable import ALONE, NEAR, Gradients, Neighbours, Settings, Tensors, has_own_gradient
 from kernels.residual_tail.tiles import (
     IMAGES_TILE,
     channel_block,
@@ -26,6 +28,8 @@ from kernels.residual_tail.tiles import (
     statistics_tile,
     sums_tile,
 )
+
+FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it reads or writes a map anyway
 
 
 @triton.jit
@@ -54,25 +58,38 @@ def merged(count, mean, m2, block: tl.constexpr):
 
 
 @triton.jit
+def added(x, addend, offsets, mask):
+    """Values of a map, or of the sum of two rounded as it is stored, in float32."""
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if addend is not None:
+        value += tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+    return value
+
+
+@triton.jit
 def statistics_kernel(
-    x, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
+    x, addend, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every group of rows: one read, summed relative to the mean of the first tile.
 
     That lies so near the group's that the square of their offset takes little away from the sum of squares. It is found
     relative to the first row: where all values are equal the mean is exactly that, and the deviation exactly 0. even: groups
-    are whole tiles, so that no row has to be left out.
+    are whole tiles, so that no row has to be left out. addend: a second map; then the statistics are those of the sum, which is
+    written too.
     """
     start = tl.program_id(0).to(tl.int64) * group
     count = tl.minimum(rows - start, group).to(tl.int32)
     r = tl.arange(0, block_rows)[:, None]
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     inside = c[None, :] < channels
-    x += start * channels
-    origin = tl.load(x + c, mask=c < channels, other=0.0).to(tl.float32)
-    x += r * channels + c[None, :]
-    value = tl.load(x, mask=(even | (r < count)) & inside, other=0.0).to(tl.float32)
+    first = start * channels + c
+    origin = added(x, addend, first, c < channels)
+    offsets = start * channels + (r * channels + c[None, :])
+    value = added(x, addend, offsets, (even | (r < count)) & inside)
+    if sum_out is not None:
+        tl.store(sum_out + offsets, value.to(sum_out.dtype.element_ty), mask=(even | (r < count)) & inside)
     delta = value - origin[None, :]
     if not even:
         delta = tl.where(r < count, delta, 0.0)
@@ -82,7 +99,10 @@ def statistics_kernel(
         delta = tl.where(r < count, delta, 0.0)
     s1, s2 = delta, delta * delta
     for step in range(block_rows, group, block_rows):
-        value = tl.load(x + step * channels, mask=(even | (step + r < count)) & inside, other=0.0).to(tl.float32)
+        mask = (even | (step + r < count)) & inside
+        value = added(x, addend, offsets + step * channels, mask)
+        if sum_out is not None:
+            tl.store(sum_out + offsets + step * channels, value.to(sum_out.dtype.element_ty), mask=mask)
         delta = value - mean[None, :]
         if not even:
             delta = tl.where(step + r < count, delta, 0.0)
@@ -184,12 +204,25 @@ def line(weight, bias, variance, scale, image, c, eps, channels: tl.constexpr):
 
 
 @triton.jit
+def shortcut_at(shortcut, weight, bias, mean, variance, offsets, mask, c, eps, channels: tl.constexpr):
+    """The shortcut, through its own BN where it has one; and before its scale and shift, centred."""
+    centred = tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+    value = centred
+    if weight is not None:
+        slope, intercept = line(weight, bias, variance, None, 0, c, eps, channels)
+        centred -= channel(mean, c, channels)[None, :]
+        value = centred * slope[None, :] + intercept[None, :]
+    return value, centred
+
+
+@triton.jit
 def tail_kernel(
-    x, shortcut, weight, bias, mean, variance, scale, out, rows, positions, eps,
+    x, shortcut, kept, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance, out,
+    rows, positions, eps, per_kept,
     channels: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """act(z): two reads (one without a shortcut), one write."""
+    """act(z), and dropout where something says what is kept: two reads (one without a shortcut), one write."""
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
@@ -199,45 +232,69 @@ def tail_kernel(
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     z = (value - channel(mean, c, channels)[None, :]) * slope[None, :] + intercept[None, :]
     if shortcut is not None:
-        z += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, activate(z, activation).to(out.dtype.element_ty), mask=mask)
+        z += shortcut_at(shortcut, r_weight, r_bias, r_mean, r_variance, offsets, mask, c, eps, channels)[0]
+    result = activate(z, activation)
+    if kept is not None:
+        result *= tl.load(kept + offsets, mask=mask, other=0).to(tl.float32) * per_kept
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
 # Backward
 
 
 @triton.jit
+def total_gradient(gradient, second, kept, per_kept, offsets, mask):
+    """The activation's gradient in float32: of one or two uses of the result, through dropout where there is some."""
+    total = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + offsets, mask=mask, other=0.0).to(tl.float32)
+    if kept is not None:
+        total *= tl.load(kept + offsets, mask=mask, other=0).to(tl.float32) * per_kept
+    return total
+
+
+@triton.jit
 def sums_kernel(
-    gradient, x, shortcut, weight, bias, mean, variance, scale, dz_out, s1_out, s2_out, rows, eps,
+    gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
+    dz_out, s1_out, s2_out, r_s2_out, rows, eps, per_kept,
     channels: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to three reads, one write."""
+    """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to four reads, one write.
+
+    r_s2_out: S2 of the shortcut's own BN, where it has one; its S1 is the same.
+    """
     image = tl.program_id(0).to(tl.int64)  # where there is a scale, groups are images
     start = image * group
     count = tl.minimum(rows - start, group).to(tl.int32)
-    r = tl.arange(0, block_rows)[:, None]
+    row = tl.arange(0, block_rows)[:, None]
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     mu = channel(mean, c, channels)
     s1 = tl.zeros([block_rows, block_channels], tl.float32)
     s2 = tl.zeros([block_rows, block_channels], tl.float32)
-    base = start * channels + (r * channels + c[None, :])
+    r_s2 = tl.zeros([block_rows, block_channels], tl.float32)
+    base = start * channels + (row * channels + c[None, :])
     for step in range(0, group, block_rows):
         offsets = base + step * channels
-        mask = (step + r < count) & (c[None, :] < channels)
-        dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
+        mask = (step + row < count) & (c[None, :] < channels)
+        dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
-        if activation != "none":
+        if activation != "none" or r_s2_out is not None:
             z = centred * slope[None, :] + intercept[None, :]
             if shortcut is not None:
-                z += tl.load(shortcut + offsets, mask=mask, other=0.0).to(tl.float32)
+                r, r_centred = shortcut_at(shortcut, r_weight, r_bias, r_mean, r_variance, offsets, mask, c, eps, channels)
+                z += r
             dz = times_slope(dz, z, activation)
         if dz_out is not None:
             tl.store(dz_out + offsets, dz.to(dz_out.dtype.element_ty), mask=mask)
         s1 += dz
         s2 += dz * centred
+        if r_s2_out is not None:
+            r_s2 += dz * r_centred
     offsets = image * channels + c
+    if r_s2_out is not None:
+        tl.store(r_s2_out + offsets, tl.sum(r_s2, 0), mask=c < channels)
     tl.store(s1_out + offsets, tl.sum(s1, 0), mask=c < channels)
     tl.store(s2_out + offsets, tl.sum(s2, 0), mask=c < channels)
 
@@ -348,57 +405,91 @@ def parameter_gradient_kernel(
 
 
 @triton.jit
+def through_batch_norm(dz, slope, centred, weight, variance, d_weight, d_bias, c, eps, per_row, channels: tl.constexpr):
+    """dz slope - a dbeta / M - (c - mu) a rstd dgamma / M; the last two in training, which has dgamma and dbeta."""
+    result = dz * slope[None, :]
+    if d_weight is not None:
+        rstd = reciprocal_deviation(variance, c, eps, channels)
+        a = channel(weight, c, channels) * rstd * per_row
+        slope_term = a * rstd * channel(d_weight, c, channels)
+        result -= centred * slope_term[None, :] + (a * channel(d_bias, c, channels))[None, :]
+    return result
+
+
+@triton.jit
 def map_gradient_kernel(
-    gradient, x, weight, bias, mean, variance, scale, d_squeezed, d_weight, d_bias, out, rows, positions, eps,
-    per_position, per_row, channels: tl.constexpr, activation: tl.constexpr, training: tl.constexpr,
+    gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
+    d_squeezed, d_weight, d_bias, r_d_weight, r_d_bias, elsewhere, out, r_out,
+    rows, positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, activation: tl.constexpr,
     chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given."""
+    """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given.
+
+    elsewhere: what conv_out's other uses add to its gradient. r_out: the gradient of a shortcut that has its own BN.
+    """
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
-    rstd = reciprocal_deviation(variance, c, eps, channels)
-    a = channel(weight, c, channels) * rstd
-    constant = tl.zeros([block_channels], tl.float32)
-    if scale is not None:
-        constant += channel(d_squeezed + image * channels, c, channels) * a * per_position
-    r = tl.arange(0, block_rows)[:, None]
-    offsets = start * channels + (r * channels + c[None, :])
-    mask = (r < count) & (c[None, :] < channels)
-    dz = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32)
-    if training or activation != "none":
+    row = tl.arange(0, block_rows)[:, None]
+    offsets = start * channels + (row * channels + c[None, :])
+    mask = (row < count) & (c[None, :] < channels)
+    dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
+    centred = dz
+    if d_weight is not None or r_out is not None or activation != "none":
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - channel(mean, c, channels)[None, :]
-        dz = times_slope(dz, centred * slope[None, :] + intercept[None, :], activation)
-        result = dz * slope[None, :] + constant[None, :]
-        if training:
-            mean_term = a * channel(d_bias, c, channels) * per_row
-            slope_term = a * rstd * channel(d_weight, c, channels) * per_row
-            result -= centred * slope_term[None, :] + mean_term[None, :]
-    else:
-        result = dz * slope[None, :] + constant[None, :]
+        z = centred * slope[None, :] + intercept[None, :]
+        if r_out is not None:
+            r, r_centred = shortcut_at(shortcut, r_weight, r_bias, r_mean, r_variance, offsets, mask, c, eps, channels)
+            z += r
+        dz = times_slope(dz, z, activation)
+    result = through_batch_norm(dz, slope, centred, weight, variance, d_weight, d_bias, c, eps, per_row, channels)
+    if scale is not None:
+        a = channel(weight, c, channels) * reciprocal_deviation(variance, c, eps, channels)
+        result += (channel(d_squeezed + image * channels, c, channels) * a * per_position)[None, :]
+    if elsewhere is not None:
+        result += tl.load(elsewhere + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
+    if r_out is not None:
+        r_a = channel(r_weight, c, channels) * reciprocal_deviation(r_variance, c, eps, channels)
+        d_r = through_batch_norm(dz, r_a, r_centred, r_weight, r_variance, r_d_weight, r_d_bias, c, eps, per_row, channels)
+        tl.store(r_out + offsets, d_r.to(r_out.dtype.element_ty), mask=mask)
 
 
 # Launches
 
 
-def channels_last(x: Tensor) -> Tensor:
+@overload
+def channels_last(x: Tensor) -> Tensor: ...
+@overload
+def channels_last(x: None) -> None: ...
+@overload
+def channels_last(x: Tensor | None) -> Tensor | None: ...
+def channels_last(x: Tensor | None) -> Tensor | None:
     """x itself if its memory is rows [N * P, C], else a copy that is."""
-    return x.contiguous(memory_format=torch.channels_last)
+    return x if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def map_grid(n: int, channels: int, positions: int, per_image: bool) -> tuple[tuple[int, int], dict[str, int]]:
+def bytes_of(mask: Tensor | None) -> Tensor | None:
+    """A boolean map as rows of 0 and 1."""
+    return mask if mask is None else channels_last(mask).view(torch.uint8)
+
+
+def map_grid(
+    n: int, channels: int, positions: int, per_image: bool, *, two_results: bool = False
+) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid of a pass over a map, and what `row_range` reads it by; with a scale, each image has its own tiles."""
-    tile = row_tile(channels, positions if per_image else n * positions, largest=4096)
+    rows = positions if per_image else n * positions
+    tile = sums_tile(channels, rows) if two_results else row_tile(channels, rows, largest=4096)
     chunks = cdiv(positions, tile.rows) if per_image else 1
     blocks = n * chunks if per_image else cdiv(n * positions, tile.rows)
     return (blocks, cdiv(channels, tile.channels)), {"chunks": chunks, **tile.sizes()}
 
 
 def statistics(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fusable.statistics`."""
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool, addend: Tensor | None = None,
+    sum_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`fusable.statistics`; with an addend those of x + addend, which fills sum_out, channels_last."""
     n, channels, height, width = x.shape
     rows = n * height * width
     group = height * width if per_image else group_rows(channels, rows)
@@ -409,6 +500,8 @@ def statistics(
     with torch.cuda.device_of(x):
         statistics_kernel[groups, cdiv(channels, tile.channels)](
             channels_last(x),
+            channels_last(addend),
+            sum_out,
             group_mean,
             group_m2,
             rows,
@@ -423,11 +516,11 @@ def statistics(
     return group_mean if per_image else unfilled(x, 0), mean, variance
 
 
-def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`fusable.apply`."""
+def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`fusable.apply`, and dropout."""
     conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
     (n, channels), positions = conv_out.shape[:2], conv_out.shape[2] * conv_out.shape[3]
-    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    x, r = channels_last(conv_out), channels_last(shortcut)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         if tensors.w_reduce is not None:
@@ -439,7 +532,8 @@ def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, 
             )  # fmt: skip
         grid, sizes = map_grid(n, channels, positions, scale is not None)
         tail_kernel[grid](
-            x, r, weight, bias, mean, variance, scale, out, n * positions, positions, settings.eps,
+            x, r, bytes_of(neighbours.kept), weight, bias, mean, variance, scale, *neighbours[2:NEAR], out,
+            n * positions, positions, settings.eps, 1 / neighbours.keep,
             channels=channels, activation=settings.activation, **sizes,
         )  # fmt: skip
     return out, scale, hidden
@@ -449,41 +543,61 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
-    """`fusable.gradients`; None for a shortcut whose gradient is `gradient`."""
+def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> Gradients:
+    """`fusable.gradients`, with what the neighbours add; None for a shortcut whose gradient is `gradient`.
+
+    Those of the shortcut's own BN's weight and bias come last, where it has one.
+    """
     conv_out, shortcut, weight, bias, *_, mean, variance, scale, _ = tensors
-    x, r = channels_last(conv_out), shortcut if shortcut is None else channels_last(shortcut)
+    kept, keep, *r_norm, second, elsewhere = neighbours
+    r_weight, r_bias, _, r_variance = r_norm
+    x, r = channels_last(conv_out), channels_last(shortcut)
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     group = positions if scale is not None else group_rows(channels, n * positions)
     groups = cdiv(n * positions, group)
     s1, s2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
-    dz = None if r is None or settings.activation == "none" else torch.empty_like(x)
-    source, activation = channels_last(gradient), settings.activation
+    d_shortcut = torch.empty_like(x) if has_own_gradient(tensors, settings, neighbours) else None
+    dz, d_r, r_s2 = (d_shortcut, None, None) if r_weight is None else (None, d_shortcut, torch.empty_like(s2))
+    source, activation = (channels_last(gradient), channels_last(second), bytes_of(kept)), settings.activation
     dm: Tensor | None = None
     d_linear: Gradients = (None,) * 4
-    d_weight, d_bias, d_conv = unfilled(x, channels), unfilled(x, channels), torch.empty_like(x)
+    d_conv = torch.empty_like(x)
+    d_norm, d_r_norm = ([unfilled(x, channels), unfilled(x, channels)] for _ in range(2))
     with torch.cuda.device_of(x):
         tile = sums_tile(channels, group)
         sums_kernel[groups, cdiv(channels, tile.channels)](
-            source, x, r, weight, bias, mean, variance, scale, dz, s1, s2, n * positions, settings.eps,
-            channels=channels, group=group, activation=activation, **tile.sizes(),
+            *source, x, r, weight, bias, mean, variance, scale, *r_norm, dz, s1, s2, r_s2, n * positions, settings.eps,
+            1 / keep, channels=channels, group=group, activation=activation, **tile.sizes(),
         )  # fmt: skip
         if scale is None:
-            tile = channel_block(groups)
-            channel_gradient_kernel[(cdiv(channels, tile.channels),)](
-                s1, s2, variance, d_weight, d_bias, groups, settings.eps, channels=channels, **tile.sizes("groups")
-            )
+            _channel_gradients(s1, s2, variance, d_norm, settings)
         else:
-            dm, d_linear = _excite_gradients(s1, s2, tensors, settings, d_weight, d_bias)
+            dm, d_linear = _excite_gradients(s1, s2, tensors, settings, *d_norm)
+        if r_s2 is not None:
+            _channel_gradients(s1, r_s2, r_variance, d_r_norm, settings)
         if dz is not None:
-            source, activation = dz, "none"
-        grid, sizes = map_grid(n, channels, positions, scale is not None)
+            source, activation = (dz, None, None), "none"
+        grid, sizes = map_grid(n, channels, positions, scale is not None, two_results=d_r is not None)
+        moved = [*d_norm, *d_r_norm] if settings.training else [None] * 4
         map_gradient_kernel[grid](
-            source, x, weight, bias, mean, variance, scale, dm, d_weight, d_bias, d_conv, n * positions, positions,
-            settings.eps, 1 / positions, 1 / (n * positions),
-            channels=channels, activation=activation, training=settings.training, **sizes,
+            *source, x, None if d_r is None else r, weight, bias, mean, variance, scale, *r_norm, dm, *moved,
+            channels_last(elsewhere), d_conv, d_r,
+            n * positions, positions, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
+            channels=channels, activation=activation, **sizes,
         )  # fmt: skip
-    return d_conv, dz, d_weight.to(weight.dtype), d_bias.to(bias.dtype), *d_linear
+    found = [
+        g.to(p.dtype) for g, p in zip((*d_norm, *d_r_norm), (weight, bias, r_weight, r_bias), strict=True) if p is not None
+    ]
+    return d_conv, d_shortcut, *found[:2], *d_linear, *found[2:]
+
+
+def _channel_gradients(s1: Tensor, s2: Tensor, variance: Tensor | None, d_norm: list[Tensor], settings: Settings) -> None:
+    """Fill dgamma and dbeta with the sums over groups."""
+    groups, channels = s1.shape
+    tile = channel_block(groups)
+    channel_gradient_kernel[(cdiv(channels, tile.channels),)](
+        s1, s2, variance, *d_norm, groups, settings.eps, channels=channels, **tile.sizes("groups")
+    )
 
 
 def _excite_gradients(

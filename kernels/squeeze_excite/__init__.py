@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kernels.activations import Activation
-from kernels.backends import Backend, describe, resolve, runs_triton
+from kernels.backends import Backend, describe, resolve, runs_numba, runs_triton
 from kernels.operators import register_fake
 from kernels.squeeze_excite import reference
-from kernels.squeeze_excite.reference import Results, unfilled_gradients, unfilled_results
+from kernels.squeeze_excite.reference import Results, layout_of, unfilled_gradients, unfilled_results
 
 
 def squeeze_excite(
@@ -38,9 +38,10 @@ def squeeze_excite(
     channels_last. Raises ValueError naming what does not fit, and where the backend cannot serve x.
     """
     _check(x, activation, {"w_reduce": w_reduce, "w_expand": w_expand, "b_reduce": b_reduce, "b_expand": b_expand})
-    if resolve("squeeze_excite", backend, x) == "torch":
+    form = resolve("squeeze_excite", backend, x)
+    if form == "torch":
         return reference.squeeze_excite(x, w_reduce, w_expand, activation, b_reduce, b_expand)
-    return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation)[0]
+    return _squeeze_excite(x, w_reduce, w_expand, b_reduce, b_expand, activation, form)[0]
 
 
 def _check(x: Tensor, activation: str, parameters: dict[str, Tensor | None]) -> None:
@@ -65,42 +66,48 @@ def _check(x: Tensor, activation: str, parameters: dict[str, Tensor | None]) -> 
             )
 
 
-def _form(x: Tensor) -> Any:
-    """The module that serves x: both have the functions forward and backward."""
-    if not runs_triton(x):
-        return reference
-    from kernels.squeeze_excite import triton
+def _form(x: Tensor, form: str) -> Any:
+    """The module that serves x: all have the functions forward and backward. Triton's interpreter only if it is asked for."""
+    if form == "triton" and runs_triton(x):
+        from kernels.squeeze_excite import triton
 
-    return triton
+        return triton
+    if runs_numba(x) and layout_of(x) == torch.channels_last:
+        from kernels.squeeze_excite import numba
+
+        return numba
+    return reference
 
 
 @torch.library.custom_op("fastcifar::squeeze_excite", mutates_args=())
 def _squeeze_excite(
-    x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _form(x).forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _form(x, form).forward(x, w_reduce, w_expand, b_reduce, b_expand, activation)
 
 
 @torch.library.custom_op("fastcifar::squeeze_excite_backward", mutates_args=())
 def _squeeze_excite_backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _form(x).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation)
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    form: str, second: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _form(x, form).backward(gradient, x, hidden, scale, w_reduce, w_expand, activation, second)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    x, w_reduce, w_expand, _, _, ctx.activation = inputs
+    x, w_reduce, w_expand, _, _, *ctx.settings = inputs
     ctx.save_for_backward(x, w_reduce, w_expand, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Of x, w_reduce, w_expand, b_reduce, b_expand and the activation's name."""
+    """Of x, w_reduce, w_expand, b_reduce, b_expand, and the activation's and the form's names."""
     if gradient is None:
-        return (None,) * 6
+        return (None,) * 7
     x, w_reduce, w_expand, squeezed, hidden, scale = ctx.saved_tensors
-    d_x, d_logits, d_hidden, active = _squeeze_excite_backward(gradient, x, hidden, scale, w_reduce, w_expand, ctx.activation)
-    _, wants_reduce, wants_expand, wants_b_reduce, wants_b_expand, _ = ctx.needs_input_grad
+    d_x, d_logits, d_hidden, active = _squeeze_excite_backward(gradient, x, hidden, scale, w_reduce, w_expand, *ctx.settings)
+    _, wants_reduce, wants_expand, wants_b_reduce, wants_b_expand, *_ = ctx.needs_input_grad
     with torch.autocast(x.device.type, enabled=False):
         return (
             d_x,
@@ -108,6 +115,7 @@ def _gradient(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | Non
             (d_logits.T @ active).to(w_expand.dtype) if wants_expand else None,
             d_hidden.sum(0).to(w_reduce.dtype) if wants_b_reduce else None,
             d_logits.sum(0).to(w_expand.dtype) if wants_b_expand else None,
+            None,
             None,
         )
 

@@ -43,29 +43,46 @@ def unfilled_gradients(x: Tensor, hidden: Tensor, scale: Tensor) -> Results:
     return d_x, torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(hidden)
 
 
+def excite(
+    squeezed: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, R] and scale [N, C], of squeezed [N, C] in the dtype of which all is computed."""
+    biases = (None if b is None else wide(b) for b in (b_reduce, b_expand))
+    with torch.autocast(squeezed.device.type, enabled=False):
+        hidden = F.linear(squeezed, wide(w_reduce), next(biases))
+        return hidden, torch.sigmoid(F.linear(activate(hidden, activation), wide(w_expand), next(biases)))
+
+
+def excite_gradients(
+    d_scale: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
+) -> Results:
+    """The gradients of the sigmoid's argument [N, C], of hidden [N, R] and of squeezed [N, C], and act(hidden)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        d_logits = d_scale * scale * (1 - scale)
+        d_hidden = d_logits @ wide(w_expand) * slope(hidden, activation)
+        return d_logits, d_hidden, d_hidden @ wide(w_reduce), activate(hidden, activation)
+
+
 def forward(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, b_reduce: Tensor | None, b_expand: Tensor | None, activation: str
 ) -> Results:
     """y, squeezed [N, C], hidden [N, R] and scale [N, C], the last three in float32 (float64 for float64)."""
-    biases = (None if b is None else wide(b) for b in (b_reduce, b_expand))
-    with torch.autocast(x.device.type, enabled=False):
-        squeezed = wide(x).mean(dim=(2, 3))
-        hidden = F.linear(squeezed, wide(w_reduce), next(biases))
-        scale = torch.sigmoid(F.linear(activate(hidden, activation), wide(w_expand), next(biases)))
+    squeezed = wide(x).mean(dim=(2, 3))
+    hidden, scale = excite(squeezed, w_reduce, w_expand, b_reduce, b_expand, activation)
     y = (wide(x) * scale[:, :, None, None]).to(x.dtype)
     return y.contiguous(memory_format=layout_of(x)), squeezed, hidden, scale
 
 
 def backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> Results:
-    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R]."""
-    g = wide(gradient)
-    with torch.autocast(x.device.type, enabled=False):
-        d_logits = (g * x).sum(dim=(2, 3)) * scale * (1 - scale)
-        d_hidden = d_logits @ wide(w_expand) * slope(hidden, activation)
-        d_mean = d_hidden @ wide(w_reduce)
-    positions = x.shape[2] * x.shape[3]
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> Results:  # fmt: skip
+    """The gradients of x, of the sigmoid's argument [N, C] and of the hidden units [N, R], and act(hidden) [N, R].
+
+    second: the gradient of y's second use, to be added to the first.
+    """
+    g, positions = wide(gradient) if second is None else wide(gradient) + wide(second), x.shape[2] * x.shape[3]
+    d_scale = (g * x).sum(dim=(2, 3))
+    d_logits, d_hidden, d_mean, active = excite_gradients(d_scale, hidden, scale, w_reduce, w_expand, activation)
     d_x = g * scale[:, :, None, None] + d_mean[:, :, None, None] / positions
-    d_x = d_x.to(x.dtype).contiguous(memory_format=layout_of(x))
-    return d_x, d_logits, d_hidden, activate(hidden, activation)
+    return d_x.to(x.dtype).contiguous(memory_format=layout_of(x)), d_logits, d_hidden, active

@@ -102,14 +102,25 @@ def forward_kernel(
 
 
 @triton.jit
+def total_gradient(gradient, second, offsets, mask, policy: tl.constexpr):
+    """Of one or two uses of y, in float32."""
+    total = tl.load(gradient + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + offsets, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    return total
+
+
+@triton.jit
 def backward_kernel(
-    gradient, x, hidden, scale, w_reduce, w_expand, x_gradient, logit_gradient, hidden_gradient, unit_activated,
+    gradient, second, x, hidden, scale, w_reduce, w_expand, x_gradient, logit_gradient, hidden_gradient, unit_activated,
     reduced: tl.constexpr, activation: tl.constexpr,
     channels: tl.constexpr, positions: tl.constexpr, lanes: tl.constexpr, contiguous: tl.constexpr,
     block_rows: tl.constexpr, block_lanes: tl.constexpr, block_channels: tl.constexpr, block_reduced: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     gradient += n * positions * channels
+    if second is not None:
+        second += n * positions * channels
     x += n * positions * channels
     x_gradient += n * positions * channels
     c = tl.arange(0, block_channels)
@@ -118,7 +129,7 @@ def backward_kernel(
     total = tl.zeros([block_rows, block_lanes], tl.float32)
     for start in range(0, rows, block_rows):
         offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        g = tl.load(gradient + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        g = total_gradient(gradient, second, offsets, mask, "evict_last")
         total += g * tl.load(x + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     s = tl.load(scale + n * channels + c, mask=c < channels, other=0.0)
     d_logit = per_channel(total, channels, lanes, block_lanes, block_channels) * s * (1.0 - s)
@@ -140,7 +151,7 @@ def backward_kernel(
     shift = per_lane(d_mean / positions, channels, lanes, block_lanes)
     for start in range(0, rows, block_rows):
         offsets, mask = tile(start, channels, positions, lanes, contiguous, block_rows, block_lanes)
-        g = tl.load(gradient + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g = total_gradient(gradient, second, offsets, mask, "evict_first")
         tl.store(x_gradient + offsets, (g * s + shift).to(x_gradient.dtype.element_ty), mask=mask)
 
 
@@ -172,11 +183,12 @@ def forward(
 
 
 def backward(
-    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str
-) -> Results:
+    gradient: Tensor, x: Tensor, hidden: Tensor, scale: Tensor, w_reduce: Tensor, w_expand: Tensor, activation: str,
+    second: Tensor | None = None,
+) -> Results:  # fmt: skip
     """`reference.backward`."""
     results = unfilled_gradients(x, hidden, scale)
-    maps = (t.contiguous(memory_format=layout_of(x)) for t in (gradient, x))
+    maps = (t if t is None else t.contiguous(memory_format=layout_of(x)) for t in (gradient, second, x))
     rest = (t.contiguous() for t in (hidden, scale, w_reduce, w_expand))
     with torch.cuda.device_of(x):
         backward_kernel[(len(x),)](*maps, *rest, *results, activation=activation, **blocks(x, hidden.shape[1]))

@@ -86,7 +86,7 @@ def soak(folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
 
             done["training"] += _kill_and_go_on(train.main, again, seconds_to_train, rng)
             got = outcome(out)
-            differences += [f"{out.name}: {part}" for part in wanted if not _same(wanted[part], got[part])]
+            differences += [f"{out.name}: {part}" for part in wanted if not same(wanted[part], got[part])]
         shutil.rmtree(out)
     return {"kills": kills, "killed": dict(done), "differences": differences}
 
@@ -138,14 +138,14 @@ def _finish(command: Callable[[], None], arguments: list[str]) -> float:
     return time.monotonic() - began
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equal to the bit, tensors anywhere inside."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
 
 
