@@ -10,6 +10,7 @@ from bench.results import Timing
 from tests.conftest import REPOSITORY, assert_user_error, run_cli
 
 
+@pytest.mark.slow
 def test_an_unknown_commit_is_named_in_a_line(betons):
     assert_user_error(run_cli("bench/against.py", "--commit", "no-such-commit", "--data", betons), "no-such-commit")
 

@@ -151,6 +151,7 @@ def test_a_training_that_fails_or_is_killed_leaves_one_line(shell, line, betons,
     assert read_run(tmp_path, "a").error == error
 
 
+@pytest.mark.slow
 def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained, loops, capsys):
     trained.errors["resnet42-seed0"] = "ended by SIGKILL (out of memory?)"
     console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115

@@ -250,6 +250,7 @@ def test_predict_refuses_what_is_no_set_of_images(tmp_path):
 CURVES = {"loss.png", "accuracy.png", "best_accuracy.png", "learning_rate.png"}
 
 
+@pytest.mark.slow
 def test_plots_of_one_run_and_of_several(finished, tmp_path, call):
     call(plots.main, finished.path, "--out", tmp_path / "one")
     paths = list((tmp_path / "one").iterdir())

@@ -133,6 +133,7 @@ def test_what_is_not_as_expected_stays(function):
 @pytest.mark.parametrize(
     "case", sample([SMALL, replace(SMALL, activation="none", units=0), replace(SMALL, shortcut=False)], every=3), ids=str
 )
+@pytest.mark.slow
 def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
     inputs = case.inputs(torch.float32)
     x, shortcut, gradient, weight, bias, mean, var, *linear = inputs.values()

@@ -277,6 +277,7 @@ def test_a_run_that_measured_ends_with_the_weights_of_its_plan_by_name(betons, t
         assert_same_weights(auto, other)
 
 
+@pytest.mark.slow
 def test_a_resume_takes_the_recorded_plan(betons, tmp_path, monkeypatch):
     flags = ("--plan", "torch")
     monkeypatch.setitem(plans.PLANS, "cpu", TWO)
@@ -357,6 +358,7 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test():
     assert tune.interval(list(range(1, 21))) == (6, 15)  # as in every table of it
 
 
+@pytest.mark.slow
 def test_tune_writes_a_file_that_a_run_takes(betons, tmp_path, quick, call):
     options = ("--archs", "se_resnet18", "--batch-size", "8", "--data", betons, "--out", tmp_path / "plans.json")
     assert "torch is taken" in call(tune.main, *options)

@@ -304,6 +304,7 @@ def test_what_does_not_fit_is_named(message):
         residual_tail(**(arguments | scalars | BAD[message](inputs)))
 
 
+@pytest.mark.slow
 def test_triton_wants_a_cuda_tensor_outside_the_interpreter():
     """And importing or running on the CPU does not import Triton."""
     code = (
