@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,9 @@ for name in ("CIFAR_DIR", "FASTCIFAR_TRACEBACK"):
 # Without a GPU, Triton's kernels run under its interpreter, which must be chosen before the first import of Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A suite started in the background has Ctrl-C ignored, and training lets such a choice stand.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time; no deadline, since other work may share the machine.
 hypothesis.settings.register_profile("fastcifar", deadline=None, derandomize=True, database=None)
