@@ -6,6 +6,7 @@ extra `cluster`; nothing else of fastcifar imports it.
 
 import logging
 import os
+import socket
 import tempfile
 import time
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from fastcifar.versions import installed
 
 SYNC_SECONDS = 5.0  # at least between two times that a run folder travels
 POLL_SECONDS = 0.2  # between two looks into the mailbox
+LISTENING_SECONDS = 10.0  # to wait for a cluster's port to answer
 ATTEMPTS = 5  # workers that a training may lose
 HEAD = {"node:__internal_head__": 0.001}  # Ray's name for the head node as a resource
 # In the order in which they are written: a state is never there before the metrics that belong to it.
@@ -70,13 +72,15 @@ class OnRay:
 
     def __init__(self, on: str, data: Path, *, cores: int = 0, per_gpu: int = 1) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of ours tells anyone anything
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong we say ourselves, in a line
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        _require_listener(on)
         here: dict[str, Any] = {"address": on} if on else {"include_dashboard": False}
         try:
             ray.init(**here, log_to_driver=False, logging_level=logging.ERROR, namespace="fastcifar")
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
             raise InputError(
-                f"no Ray cluster at {on or 'this machine'} ({shortened(_first_line(error), 120)}): check --on"
+                f"no Ray cluster at {on or 'this machine'} ({shortened(_first_line(error), 120)}): check --on and RAY_AUTH_TOKEN"
             ) from None
         self.threads = cores or os.cpu_count() or 1
         self._gpus = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0.0
@@ -156,6 +160,19 @@ class OnRay:
                     f"{name} {found.get(name)}, here {here.get(name)}" for name in here if found.get(name) != here[name]
                 )
                 raise InputError(f"node {node['NodeManagerHostname']} has {told}: install the same there, nothing was started")
+
+
+def _require_listener(on: str) -> None:
+    """Raise InputError where nothing listens at `on`, HOST:PORT or ray://HOST:PORT: Ray itself asks for two minutes."""
+    host, _, port = on.rpartition("://")[2].rpartition(":")
+    if on in ("", "auto"):
+        return
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"--on takes auto, none, HOST:PORT or ray://HOST:PORT, got {shortened(on)}")
+    try:
+        socket.create_connection((host, int(port)), timeout=LISTENING_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"no Ray cluster at {on} ({error.strerror or error}): check --on, nothing was started") from None
 
 
 def _train(
