@@ -7,7 +7,8 @@ from torch import Tensor, nn
 class RoundedWeights:
     """Weights and biases of a model's convolutions in autocast's dtype, and the way of their gradients back to the parameters.
 
-    The same roundings of the same numbers as autocast's. dtype: None leaves everything to the model.
+    The same roundings of the same numbers as autocast's; a parameter that is not trained has no gradient. dtype: None leaves
+    everything to the model.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -15,23 +16,26 @@ class RoundedWeights:
         parts = [(f"{name}.{part}", weight) for name, module in convolutions for part, weight in module.named_parameters()]
         self._weights: list[Tensor] = [weight for _, weight in parts] if dtype is not None else []
         self.by_name: dict[str, Tensor] = {
-            name: torch.empty_like(weight, dtype=dtype, requires_grad=True) for name, weight in parts if dtype is not None
+            name: torch.empty_like(weight, dtype=dtype) for name, weight in parts if dtype is not None
         }
 
     @torch.no_grad()
     def round(self) -> None:
         """Take the parameters' values, and forget the gradients."""
         rounded = list(self.by_name.values())
-        for each in rounded:
+        for each, weight in zip(rounded, self._weights, strict=True):
             each.grad = None
+            each.requires_grad_(weight.requires_grad)
         if rounded:
             torch._foreach_copy_(rounded, self._weights)
 
     @torch.no_grad()
     def widen(self) -> None:
-        """Give the parameters the gradients of their rounded values."""
-        wide = [torch.empty_like(weight) for weight in self._weights]
+        """Give the parameters the gradients of their rounded values, where there are any."""
+        pairs = [(weight, each.grad) for weight, each in zip(self._weights, self.by_name.values(), strict=True)]
+        trained = [(weight, gradient) for weight, gradient in pairs if gradient is not None]
+        wide = [torch.empty_like(weight) for weight, _ in trained]
         if wide:
-            torch._foreach_copy_(wide, [each.grad for each in self.by_name.values() if each.grad is not None])
-        for weight, gradient in zip(self._weights, wide, strict=True):
+            torch._foreach_copy_(wide, [gradient for _, gradient in trained])
+        for (weight, _), gradient in zip(trained, wide, strict=True):
             weight.grad = gradient
