@@ -18,7 +18,7 @@ from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
 from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
-from fastcifar.optimization import Factors, OptimizerKind, Schedule
+from fastcifar.optimization import Factors, LossReduction, OptimizerKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Recipe:
     momentum: float = 0.9  # SGD's momentum, Adam's first beta, 0 to below 1
     weight_decay: float = 5e-4  # added to the gradient times the weight; adamw: subtracted, times the learning rate
     decay_norm_and_bias: bool = True  # also decay batch norm and biases, as the reports do
+    # what is differentiated: the batch's mean loss or its sum, whose gradients are batch_size times as large; the mean is reported
+    loss_reduction: LossReduction = "mean"
     label_smoothing: float = 0.0  # share of the target spread over all classes, 0 to below 1
     block_dropout: float = 0.0  # probability inside residual blocks, 0 to below 1
     head_dropout: float = 0.0  # probability before the classifier, 0 to below 1
@@ -71,6 +73,8 @@ class Recipe:
             "held_out",
         ):
             require(self, 0 <= getattr(self, name) < 1, name, "0 to below 1")
+        reductions = get_args(LossReduction)
+        require(self, self.loss_reduction in reductions, "loss_reduction", f"one of {', '.join(reductions)}")
         require(self, self.optimizer != "nesterov" or self.momentum > 0, "momentum", "above 0 for nesterov")
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         for name in ("clip_gradient_norm", "clip_gradient_value"):

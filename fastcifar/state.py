@@ -149,6 +149,7 @@ def build_step(
     assert run.compile_mode is not None
     settings = StepSettings(
         batch_size=recipe.batch_size,
+        loss_reduction=recipe.loss_reduction,
         label_smoothing=recipe.label_smoothing,
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,

@@ -20,7 +20,15 @@ from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of, share_keys
-from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
+from fastcifar.optimization import (
+    LossReduction,
+    copies,
+    mixed_cross_entropy,
+    momentum_factors,
+    rescaled_moments,
+    set_step,
+    take_back,
+)
 from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
@@ -42,6 +50,7 @@ class StepSettings:
     clip_gradient_value: float = 0.0  # 0 = off
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
+    loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
 
 
 class TrainStep:
@@ -73,6 +82,8 @@ class TrainStep:
         self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
+        sums = settings.loss_reduction == "sum"
+        self._loss_gradient = torch.full((), float(settings.batch_size), device=mean.device) if sums else None
         self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
@@ -183,7 +194,7 @@ class TrainStep:
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
         with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
-        loss.backward()
+        loss.backward(self._loss_gradient)
         self.rounded.widen()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, moments)

@@ -120,6 +120,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(betons, tmp_path
     assert not torch.equal(weights(tmp_path / "a")["classifier.weight"], weights(tmp_path / "c")["classifier.weight"])
 
 
+def test_a_summed_loss_is_the_mean_at_a_rate_as_many_times_higher(betons, tmp_path):
+    """To the bit, since the batch is a power of two."""
+    options = ("--epochs", "1", "--batch-size", "16", "--weight-decay", "0", "--precision", "fp32", "--mix-probability", "0")
+    mean = run(betons, tmp_path / "mean", *options, "--peak-lr", "0.16", "--final-lr", "0")
+    summed = run(betons, tmp_path / "sum", *options, "--peak-lr", "0.01", "--final-lr", "0", "--loss-reduction", "sum")
+    assert_equal_weights(weights(mean.path), weights(summed.path))
+    losses = [[row["train_loss"] for row in folder.read_metrics()] for folder in (mean, summed)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]
