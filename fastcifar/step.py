@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
+from fastcifar.augmentation.resize import Weights, resize, resize_weights
+from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
@@ -29,6 +32,7 @@ from fastcifar.optimization import (
     set_step,
     take_back,
 )
+from fastcifar.phases import PLAIN, Phase
 from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
@@ -79,7 +83,9 @@ class TrainStep:
         self.mean, self.std = mean, std
         self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
-        self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
+        self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
+        self._resizing: Weights | None = None
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
         sums = settings.loss_reduction == "sum"
@@ -103,6 +109,7 @@ class TrainStep:
         epoch: int,
         rates: Sequence[float],
         *,
+        phase: Phase = PLAIN,
         progress: float = 0.0,
         momenta: Sequence[float] | None = None,
         tally: EpochTally | None = None,
@@ -114,6 +121,7 @@ class TrainStep:
         first: what was counted in the steps before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
+        self._enter(phase)
         self._epoch.fill_(epoch)
         self._draw()
         order, draws = self._drawn
@@ -132,7 +140,7 @@ class TrainStep:
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
-        if self._step.replay is None:
+        if all(step.replay is None for step in self._steps.values()):
             self.tables = fresh
         else:
             self.tables.refill(fresh)
@@ -141,6 +149,13 @@ class TrainStep:
         self.number, self._momenta = first, momenta
         self.model.train()
         return self.tables.tally
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in self._steps:
+            self._steps[phase] = self._captured()
+        self._step = self._steps[phase]
+        resizes = phase.size != SIDE
+        self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -226,13 +241,15 @@ class TrainStep:
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
+        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
         images, labels = augment(
             self.augmentation, data, positions, plan.draws, self.mean, self.std,
             backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
         )  # fmt: skip
         if self.augments_by == "numba":
             self._last_images = images  # nothing needs it after this step: its memory serves the next
+        if self._resizing is not None:
+            images = resize(images, *self._resizing)
         if self.augmentation.mixes:
             images = mix(images, blend, box)
         return images, labels, partner(labels)

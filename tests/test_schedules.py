@@ -65,7 +65,9 @@ def test_cosine_equals_pytorchs():
 def test_linear_equals_pytorchs():
     schedule = Schedule("linear", schedule_epochs=10, peak_lr=0.05, final_lr=0.01)
     falls = {"start_factor": 1.0, "end_factor": 0.2, "total_iters": 100}
-    assert rates(schedule, 100) == pytest.approx(torch_rates(0.05, 100, lambda o: torch.optim.lr_scheduler.LinearLR(o, **falls)))
+    assert rates(schedule, 100) == pytest.approx(
+        torch_rates(0.05, 100, lambda o: torch.optim.lr_scheduler.LinearLR(o, **falls))
+    )
     after_warmup = Schedule("linear", schedule_epochs=10, peak_lr=0.05, warmup_epochs=2)
     assert rates(after_warmup, 10) == pytest.approx([0.025, 0.05, *(0.05 * (1 - step / 8) for step in range(8))])
 

@@ -130,6 +130,19 @@ def test_a_summed_loss_is_the_mean_at_a_rate_as_many_times_higher(betons, tmp_pa
     assert losses[0] == losses[1]
 
 
+def test_images_have_the_size_of_their_phase_and_flops_follow_it(betons, tmp_path, monkeypatch):
+    seen, original = [], TrainStep.loss
+    monkeypatch.setattr(TrainStep, "loss", lambda step, x, *rest: seen.append(x.shape[2:]) or original(step, x, *rest))
+    options = ("--epochs", "3", "--schedule-epochs", "6", "--warmup-epochs", "0", "--sizes", "16", "48", "--size-epochs", "2")
+    folder = run(betons, tmp_path / "run", *options)
+    assert seen == [(16, 16)] * 5 + [(48, 48)] * 10
+    rows, summary = folder.read_metrics(), folder.read_summary()
+    flops = [row["flops"] for row in rows]
+    assert flops[1] == flops[2] == pytest.approx(9 * flops[0], rel=0.01)
+    assert flops[0] > 100 * 6 * 4 * 3 * 9 * 16**2  # the stem alone, forward and backward but for the images' gradient
+    assert summary["flops"] == sum(flops)
+
+
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]
