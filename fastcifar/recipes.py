@@ -85,6 +85,7 @@ class Recipe:
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")
         end = self.schedule.schedule_epochs
+        require(self.phases, self.phases.frozen_from <= end, "frozen_from", f"at most schedule_epochs ({end})")
         require(self.phases, all(x < end for x in self.phases.size_epochs), "size_epochs", f"below schedule_epochs ({end})")
 
     def phase(self, epoch: int) -> Phase:

@@ -32,7 +32,7 @@ from fastcifar.optimization import (
     set_step,
     take_back,
 )
-from fastcifar.phases import PLAIN, Phase
+from fastcifar.phases import PLAIN, Phase, freezable
 from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
@@ -55,6 +55,7 @@ class StepSettings:
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
     loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
+    frozen: tuple[str, ...] = ()  # parameters that are not trained in frozen phases
 
 
 class TrainStep:
@@ -86,6 +87,7 @@ class TrainStep:
         self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
         self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
         self._resizing: Weights | None = None
+        self._freezable = freezable(model, settings.frozen)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
         sums = settings.loss_reduction == "sum"
@@ -154,6 +156,8 @@ class TrainStep:
         if phase not in self._steps:
             self._steps[phase] = self._captured()
         self._step = self._steps[phase]
+        for parameter in self._freezable:
+            parameter.requires_grad_(not phase.frozen)
         resizes = phase.size != SIDE
         self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
 

@@ -32,9 +32,13 @@ RECIPES = {
         "--recipe", "resnet18", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--schedule-epochs", "3",
         "--sizes", "20", "32", "24", "--size-epochs", "1", "2",
     ),
+    "sizes and frozen": (
+        "--recipe", "light_resnet18", "--held-out", "0", "--schedule-epochs", "3", "--sizes", "24", "32", "--size-epochs", "1",
+        "--frozen", "stem.0.weight", "*.bias", "--frozen-from", "2", "--precision", "bf16",
+    ),
     "streamed, bf16": ("--recipe", "resnet18", "--stream", "--cutout", "8", "--precision", "bf16"),
 }  # fmt: skip
-PHASES = {"sizes": 3}
+PHASES = {"sizes": 3, "sizes and frozen": 3}
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
 """Phases of a training: which epoch belongs to which, the resizing, and that captured and resumed runs give the same bits."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastcifar.augmentation.mixing import mix
 from fastcifar.augmentation.resize import resize, resize_weights
 from fastcifar.errors import InputError
 from fastcifar.optimization import Schedule
-from fastcifar.phases import Phases
+from fastcifar.phases import PLAIN, Phase, Phases, freezable
 from fastcifar.recipes import Recipe, recipe_from_dict, to_dict
 
 CPU = torch.device("cpu")
@@ -47,8 +50,27 @@ def test_a_box_of_cutmix_covers_the_same_part_of_smaller_images():
 def test_sizes_begin_where_the_stretched_schedule_says(epochs, expected):
     recipe = Recipe(epochs=epochs, schedule=Schedule(schedule_epochs=8), phases=Phases((20, 24, 32), (2, 5.2)))
     assert [recipe.phase(epoch).size for epoch in range(epochs)] == expected
-    assert recipe_from_dict(to_dict(recipe)) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert [Recipe(epochs=2).phase(epoch).size for epoch in range(2)] == [32, 32]
+
+
+def test_frozen_parameters_are_those_that_names_and_patterns_mean():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[1].weight.requires_grad_(False)
+    assert freezable(model, ()) == []
+    (bias,) = freezable(model, ("0.bias",))
+    assert bias is model[0].bias
+    assert len(freezable(model, ("*.bias",))) == len(freezable(model, ("*.bias", "1.*"))) == 2
+    for patterns, message in ((("0.bia",), "did you mean 0.bias"), (("1.weight",), "unknown parameter"), (("*",), "leave a")):
+        with pytest.raises(InputError, match=message):
+            freezable(model, patterns)
+
+
+def test_parameters_freeze_at_their_epoch():
+    phases = Phases((24, 32), (2,), frozen=("stem.*",), frozen_from=3)
+    assert [phases.at(epoch, 0.5) for epoch in range(3)] == [Phase(24, False), Phase(32, False), Phase(32, True)]
+    assert Phases(frozen=("stem.*",)).at(0, 1) == Phase(32, True)
+    assert Phases(frozen_from=0).at(0, 1) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -57,6 +79,7 @@ def test_sizes_begin_where_the_stretched_schedule_says(epochs, expected):
         ({"sizes": (8,)}, "sizes"), ({"sizes": (24, 64), "size_epochs": (1,)}, "sizes"), ({"sizes": (24, 32)}, "size_epochs"),
         ({"size_epochs": (3,)}, "size_epochs"), ({"sizes": (20, 24, 32), "size_epochs": (2, 2)}, "size_epochs"),
         ({"sizes": (24, 32), "size_epochs": (0,)}, "size_epochs"), ({"sizes": (24, 32), "size_epochs": (200,)}, "size_epochs"),
+        ({"frozen": ("a",), "frozen_from": -1}, "frozen_from"), ({"frozen_from": 201}, "frozen_from"),
         ({"sizes": (32,) * 7, "size_epochs": tuple(range(1, 7))}, "sizes"),
     ],
 )  # fmt: skip

@@ -143,6 +143,19 @@ def test_images_have_the_size_of_their_phase_and_flops_follow_it(betons, tmp_pat
     assert summary["flops"] == sum(flops)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_path, precision):
+    frozen = ("--schedule-epochs", "2", "--warmup-epochs", "0", "--frozen", "stem.0.*", "stages.1.*", "--frozen-from", "1")
+    options = ("--epochs", "2", "--precision", precision, "--clip-gradient-norm", "1", *frozen)
+    before = weights(run(betons, tmp_path / "cut", *options, "--stop-after", "1").path)
+    after = weights(train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True)).path)
+    whole = weights(run(betons, tmp_path / "whole", *options).path)
+    assert_equal_weights(whole, after)
+    parameters = [name for name, _ in build_model("narrow").named_parameters() if name.endswith("weight")]
+    same = {name for name in parameters if torch.equal(before[name], after[name])}
+    assert same == {name for name in parameters if name.startswith(("stem.0.", "stages.1."))}
+
+
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]
