@@ -18,6 +18,7 @@ from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
 from fastcifar.models import build_model, count_parameters, place, require_budget
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
+from fastcifar.phases import freezable
 from fastcifar.plan import settled
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
@@ -120,6 +121,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         kernels=run.kernels,
     )
     require_budget(arch, count_parameters(model), run.max_parameters)
+    freezable(model, recipe.phases.frozen)  # before anything is written
     model = place(model, device)
     optimizer = build_optimizer(
         model,
@@ -149,6 +151,8 @@ def build_step(
     assert run.compile_mode is not None
     settings = StepSettings(
         batch_size=recipe.batch_size,
+        loss_reduction=recipe.loss_reduction,
+        frozen=recipe.phases.frozen,
         label_smoothing=recipe.label_smoothing,
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -14,13 +15,24 @@ from torch.func import functional_call
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
+from fastcifar.augmentation.resize import Weights, resize, resize_weights
+from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of, share_keys
-from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
+from fastcifar.optimization import (
+    LossReduction,
+    copies,
+    mixed_cross_entropy,
+    momentum_factors,
+    rescaled_moments,
+    set_step,
+    take_back,
+)
+from fastcifar.phases import PLAIN, Phase, freezable
 from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
@@ -42,6 +54,8 @@ class StepSettings:
     clip_gradient_value: float = 0.0  # 0 = off
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
+    loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
+    frozen: tuple[str, ...] = ()  # parameters that are not trained in frozen phases
 
 
 class TrainStep:
@@ -70,9 +84,14 @@ class TrainStep:
         self.mean, self.std = mean, std
         self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
-        self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
+        self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
+        self._resizing: Weights | None = None
+        self._freezable = freezable(model, settings.frozen)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
+        sums = settings.loss_reduction == "sum"
+        self._loss_gradient = torch.full((), float(settings.batch_size), device=mean.device) if sums else None
         self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
@@ -92,6 +111,7 @@ class TrainStep:
         epoch: int,
         rates: Sequence[float],
         *,
+        phase: Phase = PLAIN,
         progress: float = 0.0,
         momenta: Sequence[float] | None = None,
         tally: EpochTally | None = None,
@@ -103,6 +123,7 @@ class TrainStep:
         first: what was counted in the steps before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
+        self._enter(phase)
         self._epoch.fill_(epoch)
         self._draw()
         order, draws = self._drawn
@@ -121,7 +142,7 @@ class TrainStep:
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
-        if self._step.replay is None:
+        if all(step.replay is None for step in self._steps.values()):
             self.tables = fresh
         else:
             self.tables.refill(fresh)
@@ -130,6 +151,15 @@ class TrainStep:
         self.number, self._momenta = first, momenta
         self.model.train()
         return self.tables.tally
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in self._steps:
+            self._steps[phase] = self._captured()
+        self._step = self._steps[phase]
+        for parameter in self._freezable:
+            parameter.requires_grad_(not phase.frozen)
+        resizes = phase.size != SIDE
+        self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -183,7 +213,7 @@ class TrainStep:
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
         with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
-        loss.backward()
+        loss.backward(self._loss_gradient)
         self.rounded.widen()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, moments)
@@ -215,13 +245,15 @@ class TrainStep:
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
+        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
         images, labels = augment(
             self.augmentation, data, positions, plan.draws, self.mean, self.std,
             backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
         )  # fmt: skip
         if self.augments_by == "numba":
             self._last_images = images  # nothing needs it after this step: its memory serves the next
+        if self._resizing is not None:
+            images = resize(images, *self._resizing)
         if self.augmentation.mixes:
             images = mix(images, blend, box)
         return images, labels, partner(labels)

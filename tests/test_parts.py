@@ -179,6 +179,11 @@ def test_factors_change_the_rates_of_their_parameters_alone():
     rates = {id(parameter): group["lr"] for group in sgd.param_groups for parameter in group["params"]}
     found = [rates[id(parameter)] for parameter in model.parameters()]
     assert found == pytest.approx([0.1, 0.3, 0.3, 0.3, 0.2, 0.6])
+    for kind in ("muon", "sgd"):
+        scaled = replace(factors, scale_decay=True)
+        built = build_optimizer(model, kind, momentum=0.9, weight_decay=0.3, decay_norm_and_bias=True, factors=scaled)
+        set_step(built, 0.1, None)
+        assert [group["lr"] * group["weight_decay"] for group in built.param_groups] == pytest.approx([0.1 * 0.3] * 4)
     with pytest.raises(InputError, match="head_lr_factor"):
         Factors(head_lr_factor=0.0)
 

@@ -120,6 +120,42 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(betons, tmp_path
     assert not torch.equal(weights(tmp_path / "a")["classifier.weight"], weights(tmp_path / "c")["classifier.weight"])
 
 
+def test_a_summed_loss_is_the_mean_at_a_rate_as_many_times_higher(betons, tmp_path):
+    """To the bit, since the batch is a power of two."""
+    options = ("--epochs", "1", "--batch-size", "16", "--weight-decay", "0", "--precision", "fp32", "--mix-probability", "0")
+    mean = run(betons, tmp_path / "mean", *options, "--peak-lr", "0.16", "--final-lr", "0")
+    summed = run(betons, tmp_path / "sum", *options, "--peak-lr", "0.01", "--final-lr", "0", "--loss-reduction", "sum")
+    assert_equal_weights(weights(mean.path), weights(summed.path))
+    losses = [[row["train_loss"] for row in folder.read_metrics()] for folder in (mean, summed)]
+    assert losses[0] == losses[1]
+
+
+def test_images_have_the_size_of_their_phase_and_flops_follow_it(betons, tmp_path, monkeypatch):
+    seen, original = [], TrainStep.loss
+    monkeypatch.setattr(TrainStep, "loss", lambda step, x, *rest: seen.append(x.shape[2:]) or original(step, x, *rest))
+    options = ("--epochs", "3", "--schedule-epochs", "6", "--warmup-epochs", "0", "--sizes", "16", "48", "--size-epochs", "2")
+    folder = run(betons, tmp_path / "run", *options)
+    assert seen == [(16, 16)] * 5 + [(48, 48)] * 10
+    rows, summary = folder.read_metrics(), folder.read_summary()
+    flops = [row["flops"] for row in rows]
+    assert flops[1] == flops[2] == pytest.approx(9 * flops[0], rel=0.01)
+    assert flops[0] > 100 * 6 * 4 * 3 * 9 * 16**2  # the stem alone, forward and backward but for the images' gradient
+    assert summary["flops"] == sum(flops)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_path, precision):
+    frozen = ("--schedule-epochs", "2", "--warmup-epochs", "0", "--frozen", "stem.0.*", "stages.1.*", "--frozen-from", "1")
+    options = ("--epochs", "2", "--precision", precision, "--clip-gradient-norm", "1", *frozen)
+    before = weights(run(betons, tmp_path / "cut", *options, "--stop-after", "1").path)
+    after = weights(train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True)).path)
+    whole = weights(run(betons, tmp_path / "whole", *options).path)
+    assert_equal_weights(whole, after)
+    parameters = [name for name, _ in build_model("narrow").named_parameters() if name.endswith("weight")]
+    same = {name for name in parameters if torch.equal(before[name], after[name])}
+    assert same == {name for name in parameters if name.startswith(("stem.0.", "stages.1."))}
+
+
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]

@@ -32,8 +32,24 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool 
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """What distinguishes one network's batch norm from another's."""
+
+    momentum: float = 0.1  # weight of the newest batch in the running statistics, above 0, at most 1
+    eps: float = 1e-5  # added to the variance, above 0
+    scales: bool = True  # train its weights; off: they stay 1
+
+
+PYTORCHS = Norm()
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """PyTorch's, but for its count of batches, which the training step moves for all layers at once."""
+
+    def __init__(self, channels: int, norm: Norm = PYTORCHS) -> None:
+        super().__init__(channels, eps=norm.eps, momentum=norm.momentum)
+        self.weight.requires_grad_(norm.scales)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.momentum is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcifar.models import build_model
+from fastcifar.models import build_model, count_parameters
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LayerRow:
     name: str
     kind: str
     output: tuple[int, ...]  # shape for one image, without the batch
-    parameters: int
+    parameters: int  # trainable
     flops: int  # per image, forward, 2 per multiply-add, of convolutions and linear layers
 
 
@@ -36,8 +36,7 @@ def trace_layers(model: nn.Module) -> list[LayerRow]:
     rows = []
     for name, output in outputs.items():
         layer, flops = leaves[name], sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
-        parameters = sum(p.numel() for p in layer.parameters())
-        rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), parameters, flops))
+        rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), count_parameters(layer), flops))
     return rows
 
 
@@ -47,8 +46,12 @@ def flops_per_image(model: nn.Module) -> int:
 
 
 @cache
-def training_flops(arch: str) -> int:
-    """Forward and backward FLOPs of convolutions and linear layers for one image, 2 per multiply-add; nothing is computed."""
+def training_flops(arch: str, size: int = 32) -> int:
+    """Forward and backward FLOPs of convolutions and linear layers for one image, 2 per multiply-add; nothing is computed.
+
+    size: the image's side in pixels.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_model(arch, kernels="torch")(torch.zeros(2, 3, 32, 32)).sum().backward()  # two: batch norm needs more than one
+        images = torch.zeros(2, 3, size, size)  # two: batch norm needs more than one value
+        build_model(arch, kernels="torch")(images).sum().backward()
     return counter.get_total_flops() // 2
