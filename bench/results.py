@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -58,6 +59,7 @@ class Run:
     compile_seconds: float | None = None  # first step less a later one
     peak_memory_bytes: int | None = None
     energy_joules: float | None = None  # of all training epochs
+    epoch_flops: list[float | None] = field(default_factory=list)  # of training, 3 x forward; older runs recorded none
     error: str = ""
 
     @property
@@ -105,6 +107,7 @@ class Timing:
     in_turns: bool = True  # False: an outside script, whose rates are no rounds of the others
     top1: float | None = None  # 0..1, as an outside script states it
     seconds_to_accuracy: float | None = None  # as an outside script states it
+    runs: list[Run] = field(default_factory=list)  # as an outside script states them
 
     @property
     def failed(self) -> bool:
@@ -231,7 +234,7 @@ def read_run(runs: Path, name: str) -> Run | None:
 def write_results(out: Path, results: Results) -> None:
     """Write results.json, runs.csv and timings.csv into the folder `out`."""
     files.write_json(out / "results.json", asdict(results))
-    lists = {"train_seconds", "eval_seconds", "epoch_top1"}
+    lists = {"train_seconds", "eval_seconds", "epoch_top1", "epoch_flops"}
     columns = [entry.name for entry in fields(Run) if entry.name not in lists]
     rows = [[*(getattr(run, name) for name in columns), len(run.train_seconds), sum(run.train_seconds)] for run in results.runs]
     _write_csv(out / "runs.csv", [*columns, "epochs", "train_seconds"], rows)
@@ -270,23 +273,13 @@ def read_results(path: Path) -> tuple[Path, Results]:
 
 def check(results: Results, where: str = "results") -> None:
     """Refuse figures that no measurement gives, such as a rate of zero. Raises InputError naming the first."""
-
-    def within(what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max) -> None:
-        for value in values:
-            if value is not None and not low <= value <= high:  # NaN is not
-                raise InputError(f"{where}: {shortened(what)} is {value}: {AGAIN}")
-
+    within = partial(_require_within, where)
     facts, load = results.environment, results.environment.get("load", {})
     from_json(Facts, {name: facts[name] for name in ("hardware", "cores") if name in facts}, f"{where}: environment")
     within("the load", [_value(float, value, f"{where}: load") for value in _typed(dict, load, f"{where}: load").values()])
     within("target_top1", [_value(float | None, results.settings.get("target_top1"), f"{where}: target_top1")], high=1)
     for run in results.runs:
-        within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
-        within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
-        within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
-        within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules])
-        counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
-        within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
+        check_run(run, where)
     for variant in results.variants:
         within(f"{variant.arch}: the roofline", [variant.roofline_images_per_second], ABOVE_0)
     for what, comparison in results.comparisons().items():
@@ -295,6 +288,27 @@ def check(results: Results, where: str = "results") -> None:
             raise InputError(f"{where}: {what} that took turns have unequal numbers of rounds ({rounds}): {AGAIN}")
         for timing in comparison.timings:
             within(f"{timing.name}: a rate", timing.images_per_second, ABOVE_0)
+            for run in timing.runs:
+                check_run(run, where)
+
+
+def check_run(run: Run, where: str) -> None:
+    """Refuse a run's figures that no measurement gives. Raises InputError naming the first."""
+    within = partial(_require_within, where)
+    within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
+    within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
+    within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
+    within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules, *run.epoch_flops])
+    counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
+    within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
+
+
+def _require_within(
+    where: str, what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max
+) -> None:
+    for value in values:
+        if value is not None and not low <= value <= high:  # NaN is not
+            raise InputError(f"{where}: {shortened(what)} is {value}: {AGAIN}")
 
 
 Row = TypeVar("Row")

@@ -98,7 +98,7 @@ class Options(Common):
     baseline_arch: str = "se_resnet18"  # the architecture of those two
     rounds: int = 12  # timed turns of whatever is timed in turns
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
-    # NAME=PATH of an outside script to time beside ours: see bench/outside.py
+    # 'NAME=PATH ARGUMENTS' of an outside script to run beside ours: bench/outside.py; of airbench's: bench/airbench.py
     baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
 
     def __post_init__(self) -> None:
@@ -453,9 +453,9 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
         failed += compare(bench, "optimizations", timed | {"left_out": left_out}, lambda: baselines.ladder(task, left_out))
     if options.baselines:
         failed += compare(bench, "baselines", timed, lambda: baselines.baselines(task))
-        for name, path in scripts.items():
+        for name, script in scripts.items():
             failed += run_outside(bench, name, partial(
-                outside.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+                outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
             ))  # fmt: skip
     return failed
 
