@@ -49,6 +49,10 @@ class ResidentSet:
         """The samples at `positions`, which keep their numbers and so their randomness."""
         return ResidentSet(self.images[positions], self.labels[positions], self.index[positions])
 
+    def fetch(self, positions: Tensor) -> "ResidentSet":
+        """The same, under the name that reads them from a streamed set."""
+        return self.subset(positions)
+
 
 class OpenFile:
     """A file held open: renamed over or deleted it stays readable, overwritten or truncated it is refused, not believed."""
@@ -178,7 +182,7 @@ def load_splits(
         if not len(full) or not len(held_out):
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
         select_name = "held-out"
-        select = held_out.fetch(torch.arange(len(held_out))) if isinstance(held_out, StreamedSet) else held_out
+        select = held_out.fetch(torch.arange(len(held_out)))
     if len(full) < 2:
         raise InputError(f"{folder}/train.beton: one image is too few to train on (batch norm needs two): give it more")
     statistics = normalisation(manifest, std, everywhere=std_everywhere)
@@ -230,8 +234,7 @@ def count_shared(train: AnySet, test: ResidentSet) -> int:
     tested = [image.tobytes() for image in test.subset(alike[1]).images.cpu().numpy()]
     wanted, trained = set(tested), set()
     for positions in alike[0].split(1000):
-        part = train.fetch(positions) if isinstance(train, StreamedSet) else train.subset(positions)
-        trained |= wanted.intersection(image.tobytes() for image in part.images.cpu().numpy())
+        trained |= wanted.intersection(image.tobytes() for image in train.fetch(positions).images.cpu().numpy())
     return sum(image in trained for image in tested)
 
 

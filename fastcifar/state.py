@@ -15,7 +15,7 @@ from fastcifar.device import choose_precision, generator_states
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
-from fastcifar.models import build_model, count_parameters, place, require_budget
+from fastcifar.models import architecture, build_model, count_parameters, place, require_budget, whitening
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
 from fastcifar.phases import freezable
@@ -108,7 +108,10 @@ class TrainingState:
 
 
 def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device) -> TrainingState:
-    """Build model, average and optimizer; the weights depend on the seed alone. Raises InputError over the budget."""
+    """Build model, average and optimizer; the weights depend on the seed alone, but a whitening stem on the images.
+
+    Raises InputError over the budget.
+    """
     torch.manual_seed(run.seed)
     model = build_model(
         arch,
@@ -123,6 +126,9 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
     require_budget(arch, count_parameters(model), run.max_parameters)
     freezable(model, recipe.phases.frozen)  # before anything is written
     model = place(model, device)
+    if architecture(arch).stem == "whitening":
+        first = data.train.fetch(torch.arange(min(len(data.train), whitening.IMAGES), device=device))
+        model.stem[0].get_parameter("weight").data.copy_(whitening.whitening_filters(first.images, data.mean, data.std))
     optimizer = build_optimizer(
         model,
         recipe.optimizer,

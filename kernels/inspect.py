@@ -150,11 +150,11 @@ ROWS = (
         "excite": (62, 19), "excite_gradient": (62, 11), "parameter_gradient": (122, 143),
     }),
     Row(residual_tail, (45, 32, 0, "relu", False, False), {  # light_resnet18_v2_45: its widest maps, then its widest layers
-        "statistics": (106, 22), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
+        "statistics": (106, 22), "batch": (141, 51), "tail": (61, 12), "sums": (124, 32), "map_gradient": (106, 16),
         "channel_gradient": (88, 30),
     }),
     Row(residual_tail, (340, 4, 0, "relu", False, False), {
-        "statistics": (105, 13), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
+        "statistics": (105, 13), "batch": (99, 46), "tail": (61, 12), "sums": (99, 28), "map_gradient": (106, 16),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18

@@ -11,7 +11,7 @@ from fastcifar.models import ARCHITECTURES, architecture, build_model, count_par
 from fastcifar.models.__main__ import main
 from fastcifar.models.blocks import BasicBlock, ConvBlock, PreActivationBlock
 from fastcifar.models.layers import SqueezeExcitation, StochasticDepth
-from fastcifar.models.summary import flops_per_image, trace_layers
+from fastcifar.models.summary import flops_per_image, trace_layers, training_flops
 
 # What the authors' notebooks print; speed94 has airbench94's 1,972,792 less its 1,440 that are not trained.
 COUNTS = {
@@ -160,9 +160,27 @@ def test_initialisations_are_the_reports():
         build_model("se_resnet18").requires_grad_(False).stages[3][1].conv2.weight
     )  # PyTorch's own: uniform within 1 / sqrt(fan_in)
     assert conv.abs().max() == pytest.approx((256 * 9) ** -0.5, rel=0.01)
+    net = build_model("speed96").requires_grad_(False)
+    for conv in (net.stages[1][0].conv.weight, net.stages[1][1].conv2.weight):  # of 128 and of 304 channels, 304 filters
+        inputs = conv.shape[1]
+        torch.testing.assert_close(conv[:inputs, :, 1, 1], torch.eye(inputs))
+        assert conv[:inputs].sum() == inputs
+        assert inputs == 304 or conv[inputs:].abs().max() == pytest.approx((inputs * 9) ** -0.5, rel=0.01)
+    assert net.classifier.weight.std() == pytest.approx(1, rel=1e-5)
     squeeze = build_model("light_resnet18").requires_grad_(False).stages[3][1].se
     assert squeeze.expand.weight.std() == pytest.approx(0.01, rel=0.1)
     assert not squeeze.expand.bias.any()
+
+
+def test_flops_grow_with_the_image():
+    row = ARCHITECTURES["speed94_half"]
+    assert (row.widths, row.blocks) == ((32, 128, 128), (1, 1, 1))
+    for size in (24, 32):
+        side, inputs, expected = size - 1, 24, 2 * 12 * 24 * (size - 1) ** 2  # of the fixed stem the forward pass alone
+        for width in row.widths:
+            expected += 6 * 9 * width * (inputs * side**2 + width * (side // 2) ** 2)
+            side, inputs = side // 2, width
+        assert training_flops("speed94_half", size) == expected + 6 * inputs * 10
 
 
 def test_flops_of_a_layer_counted_by_hand():

@@ -12,7 +12,7 @@ from fastcifar.models import build_model, place
 from kernels import backends
 from kernels import residual_tail as tail
 from kernels.residual_tail import fusable, reference, residual_tail, variant
-from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile
+from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile, together
 from tests.conftest import run_cli
 from tests.kernel_checks import DEVICE, SLACK, captured, poisoned_buffers, sample
 from tests.tail_cases import FORMS, NUMBA, TRITON, Case
@@ -121,6 +121,16 @@ def test_more_rows_than_a_tile_more_groups_than_a_block(monkeypatch, case):
     monkeypatch.setattr(triton, "sums_tile", lambda *_: Tile(32, 8))
     monkeypatch.setattr(triton, "channel_block", lambda _: Tile(2, 4))
     monkeypatch.setattr(triton, "group_rows", lambda *_: 100)
+    case.check(TRITON, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((2, 45, 4, 4), "mish", 3, biases=True), Case((2, 45, 4, 4), "relu"), Case((3, 90, 2, 2), shortcut=False)],
+    ids=str,
+)
+def test_rows_of_several_positions(case):
+    assert together(case.shape[1], 4, 4) > 1
     case.check(TRITON, torch.float32)
 
 

@@ -133,14 +133,39 @@ def test_a_summed_loss_is_the_mean_at_a_rate_as_many_times_higher(betons, tmp_pa
 def test_images_have_the_size_of_their_phase_and_flops_follow_it(betons, tmp_path, monkeypatch):
     seen, original = [], TrainStep.loss
     monkeypatch.setattr(TrainStep, "loss", lambda step, x, *rest: seen.append(x.shape[2:]) or original(step, x, *rest))
-    options = ("--epochs", "3", "--schedule-epochs", "6", "--warmup-epochs", "0", "--sizes", "16", "48", "--size-epochs", "2")
+    options = ("--epochs", "3", "--schedule-epochs", "6", "--warmup-epochs", "0", "--sizes", "16", "40", "--size-epochs", "2")
     folder = run(betons, tmp_path / "run", *options)
-    assert seen == [(16, 16)] * 5 + [(48, 48)] * 10
+    assert seen == [(16, 16)] * 5 + [(40, 40)] * 10
     rows, summary = folder.read_metrics(), folder.read_summary()
     flops = [row["flops"] for row in rows]
-    assert flops[1] == flops[2] == pytest.approx(9 * flops[0], rel=0.01)
+    assert flops[1] == flops[2] == pytest.approx(6.25 * flops[0], rel=0.01)
     assert flops[0] > 100 * 6 * 4 * 3 * 9 * 16**2  # the stem alone, forward and backward but for the images' gradient
     assert summary["flops"] == sum(flops)
+
+
+@pytest.mark.slow  # the compiler's front end, which alone decides about shapes; no code is generated
+def test_each_phase_is_compiled_for_its_own_shapes(betons, tmp_path, monkeypatch):
+    import torch._dynamo
+
+    compiler, graphs = torch.compile, []
+
+    def noted(graph, inputs):
+        assert all(isinstance(x, torch.Tensor) for x in inputs)  # a dynamic size would be one too
+        graphs.append([tuple(x.shape[2:]) for x in inputs if x.ndim == 4 and len(x) == 20])
+        return graph
+
+    def compile_without_code(function, *, dynamic, fullgraph, options):
+        return compiler(function, dynamic=dynamic, fullgraph=fullgraph, backend=noted)
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    torch._dynamo.reset()
+    phases = ("--schedule-epochs", "4", "--warmup-epochs", "0", "--sizes", "16", "24", "40", "--size-epochs", "1", "2")
+    frozen = ("--frozen", "stem.*", "--frozen-from", "3", "--precision", "fp32", "--kernels", "torch", "--epochs", "4")
+    options = (*phases, *frozen, "--head-dropout", "0")
+    compiled, plain = (run(betons, tmp_path / name, *options, name) for name in ("--compile", "--no-compile"))
+    assert [sizes for sizes in graphs if sizes] == [[(16, 16)], [(24, 24)], [(40, 40)], [(40, 40)]]
+    for name, weight in weights(plain.path).items():
+        torch.testing.assert_close(weights(compiled.path)[name], weight)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

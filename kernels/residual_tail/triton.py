@@ -21,13 +21,16 @@ from kernels.residual_tail.fusable import ALONE, NEAR, Gradients, Neighbours, Se
 from kernels.residual_tail.tiles import (
     IMAGES_TILE,
     channel_block,
+    folded,
     group_rows,
     image_tile,
     power_of_two,
     row_tile,
     statistics_tile,
     sums_tile,
+    together,
 )
+from kernels.squeeze_excite.triton import per_channel
 
 FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it reads or writes a map anyway
 
@@ -36,6 +39,16 @@ FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it rea
 def channel(pointer, c, channels: tl.constexpr):
     """A [C] vector in float32 at the channels c; 0 beyond the last."""
     return tl.load(pointer + c, mask=c < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def lanes_of(channels: tl.constexpr, lanes: tl.constexpr, block_channels: tl.constexpr):
+    """This program's lanes of a map's row, and their channels: of one position, or of several that are read as one row."""
+    lane = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    c = lane
+    if lanes != channels:
+        c = lane % channels
+    return lane, c
 
 
 @triton.jit
@@ -219,16 +232,16 @@ def shortcut_at(shortcut, weight, bias, mean, variance, offsets, mask, c, eps, c
 def tail_kernel(
     x, shortcut, kept, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance, out,
     rows, positions, eps, per_kept,
-    channels: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
+    channels: tl.constexpr, lanes: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """act(z), and dropout where something says what is kept: two reads (one without a shortcut), one write."""
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     r = tl.arange(0, block_rows)[:, None]
-    offsets = start * channels + (r * channels + c[None, :])
-    mask = (r < count) & (c[None, :] < channels)
+    offsets = start * lanes + (r * lanes + lane[None, :])
+    mask = (r < count) & (lane[None, :] < lanes)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     z = (value - channel(mean, c, channels)[None, :]) * slope[None, :] + intercept[None, :]
     if shortcut is not None:
@@ -257,7 +270,7 @@ def total_gradient(gradient, second, kept, per_kept, offsets, mask):
 def sums_kernel(
     gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
     dz_out, s1_out, s2_out, r_s2_out, rows, eps, per_kept,
-    channels: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
+    channels: tl.constexpr, lanes: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to four reads, one write.
@@ -268,16 +281,16 @@ def sums_kernel(
     start = image * group
     count = tl.minimum(rows - start, group).to(tl.int32)
     row = tl.arange(0, block_rows)[:, None]
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     mu = channel(mean, c, channels)
     s1 = tl.zeros([block_rows, block_channels], tl.float32)
     s2 = tl.zeros([block_rows, block_channels], tl.float32)
     r_s2 = tl.zeros([block_rows, block_channels], tl.float32)
-    base = start * channels + (row * channels + c[None, :])
+    base = start * lanes + (row * lanes + lane[None, :])
     for step in range(0, group, block_rows):
-        offsets = base + step * channels
-        mask = (step + row < count) & (c[None, :] < channels)
+        offsets = base + step * lanes
+        mask = (step + row < count) & (lane[None, :] < lanes)
         dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
         if activation != "none" or r_s2_out is not None:
@@ -292,11 +305,14 @@ def sums_kernel(
         s2 += dz * centred
         if r_s2_out is not None:
             r_s2 += dz * r_centred
+    own: tl.constexpr = block_channels // (lanes // channels)
+    if lanes != channels:
+        c = tl.arange(0, own)
     offsets = image * channels + c
     if r_s2_out is not None:
-        tl.store(r_s2_out + offsets, tl.sum(r_s2, 0), mask=c < channels)
-    tl.store(s1_out + offsets, tl.sum(s1, 0), mask=c < channels)
-    tl.store(s2_out + offsets, tl.sum(s2, 0), mask=c < channels)
+        tl.store(r_s2_out + offsets, per_channel(r_s2, channels, lanes, block_channels, own), mask=c < channels)
+    tl.store(s1_out + offsets, per_channel(s1, channels, lanes, block_channels, own), mask=c < channels)
+    tl.store(s2_out + offsets, per_channel(s2, channels, lanes, block_channels, own), mask=c < channels)
 
 
 @triton.jit
@@ -420,19 +436,19 @@ def through_batch_norm(dz, slope, centred, weight, variance, d_weight, d_bias, c
 def map_gradient_kernel(
     gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
     d_squeezed, d_weight, d_bias, r_d_weight, r_d_bias, elsewhere, out, r_out,
-    rows, positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, activation: tl.constexpr,
-    chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+    rows, positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, lanes: tl.constexpr,
+    activation: tl.constexpr, chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given.
 
     elsewhere: what conv_out's other uses add to its gradient. r_out: the gradient of a shortcut that has its own BN.
     """
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     row = tl.arange(0, block_rows)[:, None]
-    offsets = start * channels + (row * channels + c[None, :])
-    mask = (row < count) & (c[None, :] < channels)
+    offsets = start * lanes + (row * lanes + lane[None, :])
+    mask = (row < count) & (lane[None, :] < lanes)
     dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
     centred = dz
     if d_weight is not None or r_out is not None or activation != "none":
@@ -475,14 +491,18 @@ def bytes_of(mask: Tensor | None) -> Tensor | None:
 
 
 def map_grid(
-    n: int, channels: int, positions: int, per_image: bool, *, two_results: bool = False
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of a pass over a map, and what `row_range` reads it by; with a scale, each image has its own tiles."""
-    rows = positions if per_image else n * positions
-    tile = sums_tile(channels, rows) if two_results else row_tile(channels, rows, largest=4096)
-    chunks = cdiv(positions, tile.rows) if per_image else 1
-    blocks = n * chunks if per_image else cdiv(n * positions, tile.rows)
-    return (blocks, cdiv(channels, tile.channels)), {"chunks": chunks, **tile.sizes()}
+    x: Tensor, per_image: bool, *, two_results: bool = False
+) -> tuple[tuple[int, int], tuple[int, int], dict[str, int]]:
+    """The grid of a pass over a map, its rows and an image's, and what `row_range` reads it by; with a scale, each image has
+    its own tiles.
+    """
+    (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
+    width = together(channels, x.element_size(), positions if per_image else n * positions)
+    lanes, own, every = channels * width, positions // width, n * positions // width
+    tile = sums_tile(lanes, own if per_image else every) if two_results else row_tile(lanes, own if per_image else every, 4096)
+    chunks = cdiv(own, tile.rows) if per_image else 1
+    blocks = n * chunks if per_image else cdiv(every, tile.rows)
+    return (blocks, cdiv(lanes, tile.channels)), (every, own), {"lanes": lanes, "chunks": chunks, **tile.sizes()}
 
 
 def statistics(
@@ -519,7 +539,7 @@ def statistics(
 def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`fusable.apply`, and dropout."""
     conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
-    (n, channels), positions = conv_out.shape[:2], conv_out.shape[2] * conv_out.shape[3]
+    n, channels = conv_out.shape[:2]
     x, r = channels_last(conv_out), channels_last(shortcut)
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -530,10 +550,10 @@ def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) 
                 image_mean, mean, variance, weight, bias, *map(dense, linear), scale, hidden, settings.eps, channels=channels,
                 units=units, activation=settings.se_activation, **image_tile(channels, units).sizes("units"),
             )  # fmt: skip
-        grid, sizes = map_grid(n, channels, positions, scale is not None)
+        grid, rows, sizes = map_grid(x, scale is not None)
         tail_kernel[grid](
             x, r, bytes_of(neighbours.kept), weight, bias, mean, variance, scale, *neighbours[2:NEAR], out,
-            n * positions, positions, settings.eps, 1 / neighbours.keep,
+            *rows, settings.eps, 1 / neighbours.keep,
             channels=channels, activation=settings.activation, **sizes,
         )  # fmt: skip
     return out, scale, hidden
@@ -564,10 +584,11 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours
     d_conv = torch.empty_like(x)
     d_norm, d_r_norm = ([unfilled(x, channels), unfilled(x, channels)] for _ in range(2))
     with torch.cuda.device_of(x):
-        tile = sums_tile(channels, group)
-        sums_kernel[groups, cdiv(channels, tile.channels)](
-            *source, x, r, weight, bias, mean, variance, scale, *r_norm, dz, s1, s2, r_s2, n * positions, settings.eps,
-            1 / keep, channels=channels, group=group, activation=activation, **tile.sizes(),
+        tile = folded(sums_tile(channels, group), channels, x.element_size(), group, n * positions)
+        width = tile.together
+        sums_kernel[groups, cdiv(channels * width, tile.channels)](
+            *source, x, r, weight, bias, mean, variance, scale, *r_norm, dz, s1, s2, r_s2, n * positions // width, settings.eps,
+            1 / keep, channels=channels, lanes=channels * width, group=group // width, activation=activation, **tile.sizes(),
         )  # fmt: skip
         if scale is None:
             _channel_gradients(s1, s2, variance, d_norm, settings)
@@ -577,12 +598,12 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours
             _channel_gradients(s1, r_s2, r_variance, d_r_norm, settings)
         if dz is not None:
             source, activation = (dz, None, None), "none"
-        grid, sizes = map_grid(n, channels, positions, scale is not None, two_results=d_r is not None)
+        grid, rows, sizes = map_grid(x, scale is not None, two_results=d_r is not None)
         moved = [*d_norm, *d_r_norm] if settings.training else [None] * 4
         map_gradient_kernel[grid](
             *source, x, None if d_r is None else r, weight, bias, mean, variance, scale, *r_norm, dm, *moved,
             channels_last(elsewhere), d_conv, d_r,
-            n * positions, positions, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
+            *rows, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
             channels=channels, activation=activation, **sizes,
         )  # fmt: skip
     found = [
