@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes
 from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
+from fastcifar.evaluate import ALIKE, TTA
 from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
 from fastcifar.optimization import Factors, LossReduction, OptimizerKind, Schedule
 from fastcifar.phases import Phase, Phases
@@ -45,6 +46,8 @@ class Recipe:
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
     clip_gradient_norm: float = 0.0  # largest norm of all gradients together, 0 = off
     clip_gradient_value: float = 0.0  # largest magnitude of a gradient's element, 0 = off; before the norm is taken
+    eval_tta: TTA = "none"  # test-time augmentation of the evaluations between epochs, on which best.pt is chosen
+    centre_weight: float = ALIKE  # flip_translate: weight of the two views in place together, 0..1; 1/3: all six count alike
     held_out: float = 0.0  # share of the training images on which best.pt is chosen and which are not trained on, 0 to below 1
     # what images are divided by, R G B in 0..1, after CIFAR-10's mean is subtracted; None: CIFAR-10's own deviation. A report's
     # values hold for CIFAR-10's classes: other data is normalised by its own statistics unless you give others here.
@@ -75,6 +78,8 @@ class Recipe:
             "held_out",
         ):
             require(self, 0 <= getattr(self, name) < 1, name, "0 to below 1")
+        require(self, self.eval_tta in get_args(TTA), "eval_tta", f"one of {', '.join(get_args(TTA))}")
+        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
         reductions = get_args(LossReduction)
         require(self, self.loss_reduction in reductions, "loss_reduction", f"one of {', '.join(reductions)}")
         require(self, self.optimizer != "nesterov" or self.momentum > 0, "momentum", "above 0 for nesterov")

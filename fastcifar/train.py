@@ -116,7 +116,7 @@ def train(command: Command, console: Console) -> RunFolder:
         if run.profile:
             kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
-        evaluator = state.evaluator(data, run, say=console.print)
+        evaluator = state.evaluator(data, recipe, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         with (
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
