@@ -44,6 +44,8 @@ class Recipe:
     stochastic_depth_mode: StochasticDepthMode = "sample"
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
+    # epoch of schedule_epochs from which evaluation uses the mean of the weights after every step since, 0 = off
+    average_from: float = 0.0
     clip_gradient_norm: float = 0.0  # largest norm of all gradients together, 0 = off
     clip_gradient_value: float = 0.0  # largest magnitude of a gradient's element, 0 = off; before the norm is taken
     eval_tta: TTA = "none"  # test-time augmentation of the evaluations between epochs, on which best.pt is chosen
@@ -90,6 +92,8 @@ class Recipe:
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")
         end = self.schedule.schedule_epochs
+        require(self, 0 <= self.average_from < end, "average_from", f"0 to below schedule_epochs ({end})")
+        require(self, not (self.average_from and self.ema_decay), "average_from", "0 beside an ema_decay")
         require(self.phases, self.phases.frozen_from <= end, "frozen_from", f"at most schedule_epochs ({end})")
         require(self.phases, all(x < end for x in self.phases.size_epochs), "size_epochs", f"below schedule_epochs ({end})")
 

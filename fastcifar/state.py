@@ -133,7 +133,8 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         decay_norm_and_bias=recipe.decay_norm_and_bias,
         factors=recipe.factors,
     )
-    return TrainingState(arch, model, AveragedModel(model, recipe.ema_decay) if recipe.ema_decay else None, optimizer)
+    average = AveragedModel(model, recipe.ema_decay) if recipe.ema_decay or recipe.average_from else None
+    return TrainingState(arch, model, average, optimizer)
 
 
 def build_step(
