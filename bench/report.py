@@ -18,12 +18,12 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bench import stats
-from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results
+from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results, total
 from bench.stats import Estimate
 from fastcifar.arguments import parse_arguments
 from fastcifar.errors import run_command
@@ -119,13 +119,22 @@ def write_reports(folder: Path, results: Results) -> list[Path]:
 def render(report: Report, template: str) -> str:
     """A whole report by its template, which shows every text as it is: report.html with style and script inside, or
     report.md, the same figures without the charts."""
+    return templates(template).render(report=report)
+
+
+def render_section(section: Section) -> str:
+    """A section as it stands in report.md."""
+    return templates("section.md").render(section=section)
+
+
+def templates(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html"),
-        finalize=escape if template.endswith(".md") else None,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=name.endswith(".html"),
+        finalize=escape if name.endswith(".md") else None,
     )  # fmt: skip
     environment.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
-    return environment.get_template(template).render(report=report)
+    return environment.get_template(name)
 
 
 def escape(text: str) -> str:
@@ -588,6 +597,8 @@ def ablation(given: Ablation, results: Results) -> Section | None:
         "Arm": lambda arm: Entry(arm.name, arm.flags),
         "Top-1, %": lambda arm: shares_entry([run.top1 for run in trained[arm.name] if run], "no run finished"),
         f"Against {control}, points": lambda arm: difference_entry(differences.get(arm.name), corrected.get(arm.name)),
+        "TFLOP": lambda arm: spread([tera(run.epoch_flops) for run in trained[arm.name] if run], significant),
+        "Training": lambda arm: spread([sum(run.train_seconds) for run in trained[arm.name] if run], seconds),
         "Report's": lambda arm: Entry(arm.claim or NONE),
     }
     notes = [
@@ -598,11 +609,18 @@ def ablation(given: Ablation, results: Results) -> Section | None:
         else "Too few seeds for intervals and tests: differences are those of single runs."
     ]
     text = (
-        f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in done])} images, "
-        f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in done])} test images."
+        f"{given.arch}, {count([len(run.train_seconds) for run in done], 'epoch')} of "
+        f"{span([run.images_per_epoch for run in done])} images, {count(len(given.seeds), 'seed')}; "
+        f"final accuracy on {span([run.test_images for run in done])} test images."
+        + (f" All arms that say nothing else: {given.flags}." if given.flags else "")
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(differences), draw)] if differences else []
     return table(f"Ablation: {given.title}", given.arms, columns, notes, text=text, charts=charts)
+
+
+def tera(flops: Sequence[float | None]) -> float | None:
+    whole = total(flops)
+    return None if whole is None else whole / 1e12
 
 
 def difference_entry(difference: Estimate | None, p: float | None) -> Entry:

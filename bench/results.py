@@ -16,11 +16,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -59,7 +58,8 @@ class Run:
     compile_seconds: float | None = None  # first step less a later one
     peak_memory_bytes: int | None = None
     energy_joules: float | None = None  # of all training epochs
-    epoch_flops: list[float | None] = field(default_factory=list)  # of training, 3 x forward; older runs recorded none
+    epoch_joules: list[float | None] = field(default_factory=list)  # of training
+    epoch_flops: list[float | None] = field(default_factory=list)  # of training; older runs recorded none
     error: str = ""
 
     @property
@@ -77,10 +77,19 @@ class Run:
         """Images per second of those epochs."""
         return [self.images_per_epoch / seconds for seconds in self.steady_seconds]
 
+    def epochs_to(self, target: float) -> int | None:
+        """Epochs up to the first whose test top-1 is `target`; None: never."""
+        return next((epoch for epoch, top1 in enumerate(self.epoch_top1, start=1) if (top1 or 0.0) >= target), None)
+
     def seconds_to(self, target: float) -> float | None:
-        """Training seconds to the end of the first epoch whose test top-1 is `target`; None: never."""
-        pairs = zip(accumulate(self.train_seconds), self.epoch_top1, strict=True)
-        return next((seconds for seconds, top1 in pairs if top1 is not None and top1 >= target), None)
+        """Training seconds to the end of that epoch; None: never."""
+        return total(self.train_seconds[: self.epochs_to(target)]) if self.epochs_to(target) else None
+
+
+def total(costs: Sequence[float | None]) -> float | None:
+    """Of epochs; None where one was not counted, or there is none."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if known and len(known) == len(costs) else None
 
 
 @dataclass(frozen=True)
@@ -143,9 +152,10 @@ class Ablation:
     name: str
     title: str
     arch: str
-    epochs: int = 0
+    epochs: int = 0  # where no flags say otherwise
     seeds: list[int] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    flags: str = ""  # of `python -m fastcifar.train`, for every arm whose own do not say otherwise
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,7 @@ def read_run(runs: Path, name: str) -> Run | None:
         values = measured | {key: summary.get(key) for key in summed_up} | {
             "name": name, "arch": arch, "seed": options.seed, "batch_size": recipe.batch_size,
             "images_per_epoch": round(rows[0]["images_per_second"] * rows[0]["train_seconds"]),
+            "epoch_joules": [row.get("energy_joules") for row in rows], "epoch_flops": [row.get("flops") for row in rows],
             "test_images": summary["final"]["images"], "epoch_top1": [row["eval_accuracy"] for row in rows],
             "top1": summary["final"]["top1"], "flip_top1": summary["final_flip_tta_top1"],
             "best_top1": summary["best_accuracy"],
@@ -234,7 +245,7 @@ def read_run(runs: Path, name: str) -> Run | None:
 def write_results(out: Path, results: Results) -> None:
     """Write results.json, runs.csv and timings.csv into the folder `out`."""
     files.write_json(out / "results.json", asdict(results))
-    lists = {"train_seconds", "eval_seconds", "epoch_top1", "epoch_flops"}
+    lists = {"train_seconds", "eval_seconds", "epoch_top1", "epoch_joules", "epoch_flops"}
     columns = [entry.name for entry in fields(Run) if entry.name not in lists]
     rows = [[*(getattr(run, name) for name in columns), len(run.train_seconds), sum(run.train_seconds)] for run in results.runs]
     _write_csv(out / "runs.csv", [*columns, "epochs", "train_seconds"], rows)
@@ -298,7 +309,7 @@ def check_run(run: Run, where: str) -> None:
     within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
     within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
     within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
-    within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules, *run.epoch_flops])
+    within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules, *run.epoch_joules, *run.epoch_flops])
     counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
     within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
 

@@ -35,6 +35,7 @@ from bench.results import FAILED, Comparison, Results, Run, Variant, environment
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
+from fastcifar.beton import SIDE
 from fastcifar.command import Command, differences, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
@@ -64,7 +65,7 @@ SHARE, START_SECONDS = {"cpu": 0.35, "cuda": 0.5}, 10.0
 class Common:
     """What bench/run.py and bench/ablate.py share."""
 
-    epochs: int = 10  # of each training; every report's schedule is stretched to them
+    epochs: int = 10  # of each training that its arm says nothing else of; every report's schedule is stretched to them
     seeds: tuple[int, ...] = (0, 1, 2)  # one training of each configuration for each seed
     flags: str = ""  # of `python -m fastcifar.train`, for every training: --flags='--no-compile --precision fp32'
     data: Path = Path("data/beton")  # folder with train.beton and test.beton
@@ -229,7 +230,8 @@ class Bench:
         """Print what is to train, what is trained, and what the rest is expected to take."""
         jobs = list(chain.from_iterable(groups.values()))
         left = self.left(jobs)
-        epochs = f"{jobs[0].command.settings.epochs} epochs of {len(self.data.train):,} images"
+        lengths = sorted({job.command.settings.epochs for job in jobs})
+        epochs = f"{' to '.join(map(str, lengths[:1] + lengths[1:][-1:]))} epochs of {len(self.data.train):,} images"
         told = [epochs, f"{len(self.data.test):,} test images", device_name(self.device) + (f"; {flags}" if flags else "")]
         self.console.print(", ".join(told))
         right = (Column(heading, justify="right") for heading in ("trainings", "done", "each about"))
@@ -244,8 +246,9 @@ class Bench:
     def seconds(self, job: Job) -> float:
         """What a training is expected to take: its epochs, an evaluation after each, and the last with horizontal flip."""
         train, test = len(self.data.train), len(self.data.test)
-        epochs, rates = job.command.settings.epochs, Rates(**self.results.environment["rates"])
-        images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
+        recipe, rates = job.command.settings, Rates(**self.results.environment["rates"])
+        trained = train * sum(recipe.phase(epoch).size ** 2 for epoch in range(recipe.epochs)) / SIDE**2
+        images = trained + (recipe.epochs + 2) * test / 3  # a forward pass is a third of a step
         return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(rates))
 
     def train(self, jobs: Iterable[Job]) -> list[str]:
@@ -324,8 +327,10 @@ def training(
     options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
 ) -> Job:
     """One training; `flags` are its own, which count instead of those given to all. Raises InputError for what it refuses."""
-    own = [*shlex.split(options.flags), *flags]
-    require_free(own, *OWN_FLAGS, "--epochs", "--device")
+    given = shlex.split(options.flags)
+    require_free(given, "--epochs")
+    own = [*given, *flags]
+    require_free(own, *OWN_FLAGS, "--device")
     job = Job(out / "runs", name, latest((
         "--arch", arch,
         "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),

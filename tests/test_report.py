@@ -175,15 +175,19 @@ def test_an_outside_scripts_own_statements_are_shown():
 def test_the_ablation_is_paired_and_corrected():
     tops = {"full": [0.60, 0.62, 0.61], "better": [0.65, 0.67, 0.662], "noisy": [0.601, 0.619, None], "dead": [None] * 3}
     runs = [
-        replace(known_results().runs[0], name=f"x/{arm}-seed{seed}", top1=top1 or 0.0, error="" if top1 else "crashed")
+        replace(
+            known_results().runs[0], name=f"x/{arm}-seed{seed}", top1=top1 or 0.0, error="" if top1 else "crashed",
+            epoch_flops=[1e12, 1e12, 2e12, 2e12],
+        )
         for arm, values in tops.items()
         for seed, top1 in enumerate(values)
-    ]
+    ]  # fmt: skip
     arms = [Arm(arm, "--mixup-alpha 0", "93 %", [f"x/{arm}-seed{seed}" for seed in range(3)]) for arm in tops]
     ablation = Ablation("x", "D", "se_resnet18", 4, [0, 1, 2], arms)
     found = section(Results({}, {}, {}, runs=runs, ablations=[ablation]), "Ablation: D").rows
     # differences 0.05, 0.05, 0.052: mean 0.050667, sd 0.0011547, t = 76, p = 0.000173; doubled by Holm
-    assert (found[1][0].detail, found[1][2].text, found[1][3].text) == ("--mixup-alpha 0", "+5.07", "93 %")
+    texts = [entry.text for entry in found[1][2:]]
+    assert (found[1][0].detail, *texts) == ("--mixup-alpha 0", "+5.07", "6.00", "23.0 s", "93 %")
     assert "3 pairs, p < 0.001, ▲ better" in found[1][2].detail
     assert "2 pairs" in found[2][2].detail
     assert "no difference shown" in found[2][2].detail
