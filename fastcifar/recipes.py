@@ -14,6 +14,7 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from fastcifar.ahead import DATA
 from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
@@ -106,7 +107,7 @@ class Recipe:
 class RunOptions:
     """What does not change accuracy: where things are and how they run. (Precision and seed change the last digits.)"""
 
-    data: Path = Path("data/beton")  # folder with train.beton and test.beton
+    data: Path = DATA  # folder with train.beton and test.beton
     out: Path | None = None  # run folder to make; default: runs/ARCH-seedN
     seed: int = 0  # of weights, order, augmentation and dropout, 0..2^63-1
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
