@@ -79,7 +79,7 @@ class Cost:
 
 
 def cost_of(model: ResNet) -> Cost:
-    """Trace one image through `model` and count. The model may be on the meta device; it is left as it was."""
+    """Trace `model` and count; it is left as it was."""
     layers, parts = dict(model.named_modules()), []
     written: dict[nn.Module, int] = {}  # elements of the feature map of each layer
     for row in trace_layers(model):
@@ -88,10 +88,8 @@ def cost_of(model: ResNet) -> Cost:
         if isinstance(layer, nn.Conv2d):
             read = written[layer] * prod(layer.stride) // layer.out_channels * layer.in_channels
             moved = ACTIVATION_BYTES * (read + written[layer])
-        if not row.flops:
-            continue
-        passes = 1 + layer.get_parameter("weight").requires_grad + (layer is not model.stem[0])
-        parts.append((passes * row.flops, passes * moved))
+        if row.flops:
+            parts.append((row.training_flops, row.training_flops // row.flops * moved))
     return Cost((*parts, (0, ACTIVATION_BYTES * _pointwise_elements(model, written))))
 
 
@@ -125,9 +123,9 @@ def _normalises(part: nn.Module) -> bool:
 
 @cache
 def cost_of_arch(arch: str, *, squeeze_excitation: bool = True) -> Cost:
-    """The cost of an architecture by name, traced without computing anything."""
-    with torch.device("meta"):
-        return cost_of(build_model(arch, squeeze_excitation=squeeze_excitation, kernels="torch"))
+    """The cost of an architecture by name."""
+    with torch.random.fork_rng(devices=()):
+        return cost_of(build_model(arch, squeeze_excitation=squeeze_excitation))
 
 
 def measure_rates(device: torch.device, *, seconds: float = 2.0) -> Rates:

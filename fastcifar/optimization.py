@@ -85,6 +85,16 @@ def epoch_momenta(schedule: Schedule, momentum: float, epoch: int, steps: int, e
     return [momentum - (momentum - low) * height for _, height in heights]
 
 
+def epoch_mean_weights(schedule: Schedule, start: float, epoch: int, steps: int, epochs: int) -> list[float]:
+    """What the weights after each batch of epoch `epoch` count in their mean from `start` on, in epochs of the schedule.
+
+    1 / k for the k-th of them, and 1 for those before: then the mean is the newest.
+    """
+    total = epochs * steps
+    first = min(round(start / schedule.schedule_epochs * total), total - 1)
+    return [1 / max(1, step - first + 1) for step in range(epoch * steps, (epoch + 1) * steps)]
+
+
 def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
     """Return the learning rate of step `step` in 0..total_steps-1.
 

@@ -14,9 +14,11 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from fastcifar.ahead import DATA
 from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
+from fastcifar.evaluate import ALIKE, TTA
 from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
 from fastcifar.optimization import Factors, LossReduction, OptimizerKind, Schedule
 from fastcifar.phases import Phase, Phases
@@ -43,8 +45,12 @@ class Recipe:
     stochastic_depth_mode: StochasticDepthMode = "sample"
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
+    # epoch of schedule_epochs from which evaluation uses the mean of the weights after every step since, 0 = off
+    average_from: float = 0.0
     clip_gradient_norm: float = 0.0  # largest norm of all gradients together, 0 = off
     clip_gradient_value: float = 0.0  # largest magnitude of a gradient's element, 0 = off; before the norm is taken
+    eval_tta: TTA = "none"  # test-time augmentation of the evaluations between epochs, on which best.pt is chosen
+    centre_weight: float = ALIKE  # flip_translate: weight of the two views in place together, 0..1; 1/3: all six count alike
     held_out: float = 0.0  # share of the training images on which best.pt is chosen and which are not trained on, 0 to below 1
     # what images are divided by, R G B in 0..1, after CIFAR-10's mean is subtracted; None: CIFAR-10's own deviation. A report's
     # values hold for CIFAR-10's classes: other data is normalised by its own statistics unless you give others here.
@@ -75,6 +81,8 @@ class Recipe:
             "held_out",
         ):
             require(self, 0 <= getattr(self, name) < 1, name, "0 to below 1")
+        require(self, self.eval_tta in get_args(TTA), "eval_tta", f"one of {', '.join(get_args(TTA))}")
+        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
         reductions = get_args(LossReduction)
         require(self, self.loss_reduction in reductions, "loss_reduction", f"one of {', '.join(reductions)}")
         require(self, self.optimizer != "nesterov" or self.momentum > 0, "momentum", "above 0 for nesterov")
@@ -85,6 +93,8 @@ class Recipe:
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")
         end = self.schedule.schedule_epochs
+        require(self, 0 <= self.average_from < end, "average_from", f"0 to below schedule_epochs ({end})")
+        require(self, not (self.average_from and self.ema_decay), "average_from", "0 beside an ema_decay")
         require(self.phases, self.phases.frozen_from <= end, "frozen_from", f"at most schedule_epochs ({end})")
         require(self.phases, all(x < end for x in self.phases.size_epochs), "size_epochs", f"below schedule_epochs ({end})")
 
@@ -97,7 +107,7 @@ class Recipe:
 class RunOptions:
     """What does not change accuracy: where things are and how they run. (Precision and seed change the last digits.)"""
 
-    data: Path = Path("data/beton")  # folder with train.beton and test.beton
+    data: Path = DATA  # folder with train.beton and test.beton
     out: Path | None = None  # run folder to make; default: runs/ARCH-seedN
     seed: int = 0  # of weights, order, augmentation and dropout, 0..2^63-1
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood

@@ -91,13 +91,15 @@ class TrainingState:
         """Evaluate the weights that count on a split; waits for the device once."""
         return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype)
 
-    def evaluator(self, data: Splits, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
+    def evaluator(self, data: Splits, recipe: Recipe, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
         """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""
         device = data.mean.device
         return Evaluator(
             self._classifier(data),
             data.select,
             batch_size=run.eval_batch_size,
+            tta=recipe.eval_tta,
+            centre_weight=recipe.centre_weight,
             autocast_dtype=choose_precision(run.precision, device),
             record=cuda_graph if captures(run, device) else None,
             say=say,
@@ -137,7 +139,8 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         decay_norm_and_bias=recipe.decay_norm_and_bias,
         factors=recipe.factors,
     )
-    return TrainingState(arch, model, AveragedModel(model, recipe.ema_decay) if recipe.ema_decay else None, optimizer)
+    average = AveragedModel(model, recipe.ema_decay) if recipe.ema_decay or recipe.average_from else None
+    return TrainingState(arch, model, average, optimizer)
 
 
 def build_step(

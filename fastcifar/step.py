@@ -61,7 +61,7 @@ class StepSettings:
 class TrainStep:
     """Augment, mix, forward, loss, backward, update, average and count, for one batch. `begin` an epoch, then call.
 
-    model: on the device, channels_last. mean, std: [3] in 0..1. average: the EMA's copy of the model, or None. record: what
+    model: on the device, channels_last. mean, std: [3] in 0..1. average: the averaged copy of the model, or None. record: what
     records the whole step at the first call, so that later ones replay it; None: every call launches all operations. say: told
     in a line when recording fails, after which every call launches them too.
     """
@@ -114,13 +114,15 @@ class TrainStep:
         phase: Phase = PLAIN,
         progress: float = 0.0,
         momenta: Sequence[float] | None = None,
+        mean_weights: Sequence[float] | None = None,
         tally: EpochTally | None = None,
         first: int = 0,
     ) -> EpochTally:
         """Draw epoch `epoch`, whose steps have the learning rates `rates`; return what it counts.
 
-        progress: share of training done, 0..1. momenta: SGD's, or Adam's first beta, step by step; None: as it is. tally,
-        first: what was counted in the steps before step `first`, where the epoch goes on.
+        progress: share of training done, 0..1. momenta: SGD's, or Adam's first beta, step by step; None: as it is.
+        mean_weights: of the new weights in their mean, where that is the average. tally, first: what was counted in the steps
+        before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
         self._enter(phase)
@@ -132,7 +134,8 @@ class TrainStep:
         factors = [(1.0, 1.0, 1.0)] * steps
         if momenta is not None and self.settings.table_momentum:
             factors, momenta = momentum_factors(self.optimizer, momenta, epoch * steps), None
-        table = [(rate * factor, *moments) for rate, (factor, *moments) in zip(rates, factors, strict=True)]
+        rows = zip(rates, factors, mean_weights or [1.0] * steps, strict=True)
+        table = [(rate * factor, *moments, weight) for rate, (factor, *moments), weight in rows]
         values, mixing = upload(torch.tensor(table, dtype=kind), device), plan.mixing
         columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
@@ -203,7 +206,7 @@ class TrainStep:
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
-        rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
+        rate, (lam, blend), box, rest = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
         samples = None if self._keys is None else data.index[positions]
         if isinstance(data, StreamedSet):
             assert self._ring is not None
@@ -216,7 +219,7 @@ class TrainStep:
         loss.backward(self._loss_gradient)
         self.rounded.widen()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
-        self._update(rate, moments)
+        self._update(rate, *rest)
         tally.hits += hits
         loss = loss.detach()
         if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
@@ -225,7 +228,7 @@ class TrainStep:
         tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
 
-    def _update(self, rate: Tensor, moments: Tensor) -> None:
+    def _update(self, rate: Tensor, before: Tensor, after: Tensor, mean_weight: Tensor) -> None:
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         if self.settings.clip_gradient_value:
@@ -233,10 +236,10 @@ class TrainStep:
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
         set_step(self.optimizer, rate, None if self._momenta is None else self._momenta[self.number])
-        with rescaled_moments(self.optimizer, *moments) if self.settings.table_momentum else nullcontext():
+        with rescaled_moments(self.optimizer, before, after) if self.settings.table_momentum else nullcontext():
             self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, mean_weight)
 
     def _is_finite(self, loss: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -278,7 +281,10 @@ def choose_augmentation(
 
 
 class AveragedModel(Generic[Model]):
-    """An exponential moving average of a model's parameters and statistics: average = decay * average + (1 - decay) * model."""
+    """An average of a model's parameters and statistics: average = (1 - weight) * average + weight * model.
+
+    decay: of an exponential moving average, whose weight is 1 - decay; 0: the weight is given with every update.
+    """
 
     def __init__(self, model: Model, decay: float) -> None:
         self.model: Model = deepcopy(model).requires_grad_(False)
@@ -286,15 +292,23 @@ class AveragedModel(Generic[Model]):
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of tensors and their averages, found once
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`, always the same one; counters that are not floating point are copied."""
+    def update(self, model: nn.Module, weight: Tensor) -> None:
+        """Move the average towards `model`, always the same one; counters that are not floating point are copied.
+
+        weight: 0-d, on the device, 0..1; nothing waits for it. With 1 the average is the model.
+        """
         if not self._pairs:
             pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
             for floating in (True, False):
                 kind = [pair for pair in pairs if pair[0].is_floating_point() == floating]
                 self._pairs.append(([averaged for averaged, _ in kind], [current for _, current in kind]))
         (averages, values), (counters, counts) = self._pairs
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if self.decay:
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        else:
+            weight = weight.to(averages[0].dtype)
+            torch._foreach_mul_(averages, 1 - weight)
+            torch._foreach_add_(averages, torch._foreach_mul(values, weight))
         if counters:
             torch._foreach_copy_(counters, counts)
 

@@ -35,7 +35,7 @@ from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.models.summary import training_flops
-from fastcifar.optimization import epoch_momenta, epoch_rates
+from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rates
 from fastcifar.phases import Phase
 from fastcifar.plan import choose
 from fastcifar.profiling import profiled
@@ -116,7 +116,7 @@ def train(command: Command, console: Console) -> RunFolder:
         if run.profile:
             kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
-        evaluator = state.evaluator(data, run, say=console.print)
+        evaluator = state.evaluator(data, recipe, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         with (
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
@@ -201,13 +201,15 @@ def train_epoch(
     began = time.perf_counter()
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
+    mean_weights = epoch_mean_weights(recipe.schedule, recipe.average_from, epoch, steps, recipe.epochs)
     resumed = state.within is not None
     within = state.within = state.within or EpochState.begin(steps, device)
     first, seconds_before, progress_done = within.step, within.seconds, epoch / recipe.epochs
     phase = recipe.phase(epoch)
     tally = within.tally = train_step.begin(
-        epoch, rates, phase=phase, progress=progress_done, momenta=momenta, tally=within.tally, first=first
-    )
+        epoch, rates, phase=phase, progress=progress_done, momenta=momenta, mean_weights=mean_weights,
+        tally=within.tally, first=first,
+    )  # fmt: skip
     if within.generators:
         set_generators(within.generators, device)
     else:

@@ -30,7 +30,7 @@ RECIPES = {
     "one-cycle": ONE_CYCLE,
     "sizes": (
         "--recipe", "resnet18", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--schedule-epochs", "3",
-        "--sizes", "20", "32", "24", "--size-epochs", "1", "2",
+        "--sizes", "20", "32", "24", "--size-epochs", "1", "2", "--average-from", "1.4",
     ),
     "sizes and frozen": (
         "--recipe", "light_resnet18", "--held-out", "0", "--schedule-epochs", "3", "--sizes", "24", "32", "--size-epochs", "1",

@@ -19,7 +19,7 @@ from fastcifar.beton import Manifest
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
-from fastcifar.evaluate import Evaluator
+from fastcifar.evaluate import Evaluator, Options, measure
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.recipes import RECIPES
 from fastcifar.reporting import Curves
@@ -77,9 +77,10 @@ def test_every_recipe_trains_its_architecture(betons, tmp_path, recipe):
     options = ("--epochs", "1", "--limit-train", "24", "--max-parameters", "0")
     folder = run(betons, tmp_path / "run", *options, arch=arch, recipe=recipe)
     torch.manual_seed(0)
-    start = build_model(arch).state_dict()
+    start = dict(build_model(arch).named_parameters())
     trained = weights(folder.path)
-    assert all(not torch.equal(trained[name], start[name]) for name in start if name.endswith("weight"))
+    moving = [name for name, weight in start.items() if weight.requires_grad and name.endswith("weight")]
+    assert all(not torch.equal(trained[name], start[name]) for name in moving)
     assert folder.read_metrics()[0]["train_loss"] > 0
 
 
@@ -179,6 +180,16 @@ def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_pa
     parameters = [name for name, _ in build_model("narrow").named_parameters() if name.endswith("weight")]
     same = {name for name in parameters if torch.equal(before[name], after[name])}
     assert same == {name for name in parameters if name.startswith(("stem.0.", "stages.1."))}
+
+
+def test_epochs_are_evaluated_by_the_views_that_the_recipe_names(betons, tmp_path):
+    plain, views = ("--epochs", "1", "--precision", "fp32"), ("--eval-tta", "flip_translate", "--centre-weight", "0.5")
+    folder = run(betons, tmp_path / "run", *plain, *views)
+    (row,) = folder.read_metrics()
+    options = Options(folder.last, data=betons, limit=20, precision="fp32", tta="flip_translate")
+    assert row["eval_loss"] == measure(replace(options, centre_weight=0.5))["loss"]
+    assert row["eval_loss"] != measure(options)["loss"]
+    assert folder.read_summary()["eval_tta"] == "flip_translate"
 
 
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
