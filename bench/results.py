@@ -81,10 +81,6 @@ class Run:
         """Epochs up to the first whose test top-1 is `target`; None: never."""
         return next((epoch for epoch, top1 in enumerate(self.epoch_top1, start=1) if (top1 or 0.0) >= target), None)
 
-    def seconds_to(self, target: float) -> float | None:
-        """Training seconds to the end of that epoch; None: never."""
-        return total(self.train_seconds[: self.epochs_to(target)]) if self.epochs_to(target) else None
-
 
 def total(costs: Sequence[float | None]) -> float | None:
     """Of epochs; None where one was not counted, or there is none."""

@@ -458,10 +458,10 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
         failed += compare(bench, "optimizations", timed | {"left_out": left_out}, lambda: baselines.ladder(task, left_out))
     if options.baselines:
         failed += compare(bench, "baselines", timed, lambda: baselines.baselines(task))
-        for name, script in scripts.items():
-            failed += run_outside(bench, name, partial(
-                outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
-            ))  # fmt: skip
+    for name, script in scripts.items():
+        failed += run_outside(bench, name, partial(
+            outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+        ))  # fmt: skip
     return failed
 
 
@@ -483,12 +483,12 @@ def compare(bench: Bench, what: str, settings: dict[str, Any], loops: Callable[[
 
 def run_outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
     """Run an outside script, unless it has a rate already; its failure is its own: nothing else is timed or trained again."""
-    assert bench.results.baselines is not None
-    known = {timing.name: timing for timing in bench.results.baselines.timings}
+    baselines = bench.results.baselines or Comparison({})
+    known = {timing.name: timing for timing in baselines.timings}
     if name not in known or known[name].failed:
         known[name] = run()
         bench.console.print(f"baseline {name}: {known[name].error or f'{median(known[name].images_per_second):,.0f} img/s'}")
-        bench.save(baselines=replace(bench.results.baselines, timings=list(known.values())))
+        bench.save(baselines=replace(baselines, timings=list(known.values())))
     return [f"baselines: {name}"] if known[name].failed else []
 
 

@@ -230,6 +230,9 @@ def test_a_failed_or_dropped_outside_script_repeats_nothing_else(small, trained,
     assert [(timing.name, timing.in_turns) for timing in timings] == [
         ("fastcifar", True), ("ordinary", True), ("mine", False), ("other", False),
     ]  # fmt: skip
+    alone = small.out.with_name("alone")  # without the other loops
+    assert measure(replace(small, baseline=("mine=a.py",)), alone, QUIET) == []
+    assert [timing.name for timing in read_results(alone)[1].baselines.timings] == ["mine"]
 
 
 def test_ctrl_c_leaves_what_is_finished(small, trained, loops, capsys, call):

@@ -48,7 +48,7 @@ def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(t
     assert (timing.images_per_second, timing.top1, timing.seconds_to_accuracy) == ([96.0], 0.5, 1.5)
     assert not timing.in_turns
     (run,) = timing.runs
-    assert (run.name, run.arch, run.train_seconds, run.seconds_to(0.5)) == ("mine-seed1", "mine", [1.0, 2.0], 3.0)
+    assert (run.name, run.arch, run.train_seconds, run.epochs_to(0.5)) == ("mine-seed1", "mine", [1.0, 2.0], 2)
     assert (tmp_path / "logs/mine.stdout.log").read_text().startswith("epoch 1\n")
     assert (tmp_path / "logs/mine.stderr.log").read_text() == "a warning\n"
 
