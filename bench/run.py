@@ -112,8 +112,8 @@ class Options(Common):
         require(self, self.steps >= 0, "steps", "0 or more")
 
 
-# One image of every architecture costs 19.8 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
-# training images and 5 x 500 test images, at a third each, are 3,900 x 19.8 / 300 = 257 s; thirteen starts of a process another
+# One image of every architecture costs 19.7 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
+# training images and 5 x 500 test images, at a third each, are 3,900 x 19.7 / 300 = 257 s; thirteen starts of a process another
 # 130 s; 8 turns of 128 images of every architecture 50 s; optimizations and baselines, 5 + 4 loops of 8 turns, about 60 s.
 QUICK = Options(epochs=3, seeds=(0,), limit_train=1024, limit_test=500, batch_size=64, rounds=6, steps=2, quick=True)
 

@@ -1,5 +1,6 @@
 """The table of architectures: exact counts, shapes, the layers the reports describe, and the command that prints it."""
 
+import hashlib
 import json
 
 import pytest
@@ -29,6 +30,22 @@ COUNTS = {
     "speed95": 4_604_440,
     "speed96": 4_836_760,
 }
+
+
+# SHA-256 of the names and shapes in a state_dict, as checkpoints of version 0.2 hold them.
+KEPT = {
+    "dropout_resnet24": "c850b079", "resnet42": "128f5a8a", "light_resnet18": "ed48dfa9", "light_resnet18_v2_40": "c6e43819",
+    "light_resnet18_v2_45": "bf0563c6", "robust_resnet64": "2dd3b0d8", "se_resnet18": "5ae7304f",
+    "mish_se_resnet18": "2314f2ee", "resnet18": "6f102e64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_checkpoints_keep_fitting(name):
+    with torch.device("meta"):
+        state = build_model(name).state_dict()
+    listing = "\n".join(f"{key} {list(tensor.shape)}" for key, tensor in state.items())
+    assert hashlib.sha256(listing.encode()).hexdigest()[:8] == KEPT[name]
 
 
 def test_json_lists_every_architecture_with_its_exact_count(call):
