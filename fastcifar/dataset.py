@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar import ahead
 from fastcifar.beton import (
     IMAGE_BYTES,
     REWRITE,
@@ -21,7 +22,6 @@ from fastcifar.beton import (
     check_statistics,
     layout,
     load_manifest,
-    read_beton,
 )
 from fastcifar.errors import InputError
 from kernels.philox import Purpose, philox
@@ -193,7 +193,7 @@ def load_splits(
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
     """Read a beton onto `device`. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
-    beton = read_beton(path, verify=verify)
+    beton = ahead.beton(path, verify=verify)
     check_content(path, beton.manifest, beton.labels, None, limit)
     part = slice(limit or None)
     tensors = (torch.from_numpy(array[part]).to(device) for array in (beton.images, beton.labels, beton.index))

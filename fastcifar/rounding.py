@@ -7,8 +7,7 @@ from torch import Tensor, nn
 class RoundedWeights:
     """Weights and biases of a model's convolutions in autocast's dtype, and the way of their gradients back to the parameters.
 
-    The same roundings of the same numbers as autocast's; a parameter that is not trained has no gradient. dtype: None leaves
-    everything to the model.
+    The same roundings of the same numbers as autocast's. dtype: None leaves everything to the model.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
@@ -16,12 +15,12 @@ class RoundedWeights:
         parts = [(f"{name}.{part}", weight) for name, module in convolutions for part, weight in module.named_parameters()]
         self._weights: list[Tensor] = [weight for _, weight in parts] if dtype is not None else []
         self.by_name: dict[str, Tensor] = {
-            name: torch.empty_like(weight, dtype=dtype) for name, weight in parts if dtype is not None
+            name: torch.empty_like(weight, dtype=dtype, requires_grad=True) for name, weight in parts if dtype is not None
         }
 
     @torch.no_grad()
     def round(self) -> None:
-        """Take the parameters' values, and forget the gradients."""
+        """Take the parameters' values and whether they are trained, and forget the gradients."""
         rounded = list(self.by_name.values())
         for each, weight in zip(rounded, self._weights, strict=True):
             each.grad = None
@@ -31,11 +30,11 @@ class RoundedWeights:
 
     @torch.no_grad()
     def widen(self) -> None:
-        """Give the parameters the gradients of their rounded values, where there are any."""
-        pairs = [(weight, each.grad) for weight, each in zip(self._weights, self.by_name.values(), strict=True)]
-        trained = [(weight, gradient) for weight, gradient in pairs if gradient is not None]
-        wide = [torch.empty_like(weight) for weight, _ in trained]
+        """Give the parameters the gradients of their rounded values."""
+        rounded = zip(self._weights, self.by_name.values(), strict=True)
+        pairs = [(weight, each.grad) for weight, each in rounded if each.grad is not None]
+        wide = [torch.empty_like(weight) for weight, _ in pairs]
         if wide:
-            torch._foreach_copy_(wide, [gradient for _, gradient in trained])
-        for (weight, _), gradient in zip(trained, wide, strict=True):
+            torch._foreach_copy_(wide, [gradient for _, gradient in pairs])
+        for (weight, _), gradient in zip(pairs, wide, strict=True):
             weight.grad = gradient

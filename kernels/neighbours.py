@@ -33,10 +33,11 @@ def fuse_neighbours(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.higher_order.auto_functionalized_v2 and node.args[0] is STATISTICS:
             _take_sum(node, order)
-        elif node.target is FORWARD:
+        elif node.target is FORWARD and not _squeezes_last(node):
             _take_dropout(node, order)
         elif node.target is BACKWARD:
-            _take_gradients_dropout(node)
+            if not _squeezes_last(node):
+                _take_gradients_dropout(node)
             if pair := _two_gradients(node):
                 _call(node, pair[0], *_with(node, 1 + EVERY, second=pair[1])[1:])
             _take_elsewhere(node, order)
@@ -62,6 +63,12 @@ def _take_sum(node: Node, order: dict[Node, int]) -> None:
     found.meta = dict(total.meta)
     node.meta["val"] = (*node.meta["val"][:3], total.meta["val"], *node.meta["val"][3:])
     total.replace_all_uses_with(found)
+
+
+def _squeezes_last(node: Node) -> bool:
+    """Whether a tail ends in squeeze-excitation, whose kernels know no dropout."""
+    given = GIVEN if node.target is FORWARD else 1 + EVERY
+    return bool(Settings(*node.args[given : given + len(Settings._fields)]).se_last)  # type: ignore[arg-type]
 
 
 def _take_dropout(node: Node, order: dict[Node, int]) -> None:

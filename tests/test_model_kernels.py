@@ -95,6 +95,18 @@ def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
             assert len(calls) == (3 if between else 5), probabilities
 
 
+@pytest.mark.parametrize(("excitation", "together"), [("triton", 1), ("torch", 0)])
+def test_what_stands_before_a_convolution_is_one_operation_where_both_are_tritons(monkeypatch, excitation, together):
+    calls = []
+    tail = model_layers.residual_tail
+    monkeypatch.setattr(model_layers, "residual_tail", lambda *given, se_last, **more: calls.append(se_last) or tail(
+        *given, se_last=se_last, **more
+    ))  # fmt: skip
+    ours = step(small(PreActivationBlock, {"squeeze_excite": excitation, "*": "triton"}))
+    assert sum(calls) == together
+    assert_same(ours, step(small(PreActivationBlock)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_on_a_cpu_auto_is_numba_to_the_bit(block):
     ours, theirs = step(small(block, "auto")), step(small(block, "numba"))
@@ -149,6 +161,9 @@ def test_a_form_for_each_kind(monkeypatch):
     kinds = {"residual_tail/relu": "fusable", "residual_tail/shortcut+se+relu": "triton", "*": "torch"}
     assert_same(step(small(BasicBlock, kinds, nn.ReLU)), step(small(BasicBlock, activation=nn.ReLU)), rtol=1e-4, atol=1e-5)
     assert served == ["fusable", "fusable", "fusable", "triton"]  # the other tail, with a shortcut alone, is PyTorch's
+    served.clear()
+    step(small(PreActivationBlock, {"residual_tail/relu": "fusable", "*": "triton"}, nn.ReLU))
+    assert served == ["fusable"] * 5  # and squeeze-excitation apart
 
 
 def test_an_activation_no_kernel_knows_is_left_to_the_modules():

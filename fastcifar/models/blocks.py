@@ -94,7 +94,7 @@ class PreActivationBlock(nn.Module):
         self.kernels = spec.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.se(norm_act(x, self.bn1, self.act1, self.kernels))
+        activated = norm_act(x, self.bn1, self.act1, self.kernels, se=self.se, se_last=True)
         branch = norm_act(self.conv1(activated), self.bn2, self.act2, self.kernels)
         branch = self.conv2(self.dropout(branch))
         return self.shortcut(activated if self.projects else x) + self.drop_path(branch)
