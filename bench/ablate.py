@@ -38,7 +38,7 @@ PROGRAM = "python bench/ablate.py"
 class Options(Common):
     """Train configurations of a recipe over the same seeds and compare them; the same command again goes on."""
 
-    study: Literal["report_d", "report_c", "report_e", "speed_half"] | None = None  # a row of bench/studies.py
+    study: Literal["report_d", "report_c", "report_e", "speed_half", "speed94_parts"] | None = None  # a row of bench/studies.py
     arms: tuple[str, ...] = ()  # instead: 'NAME: FLAGS' of `python -m fastcifar.train`, e.g. 'no_se: --no-squeeze-excitation'
     arch: str = "se_resnet18"  # architecture of --arms
     name: str = "ablation"  # what --arms is called in the results

@@ -572,7 +572,7 @@ def mean_entry(values: list[float], runs: int, form: Callable[[float], str], abs
 
 def last_entry(runs: list[Run], target: float) -> Entry:
     """Top-1 of the last evaluation, and on which side of the target its mean is."""
-    value = accuracy(runs, lambda run: next(top1 for top1 in reversed(run.epoch_top1) if top1 is not None))
+    value = accuracy(runs, lambda run: run.last_top1)
     told = share_entry(value)
     side = "▲ above" if value.estimate > target else "▼ below"
     return replace(told, detail=f"{told.detail} {side if value.excludes(target) else 'neither side shown'}".strip())
@@ -657,7 +657,7 @@ def ablation(given: Ablation, results: Results) -> Section | None:
     if not done:
         return None
     control = given.arms[0].name
-    pairs = {arm: [(a.top1, b.top1) for a, b in zip(each, trained[control], strict=True) if a and b]
+    pairs = {arm: [(a.last_top1, b.last_top1) for a, b in zip(each, trained[control], strict=True) if a and b]
              for arm, each in trained.items() if arm != control}  # fmt: skip
     differences = {arm: stats.paired(*zip(*each, strict=True)) for arm, each in pairs.items() if each}
     corrected = dict(zip(differences, stats.holm([each.p for each in differences.values()]), strict=True))
@@ -675,7 +675,7 @@ def ablation(given: Ablation, results: Results) -> Section | None:
 
     columns: dict[str, Callable[[Any], Entry]] = {
         "Arm": lambda arm: Entry(arm.name, arm.flags),
-        "Top-1, %": lambda arm: shares_entry([run.top1 for run in trained[arm.name] if run], "no run finished"),
+        "Top-1, %": lambda arm: shares_entry([run.last_top1 for run in trained[arm.name] if run], "no run finished"),
         f"Against {control}, points": lambda arm: difference_entry(differences.get(arm.name), corrected.get(arm.name)),
         "TFLOP": lambda arm: spread([tera(run.epoch_flops) for run in trained[arm.name] if run], significant),
         "Training": lambda arm: spread([sum(run.train_seconds) for run in trained[arm.name] if run], seconds),
@@ -691,7 +691,7 @@ def ablation(given: Ablation, results: Results) -> Section | None:
     text = (
         f"{given.arch}, {count([len(run.train_seconds) for run in done], 'epoch')} of "
         f"{span([run.images_per_epoch for run in done])} images, {count(len(given.seeds), 'seed')}; "
-        f"final accuracy on {span([run.test_images for run in done])} test images."
+        f"accuracy after the last epoch on {span([run.test_images for run in done])} test images."
         + (f" All arms that say nothing else: {given.flags}." if given.flags else "")
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(differences), draw)] if differences else []

@@ -68,6 +68,11 @@ class Run:
         return round(self.top1 * self.test_images)
 
     @property
+    def last_top1(self) -> float:
+        """Of the evaluation after the last epoch, by the views of the recipe's `eval_tta`."""
+        return next((top1 for top1 in reversed(self.epoch_top1) if top1 is not None), self.top1)
+
+    @property
     def steady_seconds(self) -> list[float]:
         """Of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
         return self.train_seconds[1:] or self.train_seconds

@@ -200,8 +200,8 @@ def test_the_ablation_is_paired_and_corrected():
     tops = {"full": [0.60, 0.62, 0.61], "better": [0.65, 0.67, 0.662], "noisy": [0.601, 0.619, None], "dead": [None] * 3}
     runs = [
         replace(
-            known_results().runs[0], name=f"x/{arm}-seed{seed}", top1=top1 or 0.0, error="" if top1 else "crashed",
-            epoch_flops=[1e12, 1e12, 2e12, 2e12],
+            known_results().runs[0], name=f"x/{arm}-seed{seed}", epoch_top1=[0.3, 0.9, top1, None],
+            error="" if top1 else "crashed", epoch_flops=[1e12, 1e12, 2e12, 2e12],
         )
         for arm, values in tops.items()
         for seed, top1 in enumerate(values)
