@@ -74,8 +74,8 @@ def residual_tail(
 
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
-    addend, total = (None, None) if alone else (x, torch.empty_like(x))
-    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0 and not se_last, addend, total)
+    addend, total, factor = (None, None, None) if alone else (x, torch.empty_like(x), torch.empty(BATCH, 1, 1, 1, device=META))
+    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0 and not se_last, addend, total, factor)
     w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
     if units:
@@ -97,7 +97,7 @@ def neighbours_of(x: torch.Tensor, vector: torch.Tensor | None) -> Any:
 
 
 def residual_tail_and_neighbours(dtype: torch.dtype, *arguments: Any) -> None:
-    """Of a sum that is used elsewhere, and behind it dropout and two uses of the result."""
+    """Of a sum with stochastic depth that is used elsewhere, and behind it dropout and two uses of the result."""
     residual_tail(dtype, *arguments, alone=False)
 
 
@@ -169,11 +169,11 @@ ROWS = (
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (32, 32, 0, "relu", False, False), {  # robust_resnet64
-        "statistics": (121, 32), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
+        "statistics": (135, 42), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (256, 8, 16, "mish", True, True), {
-        "statistics": (124, 16), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
+        "statistics": (137, 21), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
         "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181), "channel_gradient": (71, 23),
     }),
     # light_resnet18_v2_45: its activated inputs, and squeeze-excitation apart from them; then mish_se_resnet18, where dropout

@@ -156,6 +156,34 @@ def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
     torch.testing.assert_close(found, tail._tail_backward(*arguments))
 
 
+@pytest.mark.parametrize(("interpreting", "factors"), sample([True, False], [1, 3], every=3))
+def test_statistics_take_stochastic_depth(interpreting, factors, monkeypatch):
+    case, graphs = Case((3, 45, 5, 5), "relu", shortcut=False), []
+    inputs = case.inputs(torch.float32)
+    x, branch = (torch.randn(case.shape).contiguous(memory_format=torch.channels_last).to(DEVICE) for _ in range(2))
+    leaves = [x, branch, *(inputs[name] for name in ("bn_weight", "bn_bias", "running_mean", "running_var"))]
+    factor = torch.tensor([0.0, 2.0, 0.5], device=DEVICE)[-factors:, None, None, None]
+
+    def function(backend, x, branch, *vectors):
+        total = x + branch * factor.to(x.dtype)
+        return residual_tail(total, None, *vectors, training=True, momentum=0.1, eps=1e-5, backend=backend) + 2 * total
+
+    def moved(backend, dtype):
+        given = [t.to(dtype, copy=True) for t in leaves]
+        form = torch.compile(function, fullgraph=True, backend=compiling(graphs)) if backend == "triton" else function
+        with torch.no_grad():
+            return [form(backend, *given), *given[-2:]]
+
+    if not interpreting:
+        monkeypatch.setattr(tail, "_form", lambda _: fusable)
+    with poisoned_buffers():
+        ours = moved("triton", torch.float32)
+    ((_, after),) = graphs
+    assert "residual_sum_statistics" in after
+    for triple in zip(ours, moved("torch", torch.float32), moved("torch", torch.float64), strict=True):
+        assert_as_exact_as_eager(*triple)
+
+
 @pytest.mark.parametrize("interpreting", sample([True, False], every=2))
 def test_a_tail_that_ends_in_squeeze_excitation_takes_sums_but_no_dropout(interpreting, monkeypatch):
     case = Case((2, 45, 4, 4), "relu", 3, shortcut=False, biases=True, se_last=True)

@@ -240,20 +240,21 @@ def _(x: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool) ->
 
 @torch.library.custom_op("fastcifar::residual_sum_statistics", mutates_args=("running_mean", "running_var"))
 def _sum_statistics(
-    x: Tensor, addend: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of x + addend, and that sum, channels_last."""
+    x: Tensor, addend: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The statistics of x + addend, and that sum, channels_last. factor: of the addend, [1 or N, 1, 1, 1]."""
     form = _form(x)
     if not _fuses(form):
-        total = (x + addend).contiguous(memory_format=CHANNELS_LAST)
+        total = (x + (addend if factor is None else addend * factor)).contiguous(memory_format=CHANNELS_LAST)
         return *form.statistics(total, running_mean, running_var, momentum, per_image), total
     total = torch.empty_like(x, memory_format=CHANNELS_LAST)
-    return *form.statistics(x, running_mean, running_var, momentum, per_image, addend, total), total
+    return *form.statistics(x, running_mean, running_var, momentum, per_image, addend, total, factor), total
 
 
 @register_fake(_sum_statistics)
 def _(
-    x: Tensor, addend: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool
+    x: Tensor, addend: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, channels = x.shape[:2]
     image_mean = unfilled(x, n, channels) if per_image else unfilled(x, 0)

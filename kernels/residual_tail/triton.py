@@ -72,26 +72,26 @@ def merged(count, mean, m2, block: tl.constexpr):
 
 
 @triton.jit
-def added(x, addend, offsets, mask):
-    """Values of a map, or of the sum of two rounded as it is stored, in float32."""
+def added(x, addend, share, offsets, mask):
+    """Values of a map, or of its sum with a share of another, rounded as it is stored, in float32."""
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if addend is not None:
-        value += tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
+        value += share * tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value.to(x.dtype.element_ty).to(tl.float32)
     return value
 
 
 @triton.jit
 def statistics_kernel(
-    x, addend, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    x, addend, factor, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
+    positions: tl.constexpr, own: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every group of rows: one read, summed relative to the mean of the first tile.
 
     That lies so near the group's that the square of their offset takes little away from the sum of squares. It is found
     relative to the first row: where all values are equal the mean is exactly that, and the deviation exactly 0. even: groups
     are whole tiles, so that no row has to be left out. addend: a second map; then the statistics are those of the sum, which is
-    written too.
+    written too. factor: of the addend; own: one for each image, of which a group is a part.
     """
     start = tl.program_id(0).to(tl.int64) * group
     count = tl.minimum(rows - start, group).to(tl.int32)
@@ -99,9 +99,12 @@ def statistics_kernel(
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     inside = c[None, :] < channels
     first = start * channels + c
-    origin = added(x, addend, first, c < channels)
+    share = 1.0
+    if factor is not None:
+        share = tl.load(factor + (start // positions if own else 0)).to(tl.float32)
+    origin = added(x, addend, share, first, c < channels)
     offsets = start * channels + (r * channels + c[None, :])
-    value = added(x, addend, offsets, (even | (r < count)) & inside)
+    value = added(x, addend, share, offsets, (even | (r < count)) & inside)
     if sum_out is not None:
         tl.store(sum_out + offsets, value.to(sum_out.dtype.element_ty), mask=(even | (r < count)) & inside)
     delta = value - origin[None, :]
@@ -114,7 +117,7 @@ def statistics_kernel(
     s1, s2 = delta, delta * delta
     for step in range(block_rows, group, block_rows):
         mask = (even | (step + r < count)) & inside
-        value = added(x, addend, offsets + step * channels, mask)
+        value = added(x, addend, share, offsets + step * channels, mask)
         if sum_out is not None:
             tl.store(sum_out + offsets + step * channels, value.to(sum_out.dtype.element_ty), mask=mask)
         delta = value - mean[None, :]
@@ -524,12 +527,13 @@ def map_grid(
 
 def statistics(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool, addend: Tensor | None = None,
-    sum_out: Tensor | None = None,
+    sum_out: Tensor | None = None, factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`fusable.statistics`; with an addend those of x + addend, which fills sum_out, channels_last."""
+    """`fusable.statistics`; with an addend those of x + addend, or x + addend factor, which fills sum_out, channels_last."""
     n, channels, height, width = x.shape
     rows = n * height * width
-    group = height * width if per_image else group_rows(channels, rows)
+    positions, own, group = height * width, factor is not None and len(factor) > 1, group_rows(channels, rows)
+    group = positions if per_image or (own and positions % group) else group
     groups = cdiv(rows, group)
     group_mean, group_m2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
     mean, variance = unfilled(x, channels), unfilled(x, channels)
@@ -538,6 +542,7 @@ def statistics(
         statistics_kernel[groups, cdiv(channels, tile.channels)](
             channels_last(x),
             channels_last(addend),
+            factor,
             sum_out,
             group_mean,
             group_m2,
@@ -545,6 +550,8 @@ def statistics(
             **sizes,
             **tile.sizes(),
             even=rows % group == 0 and group % tile.rows == 0,
+            positions=positions if own else 1,
+            own=own,
         )
         batch_kernel[(cdiv(channels, merge.channels),)](
             group_mean, group_m2, mean, variance, running_mean, running_var, groups, rows, momentum,
