@@ -2,6 +2,8 @@
 """Ablations: the same training with one thing changed at a time, over the same seeds, compared seed by seed.
 
 python bench/ablate.py --study report_d --seeds 0 1 2 --epochs 30
+python bench/ablate.py --study speed_half --seeds 0 1 --arms-only '24 px|32 px for 4'
+python bench/ablate.py --study speed_half --table docs/speedrun.md
 python bench/ablate.py --arch se_resnet18 --arms 'full:' 'no_se: --no-squeeze-excitation' 'plain: --cutout 0'
 
 An arm is a name and flags of `python -m fastcifar.train`. The first is what all others are compared with: for the same seed
@@ -12,6 +14,7 @@ import json
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -20,8 +23,10 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from bench.results import Ablation, Arm
+from bench.results import Ablation, Arm, read_results
 from bench.run import Common, current_names, finish, new_console, open_bench, resumable, training
+from bench.studies import STUDIES
+from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.launch import Job
@@ -30,61 +35,38 @@ from fastcifar.models import architecture
 PROGRAM = "python bench/ablate.py"
 
 
-_TEXT_E = "--recipe mish_se_resnet18_text"
-_PLAIN_E = f"{_TEXT_E} --weight-decay 5e-4 --head-dropout 0"
-_NO_JITTER = "--brightness 0 --contrast 0 --saturation 0 --hue 0"
-_NO_MIXUP = "--mixup-alpha 0 --mixup-alpha-end None --mixup-alpha-floor 0"
-
-STUDIES: dict[str, Ablation] = {
-    study.name: study
-    for study in (
-        # Report D's bar chart; it gives the order of the bars and 85.574 % (Kaggle) for its final model, which is the fourth.
-        # The probability of grayscale is not stated.
-        Ablation("report_d", "Report D: five models", "se_resnet18", arms=[
-            Arm("1 everything", "--grayscale 0.1", "best of those with grayscale"),
-            Arm("2 without mixup and cutout", f"--grayscale 0.1 {_NO_MIXUP} --cutout 0", "loses most"),
-            Arm("3 without colour jitter", f"--grayscale 0.1 {_NO_JITTER}", "loses little"),
-            Arm("4 without grayscale", "", "gains: grayscale hurts; 85.574 % Kaggle"),
-            Arm("5 without squeeze-excitation", "--grayscale 0.1 --no-squeeze-excitation", "loses little"),
-        ]),
-        # Report C's table of configurations: parameters, stages N, blocks per stage B, channels C, validation accuracy.
-        Ablation("report_c", "Report C: table of configurations", "light_resnet18", arms=[
-            Arm("LightResNet18 (2.81 M, N 4, B 2, C 32)", "", "93.12 % validation"),
-            Arm("LightResNet18_v2 (4.39 M, N 4, B 2, C 40)", "--arch light_resnet18_v2_40", "94.35 % validation"),
-            Arm("LightResNet18_v2 (5.00 M, N 4, B 2, C 45)", "--arch light_resnet18_v2_45", "94.88 % validation"),
-            Arm("RobustResNet64 (3.80 M, N 3, B 10, C 32)", "--arch robust_resnet64", "96.93 % test, without TTA"),
-        ]),
-        # Report E's comparison of optimizers, by its text's training, before dropout and more decay were added. Adam's rate is
-        # not stated: PyTorch's default.
-        Ablation("report_e", "Report E: optimizers", "mish_se_resnet18", arms=[
-            Arm("SGD 0.05, dropout, decay 1e-3", _TEXT_E, "82.417 % Kaggle"),
-            Arm("Adam", f"{_PLAIN_E} --optimizer adam --peak-lr 1e-3 --weight-decay 0", "74 % Kaggle"),
-            Arm("SGD 0.1, decay 5e-4", f"{_PLAIN_E} --peak-lr 0.1", "77 % Kaggle"),
-            Arm("SGD 0.05, decay 5e-4", _PLAIN_E, "78 % Kaggle"),
-        ]),
-    )
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Options(Common):
     """Train configurations of a recipe over the same seeds and compare them; the same command again goes on."""
 
-    study: Literal["report_d", "report_c", "report_e"] | None = None  # one of the reports' own comparisons
+    study: Literal["report_d", "report_c", "report_e", "speed_half", "speed94_parts"] | None = None  # a row of bench/studies.py
     arms: tuple[str, ...] = ()  # instead: 'NAME: FLAGS' of `python -m fastcifar.train`, e.g. 'no_se: --no-squeeze-excitation'
     arch: str = "se_resnet18"  # architecture of --arms
     name: str = "ablation"  # what --arms is called in the results
+    # Markdown file to write the study's table into, between the lines <!-- STUDY --> and <!-- /STUDY -->; nothing is trained
+    table: Path | None = None
+    arms_only: str = ""  # regular expression: train only arms whose names it finds; the others keep what they have
 
     def __post_init__(self) -> None:
         super().__post_init__()
         architecture(self.arch)
         require(self, re.fullmatch(r"[\w.-]+", self.name) is not None, "name", "letters, digits, '_', '-' and '.'")
+        require(self, is_pattern(self.arms_only), "arms_only", "a regular expression")
+
+
+def is_pattern(text: str) -> bool:
+    with suppress(re.error):
+        return bool(re.compile(text))
+    return False
 
 
 def main() -> None:
     """Parse, plan, train, compare."""
     options = parse_arguments(Options, PROGRAM, current_names(sys.argv[1:]))
     study, out = chosen_study(options), options.out or Path("runs") / "ablate"
+    if options.table is not None:
+        write_table(options.table, study.name, out)
+        return
     with resumable(out):
         finish(out, ablate(options, study, out, new_console()))
 
@@ -131,20 +113,47 @@ def ablate(options: Options, study: Ablation, out: Path, console: Console) -> li
     """Train what is left of a study; return the names of the trainings that failed. Raises InputError."""
     seeds = list(dict.fromkeys(options.seeds))
     settings = {f"ablation {study.name}": {"epochs": options.epochs, "seeds": seeds, "flags": options.flags}}
+    chosen = [arm for arm in study.arms if re.search(options.arms_only, arm.name)]
+    if not chosen:
+        raise InputError(f"arms_only {options.arms_only!r} finds none of {', '.join(arm.name for arm in study.arms)}")
     bench = open_bench(options, out, [study.arch], settings, console)
-    groups = {arm.name: trainings_of(options, out, study, arm, bench.device) for arm in study.arms}
+    groups = {arm.name: trainings_of(options, out, study, arm, bench.device) for arm in chosen}
     bench.show_plan(groups, study.title, options.flags)
-    arms = [replace(arm, runs=[job.name for job in groups[arm.name]]) for arm in study.arms]
-    ablation = replace(study, epochs=options.epochs, seeds=seeds, arms=arms)
-    bench.save(ablations=[*(other for other in bench.results.ablations if other.name != study.name), ablation])
+    others = [other for other in bench.results.ablations if other.name != study.name]
+    before = [seed for other in bench.results.ablations if other.name == study.name for seed in other.seeds]
+    seeds = sorted({*before, *seeds})
+    arms = [replace(arm, runs=[run_name(study, arm, seed) for seed in seeds]) for arm in study.arms]
+    bench.save(ablations=[*others, replace(study, epochs=options.epochs, seeds=seeds, arms=arms)])
     return bench.train(chain.from_iterable(groups.values()))
 
 
 def trainings_of(options: Options, out: Path, study: Ablation, arm: Arm, device: torch.device) -> list[Job]:
     """An arm's trainings, one for each seed. Raises InputError for flags that training does not take."""
-    flags, folder = shlex.split(arm.flags), f"{study.name}/{file_name(arm.name)}"
-    seeds = dict.fromkeys(options.seeds)
-    return [training(options, out, f"{folder}-seed{seed}", study.arch, seed, device, flags) for seed in seeds]
+    flags, seeds = shlex.split(f"{study.flags} {arm.flags}"), dict.fromkeys(options.seeds)
+    return [training(options, out, run_name(study, arm, seed), study.arch, seed, device, flags) for seed in seeds]
+
+
+def run_name(study: Ablation, arm: Arm, seed: int) -> str:
+    """A training's folder within OUT/runs."""
+    return f"{study.name}/{file_name(arm.name)}-seed{seed}"
+
+
+def write_table(file: Path, name: str, out: Path) -> None:
+    """Put the table of the study `name` in OUT into a Markdown file. Raises InputError where either has no place for it."""
+    from bench import report  # here, since matplotlib takes a second to import
+
+    path, results = read_results(out)
+    studies = [study for study in results.ablations if study.name == name]
+    section = report.ablation(studies[0], results) if studies else None
+    if section is None:
+        raise InputError(f"{path} has no finished training of {name}: train it first, or name its --out")
+    text, marks = file.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+    before, begun, rest = text.partition(marks[0])
+    _, ended, after = rest.partition(marks[1])
+    if not (begun and ended):
+        raise InputError(f"{file} has no lines {marks[0].strip()} and {marks[1]}: add them where the table belongs")
+    files.write_bytes(file, f"{before}{begun}{report.render_section(section)}\n{ended}{after}".encode())
+    print(file)
 
 
 def file_name(name: str) -> str:

@@ -40,7 +40,7 @@ from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
 from fastcifar.models import ARCHITECTURES, Architecture
-from fastcifar.models.blocks import BasicBlock
+from fastcifar.models.blocks import BasicBlock, PreActivationBlock
 from kernels.augment import augment_fused
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import augment_numpy, augment_torch
@@ -105,11 +105,15 @@ def squeeze_excite_inputs(shape: Shape, batch: int, dtype: torch.dtype, generato
     return [random_map(shape, batch, dtype, generator), *weights]
 
 
-def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, se_bias: bool = False) -> KernelRow:
+def tail_row(
+    activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, se_bias: bool = False, se_last: bool = False
+) -> KernelRow:
     """The residual tail of one kind, in training, on the maps of the architectures whose blocks have such a tail."""
 
     def uses(arch: Architecture, stage: int) -> bool:
         own = arch.activation is {"relu": nn.ReLU, "mish": nn.Mish}[activation]
+        if se_last:
+            return own and arch.block is PreActivationBlock and stage in arch.se_stages
         return own and (not shortcut or (arch.block is BasicBlock and (stage in arch.se_stages) is se))
 
     def inputs(shape: Shape, batch: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
@@ -124,15 +128,17 @@ def tail_row(activation: Literal["relu", "mish"], *, shortcut: bool, se: bool, s
         return [conv_out, added, vector(channels), vector(channels), *statistics, *excitation]
 
     def form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        given = {"training": True, "momentum": 0.1, "eps": 1e-5, "se_activation": activation, "activation": activation}
+        given: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "se_last": se_last}
+        given |= {"se_activation": activation, "activation": activation}
         return lambda *tensors: function(*tensors[:6], se=tensors[6:] if se else None, **given)
 
     return KernelRow(
-        variant(shortcut or None, se or None, activation), maps(uses), inputs,
+        variant(None, None, activation) + "+squeeze_excite" if se_last else variant(shortcut or None, se or None, activation),
+        maps(uses), inputs,
         form(partial(residual_tail, backend="triton")), form(eager_residual_tail),
         # Statistics 1 read; result 1 read, 1 write. Backward: 2 reads, then 2 reads, 1 write. With a shortcut: one more read
-        # forward, one more read and one more write backward.
-        forward_passes=4 if shortcut else 3, backward_passes=7 if shortcut else 5,
+        # forward, one more read and one more write backward; with squeeze-excitation last, one more read forward, two backward.
+        forward_passes=4 if shortcut or se_last else 3, backward_passes=7 if shortcut or se_last else 5,
         same_algebra=form(partial(residual_tail, backend="fusable")),
     )  # fmt: skip
 
@@ -196,6 +202,7 @@ KERNELS: dict[str, KernelRow] = {
         tail_row("relu", shortcut=True, se=False),
         tail_row("relu", shortcut=True, se=True),
         tail_row("mish", shortcut=True, se=True, se_bias=True),
+        tail_row("relu", shortcut=False, se=True, se_bias=True, se_last=True),
         KernelRow(  # the batch is written once; 3,072 bytes of an image are read
             "augment", ((3, SIDE, SIDE),), augment_inputs, augment_ours, augment_eager,
             forward_passes=1, backward_passes=0, exact=augment_exact, read_beside=3 * SIDE * SIDE,

@@ -19,32 +19,36 @@ import numpy as np
 import torch
 
 from bench.baselines import LOOPS, Task
-from bench.results import Timing
+from bench.results import Run, Timing, check_run, from_json
 from fastcifar.dataset import ResidentSet, Splits
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, shortened
 
 PATIENCE = 2 * 3600.0  # seconds a script may take
 
 
-def outside_scripts(named: Iterable[str]) -> dict[str, Path]:
-    """{name: path} of `NAME=PATH` arguments. Raises InputError for anything else, or a script that is not there."""
-    scripts: dict[str, Path] = {}
+def outside_scripts(named: Iterable[str]) -> dict[str, list[str]]:
+    """{name: path and arguments} of `NAME=PATH ARGUMENTS`. Raises InputError for anything else, or a script that is not there.
+
+    Files among the arguments are made absolute: a script runs in a folder of its own.
+    """
+    scripts: dict[str, list[str]] = {}
     for argument in named:
-        name, _, path = argument.partition("=")
+        name, _, command = argument.partition("=")
+        path, *_ = words = [command] if Path(command).is_file() else command.split() or [""]
         if not path or not re.fullmatch(r"[\w.+-]+", name):  # the name is also its logs'
             raise InputError(f"an outside script is given as NAME=PATH, e.g. airbench=/src/airbench94.py, got {argument!r}")
         if not Path(path).is_file():
             raise InputError(f"outside script {name}: {path} is not a file: name the script to run")
         if name in (*LOOPS, *scripts):
             raise InputError(f"outside script {name}: that name is taken: choose another")
-        scripts[name] = Path(path).resolve()
+        scripts[name] = [str(Path(word).resolve()) if Path(word).exists() else word for word in words]
     return scripts
 
 
-def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
+def run_script(name: str, command: list[str], task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
     """Run an outside script in a process and a temporary folder of its own; what it states on its last line is its rate.
 
-    It is run by this Python without arguments, with these variables
+    It is run by this Python, with the arguments given and these variables
 
         FASTCIFAR_DATA         folder with train.beton and test.beton
         FASTCIFAR_EPOCHS       epochs it is asked to train
@@ -62,12 +66,13 @@ def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, ta
                                    CIFAR10.meta["md5"] = None
 
     The last line on its standard output must be a JSON object with "images_per_second" (a number, or a list of repetitions), or
-    with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1) and "seconds_to_accuracy"
-    are kept where they are given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log
-    and NAME.stderr.log in the results keep what it printed. A script that fails leaves one line, one that takes longer than two
-    hours is ended with its workers, and the others go on. It is not timed in turns with the other loops.
+    with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1), "seconds_to_accuracy" and
+    "runs" (a list of objects with fields of `Run` in bench/results.py: the curves of its trainings) are kept where they are
+    given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log and NAME.stderr.log in
+    the results keep what it printed. A script that fails leaves one line, one that takes longer than two hours is ended with
+    its workers, and the others go on. It is not timed in turns with the other loops.
     """
-    timing = Timing(name, name, f"{path}, by its own clock", in_turns=False)
+    timing = Timing(name, name, f"{' '.join(command)}, by its own clock", in_turns=False)
     logs.mkdir(parents=True, exist_ok=True)
     out, err = logs / f"{name}.stdout.log", logs / f"{name}.stderr.log"
     told = {
@@ -79,7 +84,7 @@ def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, ta
     with tempfile.TemporaryDirectory() as folder, out.open("wb") as stdout, err.open("wb") as stderr:
         offer_data(Path(folder), task.data)
         with subprocess.Popen(
-            [sys.executable, str(path)], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=stdout,
+            [sys.executable, *command], cwd=folder, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=stdout,
             stderr=stderr, start_new_session=True,
         ) as process:  # fmt: skip
             try:
@@ -94,18 +99,21 @@ def run_script(name: str, path: Path, task: Task, *, epochs: int, logs: Path, ta
         said = _last_line(err) or _last_line(out) or "no output"
         return replace(timing, error=f"exit code {process.returncode}: {said}"[:240])
     try:
-        return replace(timing, **read_statement(_last_line(out)))
-    except ValueError as error:
+        return replace(timing, **read_statement(name, _last_line(out)))
+    except (ValueError, InputError) as error:
         return replace(timing, error=f"no rate: {error}")
 
 
-def read_statement(line: str) -> dict[str, Any]:
-    """The fields of `Timing` that a script's last line states. Raises ValueError where it is no evidence of a rate."""
+def read_statement(name: str, line: str) -> dict[str, Any]:
+    """The fields of `Timing` that a script's last line states.
 
-    def number(name: str, value: Any, most: float = math.inf) -> float:
+    Raises ValueError where it is no evidence of a rate, InputError for runs that are none.
+    """
+
+    def number(what: str, value: Any, most: float = math.inf) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 < value <= most):
             limit = "" if most == math.inf else f", at most {most:g}"
-            raise ValueError(f"{name} must be a number above 0{limit}, got {value!r}")
+            raise ValueError(f"{what} must be a number above 0{limit}, got {value!r}")
         return float(value)
 
     try:
@@ -123,8 +131,18 @@ def read_statement(line: str) -> dict[str, Any]:
             wanted = 'a JSON object with "images_per_second", or "images" and "seconds"'
             raise ValueError(f"its last line must be {wanted}, got {line[:80]!r}")
     limits = {"top1": 1.0, "seconds_to_accuracy": math.inf}
-    given = {name: number(name, stated[name], most) for name, most in limits.items() if stated.get(name) is not None}
-    return {"images_per_second": rates, **given}
+    given = {what: number(what, stated[what], most) for what, most in limits.items() if stated.get(what) is not None}
+    runs = [read_stated_run(name, stated_run) for stated_run in stated.get("runs") or []]
+    return {"images_per_second": rates, "runs": runs, **given}
+
+
+def read_stated_run(name: str, stated: Any) -> Run:
+    """One of the runs of the script `name`. Raises InputError, or ValueError, for what is none."""
+    if not isinstance(stated, dict):
+        raise ValueError(f"runs must be objects, got {shortened(repr(stated))}")
+    run = from_json(Run, stated | {"name": f"{name}-seed{stated.get('seed')}", "arch": name}, "runs")
+    check_run(run, "runs")
+    return run
 
 
 def _last_line(path: Path) -> str:

@@ -8,22 +8,22 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, TypeVar
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from bench import stats
-from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results
+from bench.results import EPOCH_IMAGES, Ablation, Comparison, Results, Run, Timing, Variant, check, read_results, total
 from bench.stats import Estimate
 from fastcifar.arguments import parse_arguments
 from fastcifar.errors import run_command
@@ -95,6 +95,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Trainings that differ in their seed alone."""
+
+    name: str  # of a variant, or of the outside script that states them
+    runs: list[Run]
+    outside: bool = False
+
+    def to(self, target: float, costs: Callable[[Run], Sequence[float | None]]) -> list[float]:
+        """What each run spent up to the first epoch at `target` or above; those that never were, or were not counted, are left
+        out."""
+        spent = [total(costs(run)[:epochs]) for run in self.runs if (epochs := run.epochs_to(target))]
+        return [cost for cost in spent if cost is not None]
+
+
+@dataclass(frozen=True)
 class Options:
     """Write report.html and report.md beside a results.json."""
 
@@ -119,13 +134,22 @@ def write_reports(folder: Path, results: Results) -> list[Path]:
 def render(report: Report, template: str) -> str:
     """A whole report by its template, which shows every text as it is: report.html with style and script inside, or
     report.md, the same figures without the charts."""
+    return templates(template).render(report=report)
+
+
+def render_section(section: Section) -> str:
+    """A section as it stands in report.md."""
+    return templates("section.md").render(section=section)
+
+
+def templates(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=template.endswith(".html"),
-        finalize=escape if template.endswith(".md") else None,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=name.endswith(".html"),
+        finalize=escape if name.endswith(".md") else None,
     )  # fmt: skip
     environment.filters["anchor"] = lambda title: re.sub(r"\W+", "-", title.lower()).strip("-") or "section"
-    return environment.get_template(template).render(report=report)
+    return environment.get_template(name)
 
 
 def escape(text: str) -> str:
@@ -138,13 +162,15 @@ def build_report(results: Results) -> Report:
     """Compute everything the page lays out."""
     check(results)
     rows = variant_rows(results)
+    groups = trained_groups(results, rows)
     failed = [(run.name, run.error) for run in results.runs if run.error]
     for what, comparison in results.comparisons().items():
         failed += [(f"{what}: {timing.title}", timing.error) for timing in comparison.timings if timing.failed]
     sections = [
         scatter(rows),
         *variant_tables(rows, results),
-        learning_curves(rows),
+        time_to_accuracy(groups, target_top1(results, rows)),
+        learning_curves(groups),
         optimizations(results.optimizations),
         baselines(results.baselines),
         *(ablation(each, results) for each in results.ablations),
@@ -179,11 +205,19 @@ def variant_rows(results: Results) -> list[Row]:
     return rows
 
 
-def accuracy(runs: Sequence[Run]) -> Estimate:
+def trained_groups(results: Results, rows: list[Row]) -> list[Group]:
+    """The variants' trainings, then those that outside scripts state."""
+    stated = results.baselines.timings if results.baselines else []
+    ours = [Group(row.arch, row.runs) for row in rows if row.runs]
+    return ours + [Group(timing.title, timing.runs, outside=True) for timing in stated if timing.runs]
+
+
+def accuracy(runs: Sequence[Run], share: Callable[[Run], float] = lambda run: run.top1) -> Estimate:
     """Top-1 over seeds; of one seed by Wilson's binomial interval of its test images."""
     if len(runs) == 1:
-        return stats.proportion(runs[0].hits, runs[0].test_images)
-    return stats.mean_share([run.top1 for run in runs])
+        images = runs[0].test_images
+        return stats.proportion(round(share(runs[0]) * images), images)
+    return stats.mean_share(list(map(share, runs)))
 
 
 def banners(results: Results) -> list[str]:
@@ -233,7 +267,7 @@ def headlines(rows: list[Row], results: Results) -> list[tuple[str, str, str]]:
         gained = gain(steps[-1], steps[0])
         lines.append(("All optimizations together", gained.text, f"against {steps[0].title} {gained.detail}"))
     loops = results.baselines.measured() if results.baselines else []
-    if results.baselines and len(loops) > 1 and loops[0] is results.baselines.timings[0]:
+    if results.baselines and len(loops) > 1 and loops[0] is results.baselines.timings[0] and loops[0].in_turns:
         gained = gain(loops[0], loops[1])
         lines.append((f"Against {loops[1].title}", gained.text, gained.detail))
     return lines
@@ -310,33 +344,41 @@ def scatter(rows: list[Row]) -> Section | None:
     return Section("Speed against accuracy", charts=charts, notes=[f"Bars: 95 % intervals. {note}"])
 
 
-def learning_curves(rows: list[Row]) -> Section | None:
-    """Test accuracy against epochs, and against minutes of training."""
+def learning_curves(groups: list[Group]) -> Section | None:
+    """Test accuracy against epochs, minutes of training, and FLOPs."""
     curves = []
-    for number, row in enumerate(rows):
-        length = min((len(run.epoch_top1) for run in row.runs), default=0)
-        tops = 100 * np.array([run.epoch_top1[:length] for run in row.runs], dtype=float)  # [seeds, epochs], NaN: not measured
+    for number, group in enumerate(groups):
+        length = min(len(run.epoch_top1) for run in group.runs)
+        tops = 100 * np.array(
+            [run.epoch_top1[:length] for run in group.runs], dtype=float
+        )  # [seeds, epochs], NaN: not measured
         done = ~np.isnan(tops).any(axis=0)
         if length and done.any():
-            elapsed = np.cumsum([run.train_seconds[:length] for run in row.runs], axis=1).mean(axis=0) / 60
-            curves.append((number, short(row.arch), tops[:, done], np.flatnonzero(done) + 1, elapsed[done]))
-    if not any(len(epochs) > 1 for *_, epochs, _ in curves):
+            minutes = np.cumsum([run.train_seconds[:length] for run in group.runs], axis=1).mean(axis=0) / 60
+            counted = all(len(run.epoch_flops) >= length and None not in run.epoch_flops for run in group.runs)
+            flops = np.cumsum([run.epoch_flops[:length] for run in group.runs], axis=1).mean(axis=0) / 1e12 if counted else None
+            spent = {"epoch": np.arange(length) + 1, "minutes of training": minutes, "TFLOP of training": flops}
+            costs = {name: cost[done] for name, cost in spent.items() if cost is not None}
+            curves.append((number, short(group.name), tops[:, done], costs))
+    if not any(tops.shape[1] > 1 for _, _, tops, _ in curves):
         return None
 
-    def draw(axes: Axes, in_minutes: bool) -> None:
-        for number, name, tops, epochs, elapsed in curves:
-            x, colour = elapsed if in_minutes else epochs, looks(number)["color"]
+    def draw(axes: Axes, what: str) -> None:
+        drawn = [(number, name, tops, costs[what]) for number, name, tops, costs in curves if what in costs]
+        for number, name, tops, x in drawn:
+            colour = looks(number)["color"]
             axes.plot(x, tops.mean(axis=0), color=colour, label=name, ls="-" if number < len(COLOURS) else "--")
             axes.fill_between(x, tops.min(axis=0), tops.max(axis=0), color=colour, alpha=0.15, lw=0)
-        axes.set(xlabel="minutes of training, logarithmic" if in_minutes else "epoch", ylabel="top-1, %")
-        if in_minutes:
-            logarithmic(axes, np.concatenate([elapsed for *_, elapsed in curves]).tolist())
-        else:
+        axes.set(xlabel=what if what == "epoch" else f"{what}, logarithmic", ylabel="top-1, %")
+        if what == "epoch":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            logarithmic(axes, np.concatenate([x for *_, x in drawn]).tolist())
         legend(axes)
 
-    charts = [draw_svg(name, 4.4, partial(draw, in_minutes=name == "minutes")) for name in ("epochs", "minutes")]
-    notes = ["Mean over seeds, shaded from the lowest to the highest."] if any(len(row.runs) > 1 for row in rows) else []
+    shown = dict.fromkeys(what for *_, costs in curves for what in costs)
+    charts = [draw_svg(f"curves {what}", 4.4, partial(draw, what=what)) for what in shown]
+    notes = ["Mean over seeds, shaded from the lowest to the highest."] if any(len(group.runs) > 1 for group in groups) else []
     return Section("Learning curves", "Test accuracy after each epoch.", charts, notes=notes)
 
 
@@ -373,7 +415,6 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
     """Speed and accuracy, then time and cost."""
     if not rows:
         return []
-    target = target_top1(results, rows)
 
     def over_runs(form: Callable[[float], str], figures: Callable[[Run], Iterable[float | None]]) -> Callable[[Row], Entry]:
         return lambda row: spread((figure for run in row.runs for figure in figures(run)), form)
@@ -386,7 +427,6 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
         "Epochs/s": lambda row: entry(row.speed.through(lambda rate: rate / EPOCH_IMAGES)),
         "With flip, %": lambda row: shares_entry([run.flip_top1 for run in row.runs]),
         "Best, %": lambda row: shares_entry([run.best_top1 for run in row.runs]),
-        f"To {100 * (target or 0):g} %": lambda row: time_to(row, target),
         "Report claims": lambda row: Entry(row.variant.claim or NONE),
     }
     cost: dict[str, Callable[[Row], Entry]] = {
@@ -409,7 +449,7 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
         else "",
     ]
     return [
-        table("Variants: speed and accuracy", rows, speed, variant_notes(rows, results, target)),
+        table("Variants: speed and accuracy", rows, speed, variant_notes(rows, results)),
         table("Variants: time and cost", rows, cost, cost_notes),
     ]
 
@@ -417,9 +457,11 @@ def variant_tables(rows: list[Row], results: Results) -> list[Section]:
 def variant_name(row: Row) -> Entry:
     report = row.variant.report
     kind = "baseline, " if report == "-" else f"report {report}, " if report else ""
-    epochs = count([len(run.train_seconds) for run in row.runs], "epoch")
-    trained = f"{count(len(row.runs), 'seed')} × {epochs}" if row.runs else "not trained"
-    return Entry(row.arch, kind + trained, row.arch)
+    return Entry(row.arch, kind + (seeds_and_epochs(row.runs) if row.runs else "not trained"), row.arch)
+
+
+def seeds_and_epochs(runs: list[Run]) -> str:
+    return f"{count(len(runs), 'seed')} × {count([len(run.train_seconds) for run in runs], 'epoch')}"
 
 
 def entry(value: Estimate) -> Entry:
@@ -435,14 +477,6 @@ def share_entry(value: Estimate) -> Entry:
     """Mean and standard deviation in percent, in the detail the interval."""
     deviation = "" if value.deviation is None else f" ± {100 * value.deviation:.2f}".replace(" ", "\N{NO-BREAK SPACE}")
     return Entry(f"{100 * value.estimate:.2f}{deviation}", between(value, percent), value.estimate)
-
-
-def time_to(row: Row, target: float | None) -> Entry:
-    reached = [s for run in row.runs if target is not None and (s := run.seconds_to(target)) is not None]
-    if not reached:
-        return Entry("not reached" if target is not None and row.runs else NONE)
-    some = f"{len(reached)} of {count(len(row.runs), 'seed')}" if len(reached) < len(row.runs) else ""
-    return Entry(seconds(fmean(reached)), some, fmean(reached))
 
 
 def epoch_joules(run: Run) -> float | None:
@@ -464,7 +498,7 @@ def target_top1(results: Results, rows: list[Row]) -> float | None:
     return round(target, 2) if target > 0.1 else None
 
 
-def variant_notes(rows: list[Row], results: Results, target: float | None) -> list[str]:
+def variant_notes(rows: list[Row], results: Results) -> list[str]:
     """What a reader of the first table has to know."""
     seeds = {len(row.runs) for row in rows}
     if results.speeds and results.speeds.measured():
@@ -486,10 +520,62 @@ def variant_notes(rows: list[Row], results: Results, target: float | None) -> li
         else "",
         "One seed: no interval over seeds; in brackets the binomial one of its test images (Wilson's)." if 1 in seeds else "",
         "Best: the best epoch, chosen on the test set itself as the reports did, which is optimistic." if max(seeds) else "",
-        f"To {100 * target:g} %: mean over seeds of the training time, evaluation not counted." if target is not None else "",
         "What a report claims is its own claim, after its whole recipe and on its own validation split or the class "
         "competition's harder test set (Kaggle): not comparable with shorter runs on other data.",
     ]
+
+
+def time_to_accuracy(groups: list[Group], target: float | None) -> Section | None:
+    """What it takes to the first evaluation at the target, and whether the last one's mean over seeds lies above it."""
+    if target is None or not groups:
+        return None
+    reference = next((group for group in groups if group.outside), groups[0])
+
+    def mean_to(
+        costs: Callable[[Run], Sequence[float | None]], form: Callable[[float], str], absent: str = NONE
+    ) -> Callable[[Group], Entry]:
+        return lambda group: mean_entry(group.to(target, costs), len(group.runs), form, absent)
+
+    def speed_of(group: Group) -> Timing:
+        spent = group.to(target, lambda run: run.train_seconds)
+        whole = len(spent) == len(group.runs)  # else only the lucky runs would be compared
+        return Timing(group.name, group.name, "", [1 / cost for cost in spent] if whole else [], in_turns=False)
+
+    speeds = {group.name: speed_of(group) for group in groups}
+    columns: dict[str, Callable[[Group], Entry]] = {
+        "Trained": lambda group: Entry(group.name, seeds_and_epochs(group.runs), group.name),
+        "Last epoch, %": lambda group: last_entry(group.runs, target),
+        "Seconds": mean_to(lambda run: run.train_seconds, seconds, "not reached"),
+        "TFLOP": mean_to(lambda run: [flops and flops / 1e12 for flops in run.epoch_flops], significant),
+        "Energy": mean_to(lambda run: run.epoch_joules, lambda joules: f"{significant(joules / 1000)} kJ"),
+        f"Speed against {reference.name}": lambda group: gain(speeds[group.name], speeds[reference.name]),
+    }
+    notes = [
+        "Mean over seeds, in brackets the 95 % t interval. Accuracy is that of the evaluation after each epoch, as the recipe "
+        "or the script evaluates; its time is not counted. Above or below: on that side of the target lies the whole interval.",
+        "Speeds are ratios of geometric means of the seconds (Welch's interval of the logarithm), where every seed reached the "
+        "target. The trainings ran one after the other, not in turns."
+        if len(groups) > 1
+        else "",
+    ]
+    name = f"{100 * target:g} %"
+    return table(f"To {name}", groups, columns, notes, text=f"Training up to the first epoch whose top-1 is {name} or more.")
+
+
+def mean_entry(values: list[float], runs: int, form: Callable[[float], str], absent: str) -> Entry:
+    """The mean with its interval, and how many of the runs it is of."""
+    if not values:
+        return Entry(absent)
+    value, some = stats.mean(values), f"{len(values)} of {count(runs, 'seed')}" if len(values) < runs else ""
+    return Entry(form(value.estimate), f"{between(value, form)} {some}".strip(), value.estimate)
+
+
+def last_entry(runs: list[Run], target: float) -> Entry:
+    """Top-1 of the last evaluation, and on which side of the target its mean is."""
+    value = accuracy(runs, lambda run: run.last_top1)
+    told = share_entry(value)
+    side = "▲ above" if value.estimate > target else "▼ below"
+    return replace(told, detail=f"{told.detail} {side if value.excludes(target) else 'neither side shown'}".strip())
 
 
 def optimizations(comparison: Comparison | None) -> Section | None:
@@ -515,7 +601,7 @@ def baselines(comparison: Comparison | None) -> Section | None:
         return None
     ours, scripts = comparison.timings[0], [timing.title for timing in comparison.timings if not timing.in_turns]
     columns: dict[str, Callable[[Timing], Entry]] = {
-        f"{ours.title} against it": lambda timing: gain(ours, timing),
+        f"{ours.title} against it": lambda timing: gain(ours, timing) if ours.in_turns else NOTHING,
         "Top-1 it states, %": lambda timing: Entry(NONE if timing.top1 is None else f"{100 * timing.top1:.2f}"),
         "To its target": lambda timing: spread([timing.seconds_to_accuracy], seconds),
     }
@@ -523,7 +609,8 @@ def baselines(comparison: Comparison | None) -> Section | None:
         f"Not timed in turns: {', '.join(scripts)}. Outside scripts ran in processes of their own at another time, when "
         "the machine may have been faster or slower; their ratios' intervals (Welch's) cannot know that."
     )
-    text = f"Whole training loops of {comparison.settings.get('arch')} on the same data and device."
+    what = f" of {comparison.settings['arch']}" if "arch" in comparison.settings else ""
+    text = f"Whole training loops{what} on the same data and device."
     return timings_table("Other training loops", "Training loop", comparison, columns, note if scripts else "", text=text)
 
 
@@ -537,7 +624,9 @@ def timings_table(
     notes = [
         f"Timed in turns in one process, {rounds} in an order drawn anew. Rates, and ratios within a round, "
         "are geometric means; in brackets 95 % t intervals of the logarithm over blocks of rounds. A ratio is called faster "
-        "or slower where its interval excludes 1.",
+        "or slower where its interval excludes 1."
+        if any(timing.in_turns for timing in measured)
+        else "",
         note,
     ]
     return table(title, comparison.timings, shared | columns, notes, text=text, charts=[rate_bars(title.lower(), measured)])
@@ -568,7 +657,7 @@ def ablation(given: Ablation, results: Results) -> Section | None:
     if not done:
         return None
     control = given.arms[0].name
-    pairs = {arm: [(a.top1, b.top1) for a, b in zip(each, trained[control], strict=True) if a and b]
+    pairs = {arm: [(a.last_top1, b.last_top1) for a, b in zip(each, trained[control], strict=True) if a and b]
              for arm, each in trained.items() if arm != control}  # fmt: skip
     differences = {arm: stats.paired(*zip(*each, strict=True)) for arm, each in pairs.items() if each}
     corrected = dict(zip(differences, stats.holm([each.p for each in differences.values()]), strict=True))
@@ -586,8 +675,10 @@ def ablation(given: Ablation, results: Results) -> Section | None:
 
     columns: dict[str, Callable[[Any], Entry]] = {
         "Arm": lambda arm: Entry(arm.name, arm.flags),
-        "Top-1, %": lambda arm: shares_entry([run.top1 for run in trained[arm.name] if run], "no run finished"),
+        "Top-1, %": lambda arm: shares_entry([run.last_top1 for run in trained[arm.name] if run], "no run finished"),
         f"Against {control}, points": lambda arm: difference_entry(differences.get(arm.name), corrected.get(arm.name)),
+        "TFLOP": lambda arm: spread([tera(run.epoch_flops) for run in trained[arm.name] if run], significant),
+        "Training": lambda arm: spread([sum(run.train_seconds) for run in trained[arm.name] if run], seconds),
         "Report's": lambda arm: Entry(arm.claim or NONE),
     }
     notes = [
@@ -598,11 +689,18 @@ def ablation(given: Ablation, results: Results) -> Section | None:
         else "Too few seeds for intervals and tests: differences are those of single runs."
     ]
     text = (
-        f"{given.arch}, {count(given.epochs, 'epoch')} of {span([run.images_per_epoch for run in done])} images, "
-        f"{count(len(given.seeds), 'seed')}; final accuracy on {span([run.test_images for run in done])} test images."
+        f"{given.arch}, {count([len(run.train_seconds) for run in done], 'epoch')} of "
+        f"{span([run.images_per_epoch for run in done])} images, {count(len(given.seeds), 'seed')}; "
+        f"accuracy after the last epoch on {span([run.test_images for run in done])} test images."
+        + (f" All arms that say nothing else: {given.flags}." if given.flags else "")
     )
     charts = [draw_svg(f"ablation {given.name}", 0.9 + 0.35 * len(differences), draw)] if differences else []
     return table(f"Ablation: {given.title}", given.arms, columns, notes, text=text, charts=charts)
+
+
+def tera(flops: Sequence[float | None]) -> float | None:
+    whole = total(flops)
+    return None if whole is None else whole / 1e12
 
 
 def difference_entry(difference: Estimate | None, p: float | None) -> Entry:

@@ -16,10 +16,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -58,12 +58,19 @@ class Run:
     compile_seconds: float | None = None  # first step less a later one
     peak_memory_bytes: int | None = None
     energy_joules: float | None = None  # of all training epochs
+    epoch_joules: list[float | None] = field(default_factory=list)  # of training
+    epoch_flops: list[float | None] = field(default_factory=list)  # of training; older runs recorded none
     error: str = ""
 
     @property
     def hits(self) -> int:
         """Test images the final weights classify correctly."""
         return round(self.top1 * self.test_images)
+
+    @property
+    def last_top1(self) -> float:
+        """Of the evaluation after the last epoch, by the views of the recipe's `eval_tta`."""
+        return next((top1 for top1 in reversed(self.epoch_top1) if top1 is not None), self.top1)
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -75,10 +82,15 @@ class Run:
         """Images per second of those epochs."""
         return [self.images_per_epoch / seconds for seconds in self.steady_seconds]
 
-    def seconds_to(self, target: float) -> float | None:
-        """Training seconds to the end of the first epoch whose test top-1 is `target`; None: never."""
-        pairs = zip(accumulate(self.train_seconds), self.epoch_top1, strict=True)
-        return next((seconds for seconds, top1 in pairs if top1 is not None and top1 >= target), None)
+    def epochs_to(self, target: float) -> int | None:
+        """Epochs up to the first whose test top-1 is `target`; None: never."""
+        return next((epoch for epoch, top1 in enumerate(self.epoch_top1, start=1) if (top1 or 0.0) >= target), None)
+
+
+def total(costs: Sequence[float | None]) -> float | None:
+    """Of epochs; None where one was not counted, or there is none."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if known and len(known) == len(costs) else None
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class Timing:
     in_turns: bool = True  # False: an outside script, whose rates are no rounds of the others
     top1: float | None = None  # 0..1, as an outside script states it
     seconds_to_accuracy: float | None = None  # as an outside script states it
+    runs: list[Run] = field(default_factory=list)  # as an outside script states them
 
     @property
     def failed(self) -> bool:
@@ -140,9 +153,10 @@ class Ablation:
     name: str
     title: str
     arch: str
-    epochs: int = 0
+    epochs: int = 0  # where no flags say otherwise
     seeds: list[int] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    flags: str = ""  # of `python -m fastcifar.train`, for every arm whose own do not say otherwise
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,7 @@ def read_run(runs: Path, name: str) -> Run | None:
         values = measured | {key: summary.get(key) for key in summed_up} | {
             "name": name, "arch": arch, "seed": options.seed, "batch_size": recipe.batch_size,
             "images_per_epoch": round(rows[0]["images_per_second"] * rows[0]["train_seconds"]),
+            "epoch_joules": [row.get("energy_joules") for row in rows], "epoch_flops": [row.get("flops") for row in rows],
             "test_images": summary["final"]["images"], "epoch_top1": [row["eval_accuracy"] for row in rows],
             "top1": summary["final"]["top1"], "flip_top1": summary["final_flip_tta_top1"],
             "best_top1": summary["best_accuracy"],
@@ -231,7 +246,7 @@ def read_run(runs: Path, name: str) -> Run | None:
 def write_results(out: Path, results: Results) -> None:
     """Write results.json, runs.csv and timings.csv into the folder `out`."""
     files.write_json(out / "results.json", asdict(results))
-    lists = {"train_seconds", "eval_seconds", "epoch_top1"}
+    lists = {"train_seconds", "eval_seconds", "epoch_top1", "epoch_joules", "epoch_flops"}
     columns = [entry.name for entry in fields(Run) if entry.name not in lists]
     rows = [[*(getattr(run, name) for name in columns), len(run.train_seconds), sum(run.train_seconds)] for run in results.runs]
     _write_csv(out / "runs.csv", [*columns, "epochs", "train_seconds"], rows)
@@ -270,23 +285,13 @@ def read_results(path: Path) -> tuple[Path, Results]:
 
 def check(results: Results, where: str = "results") -> None:
     """Refuse figures that no measurement gives, such as a rate of zero. Raises InputError naming the first."""
-
-    def within(what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max) -> None:
-        for value in values:
-            if value is not None and not low <= value <= high:  # NaN is not
-                raise InputError(f"{where}: {shortened(what)} is {value}: {AGAIN}")
-
+    within = partial(_require_within, where)
     facts, load = results.environment, results.environment.get("load", {})
     from_json(Facts, {name: facts[name] for name in ("hardware", "cores") if name in facts}, f"{where}: environment")
     within("the load", [_value(float, value, f"{where}: load") for value in _typed(dict, load, f"{where}: load").values()])
     within("target_top1", [_value(float | None, results.settings.get("target_top1"), f"{where}: target_top1")], high=1)
     for run in results.runs:
-        within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
-        within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
-        within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
-        within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules])
-        counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
-        within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
+        check_run(run, where)
     for variant in results.variants:
         within(f"{variant.arch}: the roofline", [variant.roofline_images_per_second], ABOVE_0)
     for what, comparison in results.comparisons().items():
@@ -295,6 +300,27 @@ def check(results: Results, where: str = "results") -> None:
             raise InputError(f"{where}: {what} that took turns have unequal numbers of rounds ({rounds}): {AGAIN}")
         for timing in comparison.timings:
             within(f"{timing.name}: a rate", timing.images_per_second, ABOVE_0)
+            for run in timing.runs:
+                check_run(run, where)
+
+
+def check_run(run: Run, where: str) -> None:
+    """Refuse a run's figures that no measurement gives. Raises InputError naming the first."""
+    within = partial(_require_within, where)
+    within(f"{run.name}: an accuracy", [run.top1, run.flip_top1, run.best_top1, *run.epoch_top1], high=1)
+    within(f"{run.name}: a time", [*run.eval_seconds, run.first_step_seconds, run.compile_seconds])
+    within(f"{run.name}: a training time", run.train_seconds, ABOVE_0)
+    within(f"{run.name}: a count", [run.peak_memory_bytes, run.energy_joules, *run.epoch_joules, *run.epoch_flops])
+    counts = [run.images_per_epoch, run.test_images, len(run.train_seconds), len(run.epoch_top1)]
+    within(f"{run.name}: a number of images or epochs", [] if run.error else counts, 1)
+
+
+def _require_within(
+    where: str, what: str, values: Iterable[float | None], low: float = 0.0, high: float = sys.float_info.max
+) -> None:
+    for value in values:
+        if value is not None and not low <= value <= high:  # NaN is not
+            raise InputError(f"{where}: {shortened(what)} is {value}: {AGAIN}")
 
 
 Row = TypeVar("Row")

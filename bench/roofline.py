@@ -4,10 +4,10 @@ python bench/roofline.py                # measure this device's two rates and pr
 python bench/roofline.py --flops 790e12 --bandwidth 4.3e12    # by stated rates (an H200's)
 
 FLOPs of a layer are PyTorch's own count of its forward pass, two a multiply-add, and as many again for each of the gradients to
-its weights and to its input (which the first convolution does not need). Bytes are those of bf16 activations; weights, read
-once a batch, are left out. A convolution reads its input and writes its output, and so backward, twice. What stands between the
-convolutions is counted in passes over a whole feature map, for kernels that fuse everything but the convolutions (the residual
-tail of PERFORMANCE.md):
+its weights (where these are trained) and to its input (which the first convolution does not need). Bytes are those of bf16
+activations; weights, read once a batch, are left out. A convolution reads its input and writes its output, and so backward,
+twice. What stands between the convolutions is counted in passes over a whole feature map, for kernels that fuse everything but
+the convolutions (the residual tail of PERFORMANCE.md):
 
     BN, act after a convolution  forward: statistics 1 read, apply 1 read 1 write; backward: reduce 2, apply 2 reads 1 write
     tail: BN, [SE], add, act     forward: statistics 1 read, 2 reads 1 write; backward: 3 reads 1 write, 2 reads 1 write, and
@@ -15,6 +15,9 @@ tail of PERFORMANCE.md):
     BN of a shortcut             forward: statistics 1 read, apply 1 read 1 write; backward: 5, less 1 that the tail has read
     residual sum before BN, act  2: the sum written, the shortcut's gradient read
     SE without a BN before it    4: squeeze 1 read; backward: 1 read for the scale's gradient, 1 read 1 write for the branch's
+    max pool before BN, act      of the larger map 2: read, and its gradient written; of the smaller, whose statistics are taken
+                                 as it is written, 7: 1 write, apply 1 read 1 write; backward: reduce 2, apply 2 reads
+    act after a fixed whitening  4: 1 read 1 write; backward: 2 reads, for the biases' gradient
 
 Dropout, stochastic depth and squeeze-excitation behind a BN cost no pass: they ride on one that is made anyway.
 """
@@ -35,13 +38,14 @@ from fastcifar.arguments import parse_arguments
 from fastcifar.device import choose_device, computes_bf16, device_name, synchronise
 from fastcifar.errors import require, run_command
 from fastcifar.models import ARCHITECTURES, build_model
-from fastcifar.models.blocks import BasicBlock, PreActivationBlock
+from fastcifar.models.blocks import BasicBlock, Block, ConvBlock
 from fastcifar.models.resnet import ResNet
 from fastcifar.models.summary import trace_layers
 
 ACTIVATION_BYTES = 2  # bf16
 # Passes over a feature map, forward and backward, as explained above.
-BN_ACT, TAIL, SHORTCUT_BN, SUM, LONE_SE, POOL = 8, 12, 7, 2, 4, 2
+BN_ACT, TAIL, SHORTCUT_BN, SUM, LONE_SE, POOL, ACT = 8, 12, 7, 2, 4, 2, 4
+MAX_POOL, POOLED_BN_ACT = 2, 7
 
 
 @dataclass(frozen=True)
@@ -75,27 +79,31 @@ class Cost:
 
 
 def cost_of(model: ResNet) -> Cost:
-    """Trace one image through `model` and count. The model may be on the meta device; it is left as it was."""
+    """Trace `model` and count; it is left as it was."""
     layers, parts = dict(model.named_modules()), []
-    written: dict[nn.Module, int] = {}  # elements of the feature map of each convolution
+    written: dict[nn.Module, int] = {}  # elements of the feature map of each layer
     for row in trace_layers(model):
         layer, moved = layers[row.name], 0
+        written[layer] = prod(row.output)
         if isinstance(layer, nn.Conv2d):
-            written[layer] = prod(row.output)
             read = written[layer] * prod(layer.stride) // layer.out_channels * layer.in_channels
             moved = ACTIVATION_BYTES * (read + written[layer])
-        passes = 2 if layer is model.stem[0] else 3
-        parts.append((passes * row.flops, passes * moved))
+        if row.flops:
+            parts.append((row.training_flops, row.training_flops // row.flops * moved))
     return Cost((*parts, (0, ACTIVATION_BYTES * _pointwise_elements(model, written))))
 
 
 def _pointwise_elements(model: ResNet, written: dict[nn.Module, int]) -> int:
     """Elements moved by everything but the convolutions, from the structure of the blocks."""
     trunk = written[model.stem[0]]
-    total = BN_ACT * trunk if _normalises(model.stem) else 0
+    total = trunk * (BN_ACT if _normalises(model.stem) else ACT if len(model.stem) > 1 else 0)
     summed = 0  # passes of a residual sum that the next batch norm's statistics are taken from
     for block in model.modules():
-        if not isinstance(block, BasicBlock | PreActivationBlock):
+        if not isinstance(block, Block):
+            continue
+        if isinstance(block, ConvBlock):
+            full, trunk = written[block.conv], written.get(block.pool, written[block.conv])
+            total += MAX_POOL * full + POOLED_BN_ACT * trunk if block.pool in written else BN_ACT * full
             continue
         inner, outer = written[block.conv1], written[block.conv2]
         if isinstance(block, BasicBlock):
@@ -115,9 +123,9 @@ def _normalises(part: nn.Module) -> bool:
 
 @cache
 def cost_of_arch(arch: str, *, squeeze_excitation: bool = True) -> Cost:
-    """The cost of an architecture by name, traced without computing anything."""
-    with torch.device("meta"):
-        return cost_of(build_model(arch, squeeze_excitation=squeeze_excitation, kernels="torch"))
+    """The cost of an architecture by name."""
+    with torch.random.fork_rng(devices=()):
+        return cost_of(build_model(arch, squeeze_excitation=squeeze_excitation))
 
 
 def measure_rates(device: torch.device, *, seconds: float = 2.0) -> Rates:

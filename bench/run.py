@@ -31,6 +31,7 @@ from rich.text import Text
 from bench.results import Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
 from bench.roofline import Rates, cost_of_arch, measure_rates
 from fastcifar.arguments import parse_arguments
+from fastcifar.beton import SIDE
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
@@ -59,7 +60,7 @@ SHARE, START_SECONDS = {"cpu": 0.35, "cuda": 0.5}, 10.0
 class Common:
     """What bench/run.py and bench/ablate.py share."""
 
-    epochs: int = 10  # of each training; every report's schedule is stretched to them
+    epochs: int = 10  # of each training that its arm says nothing else of; every report's schedule is stretched to them
     seeds: tuple[int, ...] = (0, 1, 2)  # one training of each configuration for each seed
     flags: str = ""  # of `python -m fastcifar.train`, for every training: --flags='--no-compile --precision fp32'
     data: Path = Path("data/beton")  # folder with train.beton and test.beton
@@ -93,7 +94,7 @@ class Options(Common):
     baseline_arch: str = "se_resnet18"  # the architecture of those two
     rounds: int = 12  # timed turns of whatever is timed in turns
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
-    # NAME=PATH of an outside script to time beside ours: see bench/outside.py
+    # 'NAME=PATH ARGUMENTS' of an outside script to run beside ours: bench/outside.py; of airbench's: bench/airbench.py
     baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
 
     def __post_init__(self) -> None:
@@ -106,9 +107,9 @@ class Options(Common):
         require(self, self.steps >= 0, "steps", "0 or more")
 
 
-# One image of every architecture costs 15.2 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
-# training images and 5 x 500 test images, at a third each, are 3,900 x 15.2 / 300 = 200 s; nine starts of a process another
-# 90 s; 8 turns of 128 images of every architecture 50 s; optimizations and baselines, 5 + 4 loops of 8 turns, about 60 s.
+# One image of every architecture costs 19.7 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
+# training images and 5 x 500 test images, at a third each, are 3,900 x 19.7 / 300 = 257 s; thirteen starts of a process another
+# 130 s; 8 turns of 128 images of every architecture 50 s; optimizations and baselines, 5 + 4 loops of 8 turns, about 60 s.
 QUICK = Options(epochs=3, seeds=(0,), limit_train=1024, limit_test=500, batch_size=64, rounds=6, steps=2, quick=True)
 
 
@@ -141,7 +142,8 @@ class Bench:
         """Print what is to train, what is trained, and what the rest is expected to take."""
         jobs = list(chain.from_iterable(groups.values()))
         left = self.left(jobs)
-        epochs = f"{jobs[0].command.settings.epochs} epochs of {len(self.data.train):,} images"
+        lengths = sorted({job.command.settings.epochs for job in jobs})
+        epochs = f"{' to '.join(map(str, lengths[:1] + lengths[1:][-1:]))} epochs of {len(self.data.train):,} images"
         told = [epochs, f"{len(self.data.test):,} test images", device_name(self.device) + (f"; {flags}" if flags else "")]
         self.console.print(", ".join(told))
         right = (Column(heading, justify="right") for heading in ("trainings", "done", "each about"))
@@ -156,8 +158,9 @@ class Bench:
     def seconds(self, job: Job) -> float:
         """What a training is expected to take: its epochs, an evaluation after each, and the last with horizontal flip."""
         train, test = len(self.data.train), len(self.data.test)
-        epochs, rates = job.command.settings.epochs, Rates(**self.results.environment["rates"])
-        images = epochs * train + (epochs + 2) * test / 3  # a forward pass is a third of a step
+        recipe, rates = job.command.settings, Rates(**self.results.environment["rates"])
+        trained = train * sum(recipe.phase(epoch).size ** 2 for epoch in range(recipe.epochs)) / SIDE**2
+        images = trained + (recipe.epochs + 2) * test / 3  # a forward pass is a third of a step
         return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(rates))
 
     def train(self, jobs: Iterable[Job]) -> list[str]:
@@ -236,8 +239,10 @@ def training(
     options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
 ) -> Job:
     """One training; `flags` are its own, which count instead of those given to all. Raises InputError for what it refuses."""
-    own = [*shlex.split(options.flags), *flags]
-    require_free(own, *OWN_FLAGS, "--epochs", "--device")
+    given = shlex.split(options.flags)
+    require_free(given, "--epochs")
+    own = [*given, *flags]
+    require_free(own, *OWN_FLAGS, "--device")
     job = Job(out / "runs", name, latest((
         "--arch", arch,
         "--seed", str(seed), "--epochs", str(options.epochs), "--data", str(options.data.resolve()),
@@ -353,10 +358,10 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
         failed += compare(bench, "optimizations", timed | {"left_out": left_out}, lambda: baselines.ladder(task, left_out))
     if options.baselines:
         failed += compare(bench, "baselines", timed, lambda: baselines.baselines(task))
-        for name, path in scripts.items():
-            failed += run_outside(bench, name, partial(
-                outside.run_script, name, path, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
-            ))  # fmt: skip
+    for name, script in scripts.items():
+        failed += run_outside(bench, name, partial(
+            outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+        ))  # fmt: skip
     return failed
 
 
@@ -378,12 +383,12 @@ def compare(bench: Bench, what: str, settings: dict[str, Any], loops: Callable[[
 
 def run_outside(bench: Bench, name: str, run: Callable[[], Any]) -> list[str]:
     """Run an outside script, unless it has a rate already; its failure is its own: nothing else is timed or trained again."""
-    assert bench.results.baselines is not None
-    known = {timing.name: timing for timing in bench.results.baselines.timings}
+    baselines = bench.results.baselines or Comparison({})
+    known = {timing.name: timing for timing in baselines.timings}
     if name not in known or known[name].failed:
         known[name] = run()
         bench.console.print(f"baseline {name}: {known[name].error or f'{median(known[name].images_per_second):,.0f} img/s'}")
-        bench.save(baselines=replace(bench.results.baselines, timings=list(known.values())))
+        bench.save(baselines=replace(baselines, timings=list(known.values())))
     return [f"baselines: {name}"] if known[name].failed else []
 
 

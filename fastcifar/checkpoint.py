@@ -41,7 +41,7 @@ class Checkpoint:
     data_sha256: list[str]  # of train.beton and test.beton
     epoch: int  # epochs completed
     model: dict[str, Any]  # state_dict
-    average: dict[str, Any] | None  # the EMA's state_dict
+    average: dict[str, Any] | None  # the averaged weights' state_dict
     optimizer: dict[str, Any]
     best_accuracy: float  # 0..1
     best_epoch: int

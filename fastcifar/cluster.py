@@ -79,9 +79,8 @@ class OnRay:
         try:
             ray.init(**here, log_to_driver=False, logging_level=logging.ERROR, namespace="fastcifar")
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
-            raise InputError(
-                f"no Ray cluster at {on or 'this machine'} ({shortened(_first_line(error), 120)}): check --on and RAY_AUTH_TOKEN"
-            ) from None
+            told = shortened(_first_line(error), 120)
+            raise InputError(f"no Ray cluster at {on or 'this machine'} ({told}): check --on and RAY_AUTH_TOKEN") from None
         self.threads = cores or os.cpu_count() or 1
         self._gpus = 1 / per_gpu if ray.cluster_resources().get("GPU") else 0.0
         self._require_room()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import tyro
 
+from fastcifar.ahead import option
 from fastcifar.arguments import parse_arguments
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.errors import InputError
@@ -53,15 +54,15 @@ class Command:
 def parse_command(arguments: list[str]) -> Command:
     """Return the command: defaults from the arch's recipe, or from the run folder to go on with. Raises InputError."""
     arguments = [part for argument in arguments for part in SWITCHES.get(argument, [argument])]
-    resume = _early(arguments, "resume")
+    resume = option(arguments, "resume")
     if resume is not None:
         began = resumed(Path(resume))
         command = parse_arguments(Command, PROGRAM, arguments, default=began)
         _require_same(began, command)
         return command
-    arch = _early(arguments, "arch") or DEFAULT_ARCH
+    arch = option(arguments, "arch") or DEFAULT_ARCH
     architecture(arch)
-    recipe = _early(arguments, "recipe")
+    recipe = option(arguments, "recipe")
     default = Command(arch=arch, settings=reported(recipe or arch).recipe)
     return parse_arguments(Command, PROGRAM, arguments, default=default)
 
@@ -105,13 +106,3 @@ def _require_same(began: Command, command: Command) -> None:
     changed = differences(began, command)
     if changed:
         raise InputError(f"--resume goes on exactly where the run stood: leave out what changes it ({', '.join(changed)})")
-
-
-def _early(arguments: list[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE` before the real parse, which needs it for its defaults."""
-    for position, argument in enumerate(arguments):
-        if argument == f"--{name}" and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-    return None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar import ahead
 from fastcifar.beton import (
     IMAGE_BYTES,
     REWRITE,
@@ -21,7 +22,6 @@ from fastcifar.beton import (
     check_statistics,
     layout,
     load_manifest,
-    read_beton,
 )
 from fastcifar.errors import InputError
 from kernels.philox import Purpose, philox
@@ -48,6 +48,10 @@ class ResidentSet:
     def subset(self, positions: Tensor) -> "ResidentSet":
         """The samples at `positions`, which keep their numbers and so their randomness."""
         return ResidentSet(self.images[positions], self.labels[positions], self.index[positions])
+
+    def fetch(self, positions: Tensor) -> "ResidentSet":
+        """The same, under the name that reads them from a streamed set."""
+        return self.subset(positions)
 
 
 class OpenFile:
@@ -178,7 +182,7 @@ def load_splits(
         if not len(full) or not len(held_out):
             raise InputError(f"val_fraction {val_fraction} leaves no image on one side: choose another")
         select_name = "held-out"
-        select = held_out.fetch(torch.arange(len(held_out))) if isinstance(held_out, StreamedSet) else held_out
+        select = held_out.fetch(torch.arange(len(held_out)))
     if len(full) < 2:
         raise InputError(f"{folder}/train.beton: one image is too few to train on (batch norm needs two): give it more")
     statistics = normalisation(manifest, std, everywhere=std_everywhere)
@@ -189,7 +193,7 @@ def load_splits(
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
     """Read a beton onto `device`. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
-    beton = read_beton(path, verify=verify)
+    beton = ahead.beton(path, verify=verify)
     check_content(path, beton.manifest, beton.labels, None, limit)
     part = slice(limit or None)
     tensors = (torch.from_numpy(array[part]).to(device) for array in (beton.images, beton.labels, beton.index))
@@ -230,8 +234,7 @@ def count_shared(train: AnySet, test: ResidentSet) -> int:
     tested = [image.tobytes() for image in test.subset(alike[1]).images.cpu().numpy()]
     wanted, trained = set(tested), set()
     for positions in alike[0].split(1000):
-        part = train.fetch(positions) if isinstance(train, StreamedSet) else train.subset(positions)
-        trained |= wanted.intersection(image.tobytes() for image in part.images.cpu().numpy())
+        trained |= wanted.intersection(image.tobytes() for image in train.fetch(positions).images.cpu().numpy())
     return sum(image in trained for image in tested)
 
 

@@ -43,7 +43,8 @@ class EpochTables:
 
     cursor: Tensor  # [1] int64: number of the step that comes next
     order: Tensor  # [steps, B] int64: positions of its samples
-    scalars: Tensor  # [steps, 9] float32, on a CPU float64: learning rate, lam, blend, box, two factors of the moments
+    # [steps, 10] float32, on a CPU float64: learning rate, lam, blend, box, two factors of the moments, weight in the mean
+    scalars: Tensor
     plan: EpochPlan
     tally: EpochTally
 

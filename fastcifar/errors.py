@@ -1,6 +1,7 @@
 """Users' mistakes: one line on stderr that says what is wrong, where and what to do, and exit code 2."""
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -74,6 +75,9 @@ def run_command(main: Callable[[], None]) -> None:
     """
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that is not UTF-8 must not end the command

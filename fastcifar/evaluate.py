@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,7 @@ class EvaluationTally:
 
 
 TTA = Literal["none", "flip", "flip_translate"]
+ALIKE = 1 / 3  # the centre_weight with which all views of flip_translate count alike
 SHIFT = 1  # pixels; the two translated views look up-left and down-right of the image
 
 
@@ -126,11 +128,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def mean_probabilities(model: PixelClassifier, images: Tensor, tta: TTA, autocast_dtype: torch.dtype | None) -> Tensor:
-    """Float32 probabilities [B, C] for uint8 images [B, 32, 32, 3], averaged over the views."""
+def mean_probabilities(
+    model: PixelClassifier, images: Tensor, tta: TTA, autocast_dtype: torch.dtype | None, centre_weight: float = ALIKE
+) -> Tensor:
+    """Float32 probabilities [B, C] for uint8 images [B, 32, 32, 3], averaged over the views.
+
+    centre_weight: of flip_translate's two views in place together, 0..1; the four moved ones have the rest.
+    """
     with autocast(images.device, autocast_dtype):
         outputs = [model(view) for view in views(images, tta)]
-    return torch.stack([output.float().softmax(1) for output in outputs]).mean(0)
+    probabilities = torch.stack([output.float().softmax(1) for output in outputs])
+    if tta != "flip_translate" or centre_weight == ALIKE:
+        return probabilities.mean(0)
+    in_place, *moved = probabilities.unflatten(0, (2, 3)).mean(0)  # of each view and its flip
+    return torch.lerp(torch.stack(moved).mean(0), in_place, centre_weight)
 
 
 def class_probabilities(
@@ -161,11 +172,15 @@ class Evaluator:
         *,
         batch_size: int = 500,
         tta: TTA = "none",
+        centre_weight: float = ALIKE,
         autocast_dtype: torch.dtype | None = None,
         record: Recorder | None = None,
         say: Callable[[str], object] = print,
     ) -> None:
-        self.model, self.data, self.batch_size, self.tta, self.autocast_dtype = model, data, batch_size, tta, autocast_dtype
+        self.model, self.data, self.batch_size = model, data, batch_size
+        self._probabilities = partial(
+            mean_probabilities, model, tta=tta, autocast_dtype=autocast_dtype, centre_weight=centre_weight
+        )
         device = data.images.device
         self._tally = EvaluationTally(model.classes, device)
         self._positions = torch.arange(batch_size, device=device)  # of the batch that comes next
@@ -188,7 +203,7 @@ class Evaluator:
         self._positions += self.batch_size
 
     def _count(self, images: Tensor, labels: Tensor) -> None:
-        self._tally.add(mean_probabilities(self.model, images, self.tta, self.autocast_dtype), labels)
+        self._tally.add(self._probabilities(images), labels)
 
 
 def evaluate(
@@ -197,10 +212,11 @@ def evaluate(
     *,
     batch_size: int = 500,
     tta: TTA = "none",
+    centre_weight: float = ALIKE,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Measure `model` on a labelled set; waits for the device once, at the end."""
-    return Evaluator(model, data, batch_size=batch_size, tta=tta, autocast_dtype=autocast_dtype)()
+    return Evaluator(model, data, batch_size=batch_size, tta=tta, centre_weight=centre_weight, autocast_dtype=autocast_dtype)()
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,7 @@ class Options:
     data: Path = Path("data/beton")  # folder with the betons
     split: Literal["test", "train"] = "test"  # which beton to measure on
     tta: TTA = "none"  # test-time augmentation: views whose softmax outputs are averaged
+    centre_weight: float = ALIKE  # flip_translate: weight of the two views in place together, 0..1; 1/3: all six count alike
     limit: int = 0  # only the first so many images, 0 = all
     batch_size: int = 500  # images per batch
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -219,6 +236,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self, self.limit >= 0, "limit", "0 or more")
+        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
         require(self, self.batch_size >= 1, "batch_size", "at least 1")
 
 
@@ -248,6 +266,7 @@ def measure(options: Options) -> dict[str, Any]:
         data,
         batch_size=options.batch_size,
         tta=options.tta,
+        centre_weight=options.centre_weight,
         autocast_dtype=choose_precision(options.precision, device),
     )
     return {
@@ -258,6 +277,7 @@ def measure(options: Options) -> dict[str, Any]:
         "synthetic": manifest.synthetic,
         "split": options.split,
         "tta": options.tta,
+        "centre_weight": options.centre_weight,
         **evaluation.to_dict(checkpoint.class_names),
     }
 

@@ -1,4 +1,4 @@
-"""What a training costs beside time: peak memory, the energy a GPU used, and seconds of compiling. Recorded for every epoch."""
+"""What a training costs beside time: FLOPs, peak memory, a GPU's energy, seconds of compiling. Recorded for every epoch."""
 
 import re
 from collections.abc import Callable
@@ -28,14 +28,17 @@ class Meter:
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary's part: highest peak and summed energy of all epochs, None where one was not counted; the first's compiling.
+    """The summary's part: highest peak, summed energy and FLOPs of all epochs, None where one was not counted; the first's
+    compiling.
 
     rows: one dict an epoch; those of runs from before this was recorded have none of it.
     """
     peaks: list[Any] = [row.get("peak_memory_bytes") for row in rows]
     joules: list[Any] = [row.get("energy_joules") for row in rows]
+    flops: list[Any] = [row.get("flops") for row in rows]
     return {
         "compile_seconds": rows[0].get("compile_seconds"),
+        "flops": None if None in flops else sum(flops),
         "peak_memory_bytes": None if None in peaks else max(peaks),
         "energy_joules": None if None in joules else sum(joules),
     }

@@ -22,7 +22,7 @@ from fastcifar.errors import require
 from fastcifar.muon import Muon
 from kernels.operators import spare_compiler
 
-ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts"]
+ScheduleKind = Literal["multi_step", "one_cycle", "warmup_cosine", "cosine", "cosine_restarts", "linear"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
     schedule_epochs: float = 200  # length in epochs in which the next fields are given; --epochs stretches them
     peak_lr: float = 0.1  # highest learning rate
     initial_lr: float = 0.0  # learning rate from which the warm-up rises
-    final_lr: float = 0.0  # learning rate at the end of a cosine
+    final_lr: float = 0.0  # learning rate at the end of a cosine or of the straight line of linear
     warmup_epochs: float = 0.0  # linear rise from initial_lr (one_cycle: half a cosine), in epochs of schedule_epochs
     milestones: tuple[float, ...] = ()  # multi_step: epochs at which the rate is multiplied by lr_factor
     lr_factor: float = 0.1  # multi_step: factor at each milestone, above 0, at most 1
@@ -85,6 +85,16 @@ def epoch_momenta(schedule: Schedule, momentum: float, epoch: int, steps: int, e
     return [momentum - (momentum - low) * height for _, height in heights]
 
 
+def epoch_mean_weights(schedule: Schedule, start: float, epoch: int, steps: int, epochs: int) -> list[float]:
+    """What the weights after each batch of epoch `epoch` count in their mean from `start` on, in epochs of the schedule.
+
+    1 / k for the k-th of them, and 1 for those before: then the mean is the newest.
+    """
+    total = epochs * steps
+    first = min(round(start / schedule.schedule_epochs * total), total - 1)
+    return [1 / max(1, step - first + 1) for step in range(epoch * steps, (epoch + 1) * steps)]
+
+
 def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
     """Return the learning rate of step `step` in 0..total_steps-1.
 
@@ -104,7 +114,10 @@ def learning_rate(schedule: Schedule, step: int, total_steps: int) -> float:
     since_warmup = epoch - schedule.warmup_epochs
     if schedule.schedule == "cosine_restarts":
         return _cosine(schedule, _share_of_cycle(since_warmup, schedule.restart_epochs, schedule.restart_growth))
-    return _cosine(schedule, since_warmup / (schedule.schedule_epochs - schedule.warmup_epochs))
+    share = since_warmup / (schedule.schedule_epochs - schedule.warmup_epochs)
+    if schedule.schedule == "linear":
+        return schedule.peak_lr + (schedule.final_lr - schedule.peak_lr) * share
+    return _cosine(schedule, share)
 
 
 def _one_cycle(schedule: Schedule, step: int, total_steps: int) -> tuple[float, float]:
@@ -133,6 +146,7 @@ def _share_of_cycle(epoch: float, length: float, growth: float) -> float:
 
 
 OptimizerKind = Literal["sgd", "nesterov", "adam", "adamw", "muon"]
+LossReduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,7 @@ class Factors:
     # momentum of what muon moves as SGD does: biases, batch norm and the classifier; default: momentum
     vector_momentum: float | None = None
     muon_steps: int = 3  # of Newton and Schulz, which make muon's updates orthogonal, 1 to 10
+    scale_decay: bool = False  # divide weight_decay by a parameter's learning rate factor: all then shrink by the same share
 
     def __post_init__(self) -> None:
         for name in ("head_lr_factor", "vector_lr_factor"):
@@ -174,7 +189,8 @@ def build_optimizer(
             continue
         head, vector = name.startswith("classifier."), parameter.ndim < 2
         factor = (factors.head_lr_factor if head else 1.0) * (factors.vector_lr_factor if vector else 1.0)
-        own: dict[str, Any] = {"weight_decay": weight_decay if decay_norm_and_bias or not vector else 0.0}
+        decay = weight_decay / (factor if factors.scale_decay else 1.0)
+        own: dict[str, Any] = {"weight_decay": decay if decay_norm_and_bias or not vector else 0.0}
         own |= {"lr_factor": factor} if factor != 1 else {}
         own |= {"orthogonal": not (head or vector)} if kind == "muon" else {}
         groups.setdefault(tuple(own.items()), own | {"params": []})["params"].append(parameter)

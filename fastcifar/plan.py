@@ -25,8 +25,8 @@ from fastcifar.compiling import CompileMode
 from fastcifar.device import choose_precision, hardware_name
 from fastcifar.errors import InputError, shortened, unknown
 from fastcifar.files import read_json, write_json
-from fastcifar.models import architecture
 from fastcifar.models.layers import Kernels
+from fastcifar.models.summary import training_flops
 from fastcifar.recipes import PLANNED, RunOptions, given, to_dict
 from fastcifar.versions import installed
 
@@ -179,12 +179,14 @@ def record_of(name: str, chosen: str, plan: Plan, device: torch.device) -> Recor
 
 
 def least_seconds(command: Command, images: int, device: torch.device) -> float:
-    """What a run takes at least, by the arithmetic of its 3x3 convolutions; nothing is timed. images: in an epoch."""
-    row, epochs = architecture(command.arch), command.run.stop_after or command.settings.epochs
-    stages = enumerate(zip(row.widths, row.blocks, strict=True))
-    # Two convolutions a block, 2 operations a weight and place; the backward pass costs twice the forward pass.
-    flops = sum(3 * 2 * blocks * 2 * 9 * width**2 * (32 >> stage) ** 2 for stage, (width, blocks) in stages)
-    return flops * images * epochs / (RATES[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1))
+    """What a run takes at least, by the arithmetic of its network; nothing is timed. images: in an epoch."""
+    epochs = command.run.stop_after or command.settings.epochs
+    return (
+        training_flops(command.arch)
+        * images
+        * epochs
+        / (RATES[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1))
+    )
 
 
 def _leaves_threads_open(run: RunOptions, device: torch.device) -> bool:

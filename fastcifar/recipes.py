@@ -14,11 +14,14 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from fastcifar.ahead import DATA
 from fastcifar.augmentation import Augmentation
 from fastcifar.compiling import CompileMode
 from fastcifar.errors import InputError, require, unknown
+from fastcifar.evaluate import ALIKE, TTA
 from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
-from fastcifar.optimization import Factors, OptimizerKind, Schedule
+from fastcifar.optimization import Factors, LossReduction, OptimizerKind, Schedule
+from fastcifar.phases import Phase, Phases
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Recipe:
     momentum: float = 0.9  # SGD's momentum, Adam's first beta, 0 to below 1
     weight_decay: float = 5e-4  # added to the gradient times the weight; adamw: subtracted, times the learning rate
     decay_norm_and_bias: bool = True  # also decay batch norm and biases, as the reports do
+    # what is differentiated: the batch's mean loss, or its sum, with gradients batch_size times as large; the mean is reported
+    loss_reduction: LossReduction = "mean"
     label_smoothing: float = 0.0  # share of the target spread over all classes, 0 to below 1
     block_dropout: float = 0.0  # probability inside residual blocks, 0 to below 1
     head_dropout: float = 0.0  # probability before the classifier, 0 to below 1
@@ -40,14 +45,19 @@ class Recipe:
     stochastic_depth_mode: StochasticDepthMode = "sample"
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
+    # epoch of schedule_epochs from which evaluation uses the mean of the weights after every step since, 0 = off
+    average_from: float = 0.0
     clip_gradient_norm: float = 0.0  # largest norm of all gradients together, 0 = off
     clip_gradient_value: float = 0.0  # largest magnitude of a gradient's element, 0 = off; before the norm is taken
+    eval_tta: TTA = "none"  # test-time augmentation of the evaluations between epochs, on which best.pt is chosen
+    centre_weight: float = ALIKE  # flip_translate: weight of the two views in place together, 0..1; 1/3: all six count alike
     held_out: float = 0.0  # share of the training images on which best.pt is chosen and which are not trained on, 0 to below 1
     # what images are divided by, R G B in 0..1, after CIFAR-10's mean is subtracted; None: CIFAR-10's own deviation. A report's
     # values hold for CIFAR-10's classes: other data is normalised by its own statistics unless you give others here.
     std: tuple[float, float, float] | None = None
     factors: OmitArgPrefixes[Factors] = field(default_factory=Factors)
     schedule: OmitArgPrefixes[Schedule] = field(default_factory=Schedule)
+    phases: OmitArgPrefixes[Phases] = field(default_factory=Phases)
     augmentation: OmitArgPrefixes[Augmentation] = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -71,6 +81,10 @@ class Recipe:
             "held_out",
         ):
             require(self, 0 <= getattr(self, name) < 1, name, "0 to below 1")
+        require(self, self.eval_tta in get_args(TTA), "eval_tta", f"one of {', '.join(get_args(TTA))}")
+        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
+        reductions = get_args(LossReduction)
+        require(self, self.loss_reduction in reductions, "loss_reduction", f"one of {', '.join(reductions)}")
         require(self, self.optimizer != "nesterov" or self.momentum > 0, "momentum", "above 0 for nesterov")
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         for name in ("clip_gradient_norm", "clip_gradient_value"):
@@ -78,13 +92,22 @@ class Recipe:
         modes = get_args(StochasticDepthMode)
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")
+        end = self.schedule.schedule_epochs
+        require(self, 0 <= self.average_from < end, "average_from", f"0 to below schedule_epochs ({end})")
+        require(self, not (self.average_from and self.ema_decay), "average_from", "0 beside an ema_decay")
+        require(self.phases, self.phases.frozen_from <= end, "frozen_from", f"at most schedule_epochs ({end})")
+        require(self.phases, all(x < end for x in self.phases.size_epochs), "size_epochs", f"below schedule_epochs ({end})")
+
+    def phase(self, epoch: int) -> Phase:
+        """The phase of epoch `epoch` (from 0)."""
+        return self.phases.at(epoch, self.epochs / self.schedule.schedule_epochs)
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What does not change accuracy: where things are and how they run. (Precision and seed change the last digits.)"""
 
-    data: Path = Path("data/beton")  # folder with train.beton and test.beton
+    data: Path = DATA  # folder with train.beton and test.beton
     out: Path | None = None  # run folder to make; default: runs/ARCH-seedN
     seed: int = 0  # of weights, order, augmentation and dropout, 0..2^63-1
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
@@ -203,6 +226,23 @@ _TEXT_E = Recipe(
     schedule=Schedule("cosine", schedule_step="epoch", schedule_epochs=200, peak_lr=0.05),
 )
 
+# Where the trials of docs/speedrun.md begin: airbench94_muon's training, whose rates are for the sum of a batch's losses.
+_MUON_LR = 0.24
+_RECIPE_SPEED = Recipe(
+    epochs=8,
+    batch_size=2000,
+    optimizer="muon",
+    momentum=0.6,
+    weight_decay=0.004 / _MUON_LR,
+    loss_reduction="sum",
+    label_smoothing=0.2,
+    std=_STD_C,
+    factors=Factors(head_lr_factor=0.67 / _MUON_LR, vector_lr_factor=0.053 / _MUON_LR, vector_momentum=0.85, scale_decay=True),
+    schedule=Schedule("linear", schedule_epochs=8, peak_lr=_MUON_LR),
+    phases=Phases(frozen=("stem.0.bias",), frozen_from=3),
+    augmentation=Augmentation(crop_padding=2, crop_mode="reflect", flip="alternating"),
+)
+
 RECIPES: dict[str, Reported] = {
     "dropout_resnet24": Reported(
         f"{_SOURCE_A}, its notebook", "94.47 % test at the last epoch, 94.61 % best; 84.161 % Kaggle", _RECIPE_A
@@ -319,6 +359,7 @@ RECIPES: dict[str, Reported] = {
             schedule=Schedule("cosine", schedule_epochs=200, peak_lr=0.1),
         ),
     ),
+    **{name: Reported("this project's own", "", _RECIPE_SPEED) for name in ("speed94_half", "speed94", "speed95", "speed96")},
 }
 
 
@@ -337,13 +378,17 @@ def to_dict(settings: Recipe | RunOptions) -> dict[str, Any]:
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """The inverse of `to_dict` for a recipe. Raises InputError when fields are unknown or out of range."""
     try:
-        schedule = Schedule(**{**values["schedule"], "milestones": tuple(values["schedule"]["milestones"])})
-        augmentation, factors = Augmentation(**values["augmentation"]), Factors(**values.get("factors", {}))
-        parts = {"schedule": schedule, "augmentation": augmentation, "factors": factors}
-        std = values.get("std")
-        return Recipe(**{**values, **parts, "std": None if std is None else tuple(std)})
-    except (TypeError, KeyError) as error:
+        kinds: dict[str, type[Any]] = {"schedule": Schedule, "augmentation": Augmentation, "factors": Factors, "phases": Phases}
+        values = {"factors": {}, "phases": {}} | values  # which older runs have not
+        parts = {name: kind(**_tuples(values[name])) for name, kind in kinds.items()}
+        return Recipe(**(_tuples(values) | parts))
+    except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"not a recipe of this version ({error}): train again") from None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def run_options_from_dict(values: dict[str, Any]) -> RunOptions:

@@ -67,6 +67,7 @@ def summarise(
         "final_flip_tta_top1": flipped.top1,
         "best_accuracy": state.best_accuracy if state.best_epoch else None,  # None: stopped before any evaluation
         "best_epoch": state.best_epoch,
+        "eval_tta": recipe.eval_tta,
         "best_chosen_on": CHOSEN_ON[data.select_name],
         "images_per_second": median(record["images_per_second"] for record in rows),
         "train_seconds": sum(record["train_seconds"] for record in rows),

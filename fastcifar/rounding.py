@@ -20,18 +20,21 @@ class RoundedWeights:
 
     @torch.no_grad()
     def round(self) -> None:
-        """Take the parameters' values, and forget the gradients."""
+        """Take the parameters' values and whether they are trained, and forget the gradients."""
         rounded = list(self.by_name.values())
-        for each in rounded:
+        for each, weight in zip(rounded, self._weights, strict=True):
             each.grad = None
+            each.requires_grad_(weight.requires_grad)
         if rounded:
             torch._foreach_copy_(rounded, self._weights)
 
     @torch.no_grad()
     def widen(self) -> None:
         """Give the parameters the gradients of their rounded values."""
-        wide = [torch.empty_like(weight) for weight in self._weights]
+        rounded = zip(self._weights, self.by_name.values(), strict=True)
+        pairs = [(weight, each.grad) for weight, each in rounded if each.grad is not None]
+        wide = [torch.empty_like(weight) for weight, _ in pairs]
         if wide:
-            torch._foreach_copy_(wide, [each.grad for each in self.by_name.values() if each.grad is not None])
-        for weight, gradient in zip(self._weights, wide, strict=True):
+            torch._foreach_copy_(wide, [gradient for _, gradient in pairs])
+        for (weight, _), gradient in zip(pairs, wide, strict=True):
             weight.grad = gradient

@@ -15,9 +15,10 @@ from fastcifar.device import choose_precision, generator_states
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
-from fastcifar.models import build_model, count_parameters, place, require_budget
+from fastcifar.models import architecture, build_model, count_parameters, place, require_budget, whitening
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
+from fastcifar.phases import freezable
 from fastcifar.plan import settled
 from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
@@ -90,13 +91,15 @@ class TrainingState:
         """Evaluate the weights that count on a split; waits for the device once."""
         return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype)
 
-    def evaluator(self, data: Splits, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
+    def evaluator(self, data: Splits, recipe: Recipe, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
         """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""
         device = data.mean.device
         return Evaluator(
             self._classifier(data),
             data.select,
             batch_size=run.eval_batch_size,
+            tta=recipe.eval_tta,
+            centre_weight=recipe.centre_weight,
             autocast_dtype=choose_precision(run.precision, device),
             record=cuda_graph if captures(run, device) else None,
             say=say,
@@ -107,7 +110,10 @@ class TrainingState:
 
 
 def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device) -> TrainingState:
-    """Build model, average and optimizer; the weights depend on the seed alone. Raises InputError over the budget."""
+    """Build model, average and optimizer; the weights depend on the seed alone, but a whitening stem on the images.
+
+    Raises InputError over the budget.
+    """
     torch.manual_seed(run.seed)
     model = build_model(
         arch,
@@ -120,7 +126,11 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         kernels=run.kernels,
     )
     require_budget(arch, count_parameters(model), run.max_parameters)
+    freezable(model, recipe.phases.frozen)  # before anything is written
     model = place(model, device)
+    if architecture(arch).stem == "whitening":
+        first = data.train.fetch(torch.arange(min(len(data.train), whitening.IMAGES), device=device))
+        model.stem[0].get_parameter("weight").data.copy_(whitening.whitening_filters(first.images, data.mean, data.std))
     optimizer = build_optimizer(
         model,
         recipe.optimizer,
@@ -129,7 +139,8 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         decay_norm_and_bias=recipe.decay_norm_and_bias,
         factors=recipe.factors,
     )
-    return TrainingState(arch, model, AveragedModel(model, recipe.ema_decay) if recipe.ema_decay else None, optimizer)
+    average = AveragedModel(model, recipe.ema_decay) if recipe.ema_decay or recipe.average_from else None
+    return TrainingState(arch, model, average, optimizer)
 
 
 def build_step(
@@ -149,6 +160,8 @@ def build_step(
     assert run.compile_mode is not None
     settings = StepSettings(
         batch_size=recipe.batch_size,
+        loss_reduction=recipe.loss_reduction,
+        frozen=recipe.phases.frozen,
         label_smoothing=recipe.label_smoothing,
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,

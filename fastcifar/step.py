@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -14,13 +15,24 @@ from torch.func import functional_call
 from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
+from fastcifar.augmentation.resize import Weights, resize, resize_weights
+from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of, share_keys
-from fastcifar.optimization import copies, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step, take_back
+from fastcifar.optimization import (
+    LossReduction,
+    copies,
+    mixed_cross_entropy,
+    momentum_factors,
+    rescaled_moments,
+    set_step,
+    take_back,
+)
+from fastcifar.phases import PLAIN, Phase, freezable
 from fastcifar.rounding import RoundedWeights
 from fastcifar.streaming import BatchRing
 
@@ -42,12 +54,14 @@ class StepSettings:
     clip_gradient_value: float = 0.0  # 0 = off
     table_momentum: bool = False  # a momentum that moves is read from a table too, not set on the optimizer
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
+    loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
+    frozen: tuple[str, ...] = ()  # parameters that are not trained in frozen phases
 
 
 class TrainStep:
     """Augment, mix, forward, loss, backward, update, average and count, for one batch. `begin` an epoch, then call.
 
-    model: on the device, channels_last. mean, std: [3] in 0..1. average: the EMA's copy of the model, or None. record: what
+    model: on the device, channels_last. mean, std: [3] in 0..1. average: the averaged copy of the model, or None. record: what
     records the whole step at the first call, so that later ones replay it; None: every call launches all operations. say: told
     in a line when recording fails, after which every call launches them too.
     """
@@ -70,9 +84,14 @@ class TrainStep:
         self.mean, self.std = mean, std
         self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
-        self._step = Captured(self.run, self._changes, mean.device, record, "the step", say)
+        self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
+        self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
+        self._resizing: Weights | None = None
+        self._freezable = freezable(model, settings.frozen)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
+        sums = settings.loss_reduction == "sum"
+        self._loss_gradient = torch.full((), float(settings.batch_size), device=mean.device) if sums else None
         self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
@@ -92,17 +111,21 @@ class TrainStep:
         epoch: int,
         rates: Sequence[float],
         *,
+        phase: Phase = PLAIN,
         progress: float = 0.0,
         momenta: Sequence[float] | None = None,
+        mean_weights: Sequence[float] | None = None,
         tally: EpochTally | None = None,
         first: int = 0,
     ) -> EpochTally:
         """Draw epoch `epoch`, whose steps have the learning rates `rates`; return what it counts.
 
-        progress: share of training done, 0..1. momenta: SGD's, or Adam's first beta, step by step; None: as it is. tally,
-        first: what was counted in the steps before step `first`, where the epoch goes on.
+        progress: share of training done, 0..1. momenta: SGD's, or Adam's first beta, step by step; None: as it is.
+        mean_weights: of the new weights in their mean, where that is the average. tally, first: what was counted in the steps
+        before step `first`, where the epoch goes on.
         """
         steps, size, device = len(rates), self.settings.batch_size, self.mean.device
+        self._enter(phase)
         self._epoch.fill_(epoch)
         self._draw()
         order, draws = self._drawn
@@ -111,7 +134,8 @@ class TrainStep:
         factors = [(1.0, 1.0, 1.0)] * steps
         if momenta is not None and self.settings.table_momentum:
             factors, momenta = momentum_factors(self.optimizer, momenta, epoch * steps), None
-        table = [(rate * factor, *moments) for rate, (factor, *moments) in zip(rates, factors, strict=True)]
+        rows = zip(rates, factors, mean_weights or [1.0] * steps, strict=True)
+        table = [(rate * factor, *moments, weight) for rate, (factor, *moments), weight in rows]
         values, mixing = upload(torch.tensor(table, dtype=kind), device), plan.mixing
         columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
@@ -121,7 +145,7 @@ class TrainStep:
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
         )
-        if self._step.replay is None:
+        if all(step.replay is None for step in self._steps.values()):
             self.tables = fresh
         else:
             self.tables.refill(fresh)
@@ -130,6 +154,15 @@ class TrainStep:
         self.number, self._momenta = first, momenta
         self.model.train()
         return self.tables.tally
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in self._steps:
+            self._steps[phase] = self._captured()
+        self._step = self._steps[phase]
+        for parameter in self._freezable:
+            parameter.requires_grad_(not phase.frozen)
+        resizes = phase.size != SIDE
+        self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -173,7 +206,7 @@ class TrainStep:
         tables, data, plan = self.tables, self.data, self.tables.plan
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
-        rate, (lam, blend), box, moments = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
+        rate, (lam, blend), box, rest = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
         samples = None if self._keys is None else data.index[positions]
         if isinstance(data, StreamedSet):
             assert self._ring is not None
@@ -183,10 +216,10 @@ class TrainStep:
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
         with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
-        loss.backward()
+        loss.backward(self._loss_gradient)
         self.rounded.widen()
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
-        self._update(rate, moments)
+        self._update(rate, *rest)
         tally.hits += hits
         loss = loss.detach()
         if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
@@ -195,7 +228,7 @@ class TrainStep:
         tally.losses.index_copy_(0, cursor, loss[None])
         cursor += 1
 
-    def _update(self, rate: Tensor, moments: Tensor) -> None:
+    def _update(self, rate: Tensor, before: Tensor, after: Tensor, mean_weight: Tensor) -> None:
         if self._counters:
             torch._foreach_add_(self._counters, 1)
         if self.settings.clip_gradient_value:
@@ -203,10 +236,10 @@ class TrainStep:
         if self.settings.clip_gradient_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient_norm)
         set_step(self.optimizer, rate, None if self._momenta is None else self._momenta[self.number])
-        with rescaled_moments(self.optimizer, *moments) if self.settings.table_momentum else nullcontext():
+        with rescaled_moments(self.optimizer, before, after) if self.settings.table_momentum else nullcontext():
             self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update(self.model, mean_weight)
 
     def _is_finite(self, loss: Tensor) -> Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -215,13 +248,15 @@ class TrainStep:
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, 32, 32] channels_last, labels [B] and the mixing partners' labels [B]."""
+        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
         images, labels = augment(
             self.augmentation, data, positions, plan.draws, self.mean, self.std,
             backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
         )  # fmt: skip
         if self.augments_by == "numba":
             self._last_images = images  # nothing needs it after this step: its memory serves the next
+        if self._resizing is not None:
+            images = resize(images, *self._resizing)
         if self.augmentation.mixes:
             images = mix(images, blend, box)
         return images, labels, partner(labels)
@@ -246,7 +281,10 @@ def choose_augmentation(
 
 
 class AveragedModel(Generic[Model]):
-    """An exponential moving average of a model's parameters and statistics: average = decay * average + (1 - decay) * model."""
+    """An average of a model's parameters and statistics: average = (1 - weight) * average + weight * model.
+
+    decay: of an exponential moving average, whose weight is 1 - decay; 0: the weight is given with every update.
+    """
 
     def __init__(self, model: Model, decay: float) -> None:
         self.model: Model = deepcopy(model).requires_grad_(False)
@@ -254,15 +292,23 @@ class AveragedModel(Generic[Model]):
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # of tensors and their averages, found once
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`, always the same one; counters that are not floating point are copied."""
+    def update(self, model: nn.Module, weight: Tensor) -> None:
+        """Move the average towards `model`, always the same one; counters that are not floating point are copied.
+
+        weight: 0-d, on the device, 0..1; nothing waits for it. With 1 the average is the model.
+        """
         if not self._pairs:
             pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
             for floating in (True, False):
                 kind = [pair for pair in pairs if pair[0].is_floating_point() == floating]
                 self._pairs.append(([averaged for averaged, _ in kind], [current for _, current in kind]))
         (averages, values), (counters, counts) = self._pairs
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if self.decay:
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        else:
+            weight = weight.to(averages[0].dtype)
+            torch._foreach_mul_(averages, 1 - weight)
+            torch._foreach_add_(averages, torch._foreach_mul(values, weight))
         if counters:
             torch._foreach_copy_(counters, counts)
 

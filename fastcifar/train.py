@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastcifar.beton import SIDE
 from fastcifar.command import Command, load_data, parse_command
 from fastcifar.dataset import Splits
 from fastcifar.device import (
@@ -33,7 +34,9 @@ from fastcifar.device import (
 from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
-from fastcifar.optimization import epoch_momenta, epoch_rates
+from fastcifar.models.summary import training_flops
+from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rates
+from fastcifar.phases import Phase
 from fastcifar.plan import choose
 from fastcifar.profiling import profiled
 from fastcifar.recipes import Recipe, RunOptions
@@ -113,7 +116,7 @@ def train(command: Command, console: Console) -> RunFolder:
         if run.profile:
             kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
-        evaluator = state.evaluator(data, run, say=console.print)
+        evaluator = state.evaluator(data, recipe, run, say=console.print)
         curves, meter = Curves(folder.path), Meter(device)
         with (
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
@@ -198,12 +201,15 @@ def train_epoch(
     began = time.perf_counter()
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
+    mean_weights = epoch_mean_weights(recipe.schedule, recipe.average_from, epoch, steps, recipe.epochs)
     resumed = state.within is not None
     within = state.within = state.within or EpochState.begin(steps, device)
     first, seconds_before, progress_done = within.step, within.seconds, epoch / recipe.epochs
+    phase = recipe.phase(epoch)
     tally = within.tally = train_step.begin(
-        epoch, rates, progress=progress_done, momenta=momenta, tally=within.tally, first=first
-    )
+        epoch, rates, phase=phase, progress=progress_done, momenta=momenta, mean_weights=mean_weights,
+        tally=within.tally, first=first,
+    )  # fmt: skip
     if within.generators:
         set_generators(within.generators, device)
     else:
@@ -243,9 +249,15 @@ def train_epoch(
         "learning_rates": spaced(rates, RATES_PER_EPOCH),
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
+        "flops": flops_per_image(state.arch, phase) * steps * batch_size,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
         "compile_seconds": compile_seconds(first_step, all_steps, steps - first),
     } | (meter.stop() if not resumed else meter.stop() | {"energy_joules": None})  # what the part before used is not known
+
+
+def flops_per_image(arch: str, phase: Phase) -> int:
+    """FLOPs of training on one image in a phase, forward and backward."""
+    return training_flops(arch) * phase.size**2 // SIDE**2
 
 
 def count_spikes(losses: list[float], classes: int) -> int:

@@ -66,6 +66,7 @@ def residual_tail(
     biases: bool,
     *,
     alone: bool = True,
+    se_last: bool = False,
 ) -> None:
     """With squeeze-excitation if it has units; its activation is the tail's own. alone: without what may stand next to it."""
     from kernels.residual_tail import triton
@@ -73,16 +74,17 @@ def residual_tail(
 
     x = torch.empty(BATCH, channels, side, side, dtype=dtype, device=META).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(channels, device=META)
-    addend, total = (None, None) if alone else (x, torch.empty_like(x))
-    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0, addend, total)
+    addend, total, factor = (None, None, None) if alone else (x, torch.empty_like(x), torch.empty(BATCH, 1, 1, 1, device=META))
+    image_mean, mean, variance = triton.statistics(x, weight, weight, 0.1, units > 0 and not se_last, addend, total, factor)
     w_reduce, w_expand, b_reduce, b_expand = linear_layers(channels, units)
     tensors = Tensors(x, x if shortcut else None, weight, weight, None, None, None, None, None, mean, variance)
     if units:
         tensors = tensors._replace(w_reduce=w_reduce, w_expand=w_expand, image_mean=image_mean)
     if biases:
         tensors = tensors._replace(b_reduce=b_reduce, b_expand=b_expand)
-    settings = Settings(True, 1e-5, activation, activation)
+    settings = Settings(True, 1e-5, activation, activation, se_last)
     neighbours = ALONE if alone else neighbours_of(x, weight if shortcut else None)
+    neighbours = neighbours._replace(second=x, elsewhere=x) if se_last else neighbours
     _, scale, hidden = triton.apply(tensors, settings, neighbours)
     triton.gradients(x, tensors._replace(scale=scale, hidden=hidden), settings, neighbours)
 
@@ -95,8 +97,13 @@ def neighbours_of(x: torch.Tensor, vector: torch.Tensor | None) -> Any:
 
 
 def residual_tail_and_neighbours(dtype: torch.dtype, *arguments: Any) -> None:
-    """Of a sum that is used elsewhere, and behind it dropout and two uses of the result."""
+    """Of a sum with stochastic depth that is used elsewhere, and behind it dropout and two uses of the result."""
     residual_tail(dtype, *arguments, alone=False)
+
+
+def residual_tail_se_last(dtype: torch.dtype, channels: int, side: int, units: int, activation: str) -> None:
+    """BN, activation, squeeze-excitation with biases; two gradients of the result, and one of BN's input from elsewhere."""
+    residual_tail(dtype, channels, side, units, activation, shortcut=False, biases=True, se_last=True)
 
 
 def linear_layers(channels: int, units: int) -> list[torch.Tensor]:
@@ -150,11 +157,11 @@ ROWS = (
         "excite": (62, 19), "excite_gradient": (62, 11), "parameter_gradient": (122, 143),
     }),
     Row(residual_tail, (45, 32, 0, "relu", False, False), {  # light_resnet18_v2_45: its widest maps, then its widest layers
-        "statistics": (106, 22), "batch": (141, 51), "tail": (71, 18), "sums": (124, 30), "map_gradient": (106, 25),
+        "statistics": (106, 22), "batch": (141, 51), "tail": (61, 12), "sums": (124, 32), "map_gradient": (106, 16),
         "channel_gradient": (88, 30),
     }),
     Row(residual_tail, (340, 4, 0, "relu", False, False), {
-        "statistics": (105, 13), "batch": (99, 46), "tail": (53, 12), "sums": (99, 28), "map_gradient": (88, 18),
+        "statistics": (105, 13), "batch": (99, 46), "tail": (61, 12), "sums": (99, 28), "map_gradient": (106, 16),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail, (512, 4, 0, "relu", True, False), {  # resnet18
@@ -162,14 +169,23 @@ ROWS = (
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (32, 32, 0, "relu", False, False), {  # robust_resnet64
-        "statistics": (121, 32), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
+        "statistics": (135, 42), "batch": (99, 45), "tail": (99, 20), "sums": (141, 61), "map_gradient": (156, 36),
         "channel_gradient": (71, 23),
     }),
     Row(residual_tail_and_neighbours, (256, 8, 16, "mish", True, True), {
-        "statistics": (124, 16), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
+        "statistics": (137, 21), "batch": (99, 45), "tail": (143, 43), "sums": (267, 100), "map_gradient": (148, 83),
         "excite": (79, 25), "excite_gradient": (62, 15), "parameter_gradient": (141, 181), "channel_gradient": (71, 23),
     }),
-    # light_resnet18_v2_45: its activated inputs; then mish_se_resnet18, where dropout keeps BN apart
+    # light_resnet18_v2_45: its activated inputs, and squeeze-excitation apart from them; then mish_se_resnet18, where dropout
+    # keeps BN apart
+    Row(residual_tail_se_last, (45, 32, 2, "relu"), {
+        "statistics": (106, 22), "batch": (141, 51), "forward": (79, 54), "backward": (138, 101), "map_gradient": (139, 25),
+        "parameter_gradient": (106, 163),
+    }),
+    Row(residual_tail_se_last, (340, 4, 21, "relu"), {
+        "statistics": (105, 13), "batch": (99, 46), "forward": (105, 81), "backward": (131, 111), "map_gradient": (140, 31),
+        "parameter_gradient": (141, 218),
+    }),
     Row(squeeze_excite, (45, 32, 2, "relu"), {"forward": (44, 38), "backward": (71, 50)}),
     Row(squeeze_excite, (90, 16, 5, "relu"), {"forward": (85, 69), "backward": (71, 55)}),
     Row(squeeze_excite, (170, 8, 10, "relu"), {"forward": (51, 67), "backward": (70, 76)}),

@@ -1,6 +1,7 @@
 """Moves what stands next to our operators in a compiled graph into their kernels: fewer passes over the maps.
 
-    s = a + b, statistics(s)                    one kernel that writes the sum and takes its statistics: 1 read fewer
+    s = a + b, statistics(s)                    one kernel that writes the sum and takes its statistics: 1 read fewer;
+                                                with stochastic depth, where b is multiplied image by image, too
     dropout(tail(...))                          the tail applies the mask: a read and a write fewer each way
     backward(g + h)                             both gradients of a result that two operations read: a read and a write fewer;
                                                 of a squeeze-excitation too
@@ -33,10 +34,11 @@ def fuse_neighbours(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.higher_order.auto_functionalized_v2 and node.args[0] is STATISTICS:
             _take_sum(node, order)
-        elif node.target is FORWARD:
+        elif node.target is FORWARD and not _squeezes_last(node):
             _take_dropout(node, order)
         elif node.target is BACKWARD:
-            _take_gradients_dropout(node)
+            if not _squeezes_last(node):
+                _take_gradients_dropout(node)
             if pair := _two_gradients(node):
                 _call(node, pair[0], *_with(node, 1 + EVERY, second=pair[1])[1:])
             _take_elsewhere(node, order)
@@ -48,11 +50,11 @@ def fuse_neighbours(graph: Graph) -> None:
 def _take_sum(node: Node, order: dict[Node, int]) -> None:
     """statistics(a + b) becomes an operator whose fourth result is the sum; functionalised, what it moves comes behind."""
     total: Node = node.kwargs["x"]  # type: ignore[assignment]
-    pair = _addends(total)
+    parts = _addends(total) or _scaled_addends(total)
     early = any(order[user] < order[node] for user in total.users)
-    if pair is None or early or not total.meta["val"].is_contiguous(memory_format=torch.channels_last):
+    if parts is None or early or not total.meta["val"].is_contiguous(memory_format=torch.channels_last):
         return
-    node.kwargs = dict(node.kwargs) | dict(zip(("x", "addend"), pair, strict=True))
+    node.kwargs = dict(node.kwargs) | dict(zip(("x", "addend", "factor"), parts, strict=False))
     _call(node, SUM_STATISTICS)
     for result in list(node.users):
         number: int = result.args[1]  # type: ignore[assignment]
@@ -62,6 +64,12 @@ def _take_sum(node: Node, order: dict[Node, int]) -> None:
     found.meta = dict(total.meta)
     node.meta["val"] = (*node.meta["val"][:3], total.meta["val"], *node.meta["val"][3:])
     total.replace_all_uses_with(found)
+
+
+def _squeezes_last(node: Node) -> bool:
+    """Whether a tail ends in squeeze-excitation, whose kernels know no dropout."""
+    given = GIVEN if node.target is FORWARD else 1 + EVERY
+    return bool(Settings(*node.args[given : given + len(Settings._fields)]).se_last)  # type: ignore[arg-type]
 
 
 def _take_dropout(node: Node, order: dict[Node, int]) -> None:
@@ -154,6 +162,19 @@ def _addends(total: Any) -> tuple[Node, Node] | None:
     a, b = total.args
     same = all(isinstance(x, Node) and _stored(x) and _kind(x) == _kind(total) for x in (a, b))
     return (a, b) if same and a is not b else None  # type: ignore[return-value]
+
+
+def _scaled_addends(total: Node) -> tuple[Node, Node, Node] | None:
+    """a, b and f of a + b f, where f has one value an image or one in all, and nobody else wants b f."""
+    found = total.args if total.target is aten.add.Tensor and not total.kwargs else ()
+    for a, product in (found, found[::-1]) if found else ():
+        if not isinstance(product, Node) or product.target is not aten.mul.Tensor or _only_user(product) is not total:
+            continue
+        for b, factor in (product.args, product.args[::-1]):
+            maps = all(isinstance(x, Node) and _stored(x) and _kind(x) == _kind(total) for x in (a, b))
+            if maps and isinstance(factor, Node) and factor.meta["val"].shape[1:] == (1, 1, 1):
+                return a, b, factor  # type: ignore[return-value]
+    return None
 
 
 def _stored(node: Node) -> bool:

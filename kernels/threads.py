@@ -7,8 +7,10 @@ loop is handed to their own pool, by the call that compilers make of `#pragma om
 # mypy: disable-error-code="no-untyped-def"
 
 import ctypes
+import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -30,6 +32,17 @@ def _can_cache() -> bool:
     return any(os.access(place, os.W_OK) for place in places if place)
 
 
+def _spare_scipy() -> None:
+    """Import Numba's mathematics without SciPy's: it takes a quarter of the time, and only np.cov in a loop would need it."""
+    if "scipy.linalg" not in sys.modules:
+        sys.modules["scipy.linalg"] = None  # type: ignore[assignment]  # Python's sign for what cannot be imported
+        try:
+            importlib.import_module("numba.np.arraymath")
+        finally:
+            del sys.modules["scipy.linalg"]
+
+
+_spare_scipy()
 KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}  # how our loops are compiled
 PROCESS = os.getpid()
 WORD, INT, BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()

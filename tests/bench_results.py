@@ -105,7 +105,8 @@ def make_ablation(rng: random.Random) -> tuple[Ablation, list[Run]]:
         made.append(Arm(name, flags, runs=names))
         for seed, (path, base) in enumerate(zip(names, bases, strict=True)):
             top1 = base + gain + rng.gauss(0, 0.003)
-            run = replace(make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path), top1=top1)
+            run = make_run("se_resnet18", seed, 388, top1, epochs=6, images=10_000, rng=rng, name=path)
+            run = replace(run, top1=top1, epoch_top1=[*run.epoch_top1[:-1], top1])
             runs.append(Run(path, error="killed") if (number, seed) == (3, 4) else run)
     return Ablation("report_d", "Report D: five models", "se_resnet18", 6, [0, 1, 2, 3, 4], made), runs
 

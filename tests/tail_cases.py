@@ -29,10 +29,11 @@ class Case:
     training: bool = True
     se_activation: str = "relu"
     biases: bool = False
+    se_last: bool = False
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        se = f"se{self.units}{self.se_activation}{'+biases' * self.biases}" if self.units else "plain"
+        se = f"se{self.units}{self.se_activation}{'+biases' * self.biases}{'-last' * self.se_last}" if self.units else "plain"
         return "-".join(
             [shape, self.activation, se, "shortcut" if self.shortcut else "alone", "train" if self.training else "eval"]
         )
@@ -73,6 +74,7 @@ class Case:
             leaves["conv_out"], leaves["shortcut"] if self.shortcut else None, leaves["bn_weight"], leaves["bn_bias"],
             mean, var,
             training=self.training, momentum=0.1, eps=1e-5, activation=self.activation, se_activation=self.se_activation,
+            se_last=self.se_last,
             se=(leaves["w_reduce"], leaves["w_expand"], *biases) if self.units else None,
         )  # fmt: skip
         out.backward(leaves["gradient"].detach())

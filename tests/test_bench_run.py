@@ -1,6 +1,7 @@
 """bench/run.py and ablate.py: run folders as they are, resumption, failures as lines, what is timed again and what is not."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,11 @@ from rich.console import Console
 
 import bench
 from bench import ablate, run
-from bench.ablate import STUDIES, chosen_study, parse_arm
+from bench.ablate import chosen_study, parse_arm
 from bench.results import Ablation, Arm, Timing, environment, read_results, read_run
 from bench.roofline import Rates
 from bench.run import QUICK, Common, Options, current_names, measure, open_bench
+from bench.studies import STUDIES
 from fastcifar.command import parse_command
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError
@@ -229,6 +231,9 @@ def test_a_failed_or_dropped_outside_script_repeats_nothing_else(small, trained,
     assert [(timing.name, timing.in_turns) for timing in timings] == [
         ("fastcifar", True), ("ordinary", True), ("mine", False), ("other", False),
     ]  # fmt: skip
+    alone = small.out.with_name("alone")  # without the other loops
+    assert measure(replace(small, baseline=("mine=a.py",)), alone, QUIET) == []
+    assert [timing.name for timing in read_results(alone)[1].baselines.timings] == ["mine"]
 
 
 def test_ctrl_c_leaves_what_is_finished(small, trained, loops, capsys, call):
@@ -306,10 +311,25 @@ def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
         options = ablate.Options(study=name, data=betons, device="cpu")
         commands = [ablate.trainings_of(options, betons, study, arm, CPU)[0].command for arm in study.arms]
         assert len({(command.arch, str(command.settings)) for command in commands}) == len(commands)
-        assert all(command.settings.epochs == options.epochs for command in commands)
+        assert len({ablate.file_name(arm.name) for arm in study.arms}) == len(study.arms)
+        if not study.flags:
+            assert all(command.settings.epochs == options.epochs for command in commands)
     arm = Arm("other recipe", "--recipe light_resnet18 --arch se_resnet18")
     command = ablate.trainings_of(options, betons, study, arm, CPU)[0].command
     assert (command.arch, command.recipe_name) == ("se_resnet18", "light_resnet18")
+
+
+def test_images_that_grow_do_so_after_the_epochs_that_their_arms_name(betons):
+    options, study = ablate.Options(study="speed_half", data=betons, device="cpu"), STUDIES["speed_half"]
+    growing = [arm for arm in study.arms if " px for " in arm.name]
+    assert len(growing) > 10
+    for arm in growing:
+        recipe = ablate.trainings_of(options, betons, study, arm, CPU)[0].command.settings
+        pixels, epochs = (list(map(int, re.findall(r"\d+", part))) for part in arm.name.split(" px for "))
+        if " of " in arm.name:
+            pixels, epochs = [*pixels, 32], [epochs[0], epochs[1] - epochs[0]]  # the rest are as they are
+        wanted = [size for size, count in zip(pixels, epochs, strict=True) for _ in range(count)]
+        assert [recipe.phase(epoch).size for epoch in range(recipe.epochs)] == wanted, arm
 
 
 @pytest.mark.parametrize(
@@ -325,7 +345,7 @@ def test_a_study_or_arms_are_needed_and_arms_have_names_of_their_own(given, mess
         chosen_study(ablate.Options(**given))
 
 
-def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained, loops):
+def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained, loops, tmp_path):
     measure(small, small.out, QUIET)
     arms = [Arm("full"), Arm("no se", "--no-squeeze-excitation", "worse")]
     study = Ablation("two", "two arms", "se_resnet18", arms=arms)
@@ -347,6 +367,29 @@ def test_an_ablation_goes_on_and_joins_the_results_of_its_folder(small, trained,
     assert (ablation.title, ablation.seeds) == ("two arms", [0, 1])
     assert (ablation.arms[1].runs, ablation.arms[1].claim) == (names[2:], "worse")
     assert "two arms" in (small.out / "report.md").read_text()
+    trained.names.clear()
+    assert ablate.ablate(replace(options, seeds=(1, 2), arms_only="^n"), study, small.out, QUIET) == []
+    assert trained.names == ["two/no_se-seed2"]
+    (ablation,) = read_results(small.out)[1].ablations
+    assert ablation.seeds == [0, 1, 2]
+    assert ablation.arms[0].runs == ["two/full-seed0", "two/full-seed1", "two/full-seed2"]  # the last is not there
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- two -->\nold\n<!-- /two -->\nafter\n")
+    for _ in range(2):  # the second time in place of the first
+        ablate.write_table(page, "two", small.out)
+        text = page.read_text()
+        assert text.startswith("before\n<!-- two -->\n")
+        assert text.endswith("<!-- /two -->\nafter\n")
+        assert text.count("| no se --no-squeeze-excitation | 25.00 ± 0.00 |") == 1
+    page.write_text("")
+    with pytest.raises(InputError, match="has no lines <!-- two --> and"):
+        ablate.write_table(page, "two", small.out)
+    with pytest.raises(InputError, match="no finished training of three"):
+        ablate.write_table(page, "three", small.out)
+    with pytest.raises(InputError, match="arms_only 'x' finds none of full, no se"):
+        ablate.ablate(replace(options, arms_only="x"), study, small.out, QUIET)
+    with pytest.raises(InputError, match="arms_only must be a regular expression"):
+        replace(options, arms_only="(")
     changed = replace(study, arms=[arms[0], Arm("no se", "--cutout 0")])
     with pytest.raises(InputError, match="squeeze_excitation: False before, True given"):
         ablate.ablate(options, changed, small.out, QUIET)

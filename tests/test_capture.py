@@ -28,8 +28,17 @@ RECIPES = {
         "--stochastic-depth", "0.5", "--peak-lr", "0.01", "--clip-gradient-norm", "1",
     ),
     "one-cycle": ONE_CYCLE,
+    "sizes": (
+        "--recipe", "resnet18", "--mixup-alpha", "0.4", "--cutmix-alpha", "1", "--schedule-epochs", "3",
+        "--sizes", "20", "32", "24", "--size-epochs", "1", "2", "--average-from", "1.4",
+    ),
+    "sizes and frozen": (
+        "--recipe", "light_resnet18", "--held-out", "0", "--schedule-epochs", "3", "--sizes", "24", "32", "--size-epochs", "1",
+        "--frozen", "stem.0.weight", "*.bias", "--frozen-from", "2", "--precision", "bf16",
+    ),
     "streamed, bf16": ("--recipe", "resnet18", "--stream", "--cutout", "8", "--precision", "bf16"),
 }  # fmt: skip
+PHASES = {"sizes": 3, "sizes and frozen": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +86,7 @@ def test_a_replayed_step_gives_the_plain_steps_bits(betons, tmp_path, taped, mon
     original = state_module.StepSettings  # on CUDA a momentum that moves comes from a table, captured or not
     monkeypatch.setattr(state_module, "StepSettings", lambda **s: original(**s | {"table_momentum": recipe == "one-cycle"}))
     captured = run(betons, tmp_path / "captured", *RECIPES[recipe])
-    assert len(taped) == 3  # drawing an epoch, the step, evaluation
+    assert len(taped) == 2 + PHASES.get(recipe, 1)  # drawing an epoch, evaluation, and the step of each phase
     counts = [v for name, v in load_checkpoint(captured.last, CPU).model.items() if name.endswith("num_batches_tracked")]
     assert set(map(int, counts)) == {15}  # batches, the warm-ups' left out
     monkeypatch.setattr(state_module, "captures", lambda *_: False)
@@ -107,12 +116,10 @@ def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch
     assert calls == [0] * 4  # three warm-ups and the recording, of 15 steps
 
 
-@pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed"])
+@pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed", "sizes"])
 def test_a_resume_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, taped, monkeypatch, resumed_as):
-    recipe, original = (
-        RECIPES["streamed, bf16" if resumed_as == "streamed" else "AdamW, average and dropout"],
-        TrainStep.__call__,
-    )
+    recipes = {"streamed": "streamed, bf16", "sizes": "sizes"}
+    recipe, original = RECIPES[recipes.get(resumed_as, "AdamW, average and dropout")], TrainStep.__call__
     whole = run(betons, tmp_path / "whole", *recipe)
 
     def signalled(step):

@@ -1,4 +1,4 @@
-"""Every architecture once more, written straight from the reports' words: the same outputs and gradients in float64."""
+"""Every architecture once more, written straight from its source's words: the same outputs and gradients in float64."""
 
 import pytest
 import torch
@@ -85,6 +85,32 @@ class Network(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Speed(nn.Module):
+    """airbench94: 2x2 conv, GELU; thrice conv, pool, BN, GELU and conv, BN, GELU or a residual block; pool, head, scale."""
+
+    def __init__(self, widths, residual):
+        super().__init__()
+        self.stem, parts, cin = nn.Conv2d(3, 24, 2), [], 24
+        for width in widths:
+            parts += [nn.Conv2d(cin, width, 3, 1, 1, bias=False), nn.MaxPool2d(2), self.norm(width), nn.GELU()]
+            block = Post(width, width, 1, nn.GELU(), None, 1)
+            if residual:
+                block.n1, block.n2 = self.norm(width), self.norm(width)
+                parts += [block]
+            else:
+                parts += [block.c2, self.norm(width), nn.GELU()]
+            cin = width
+        self.body, self.fc, self.scale = nn.Sequential(*parts), nn.Linear(cin, 10, bias=False), 1 / cin
+
+    @staticmethod
+    def norm(width):
+        return nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
+
+    def forward(self, x):
+        x = self.body(F.gelu(self.stem(x)))
+        return self.fc(F.adaptive_max_pool2d(x, 1).flatten(1)) * self.scale
+
+
 def mish(x):
     return x * torch.tanh(F.softplus(x))
 
@@ -109,6 +135,10 @@ NETWORKS = {
     ),
     "mish_se_resnet18": lambda: Network((32, 64, 256, 256), (2, 2, 2, 2), post(mish, lambda stage: "bias"), mish),
     "resnet18": lambda: Network((64, 128, 256, 512), (2, 2, 2, 2), post(F.relu), F.relu),
+    "speed94_half": lambda: Speed((32, 128, 128), residual=False),
+    "speed94": lambda: Speed((64, 256, 256), residual=False),
+    "speed95": lambda: Speed((128, 384, 384), residual=False),
+    "speed96": lambda: Speed((128, 304, 304), residual=True),
 }
 
 
@@ -124,13 +154,14 @@ def test_the_same_outputs_and_gradients_as_a_second_construction(name, training)
         for copy, original in zip(theirs.parameters(), ours.parameters(), strict=True):
             assert copy.shape == original.shape
             copy.copy_(original)
+            copy.requires_grad_(original.requires_grad)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)  # every layer serves maps of any size
     outputs = []
     for model in (ours.train(training), theirs.train(training)):
         logits = model(images)
         logits.square().sum().backward()
         statistics = [b for b in model.buffers() if b.is_floating_point()]  # batches are counted by the training step
-        outputs.append((logits, *(p.grad for p in model.parameters()), *statistics))
-    assert sum(p.numel() for p in theirs.parameters()) == COUNTS[name]
+        outputs.append((logits, *(p.grad for p in model.parameters() if p.requires_grad), *statistics))
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == COUNTS[name]
     for own, other in zip(*outputs, strict=True):
         assert (own - other).abs().max() <= 1e-10 * other.abs().max()

@@ -9,7 +9,7 @@ from torch import nn
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.models import layers as model_layers
-from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
+from fastcifar.models.blocks import BasicBlock, BlockSpec, ConvBlock, PreActivationBlock
 from fastcifar.models.resnet import ResNet
 from kernels import backends, residual_tail
 from tests.kernel_checks import sample
@@ -18,25 +18,28 @@ KINDS = ["torch", "numba", "triton", "fusable"]
 BLOCKS = [BasicBlock, PreActivationBlock]
 
 
-def small(block, kernels="torch", activation=nn.Mish, **probabilities):
+SPEED = {"stem": "whitening", "downsampling": "pooled_conv", "norm": model_layers.Norm(momentum=0.4, eps=1e-12, scales=False)}
+
+
+def small(block, kernels="torch", activation=nn.Mish, **others):
     """Two stages of one block each, of 4 and 6 channels, squeeze-excitation with biases in the second."""
     torch.manual_seed(0)
     zero = {"block_dropout": 0.0, "head_dropout": 0.0, "stochastic_depth": 0.0}
     return ResNet(
         widths=(4, 6), blocks=(1, 1), block=block, shortcut="conv1x1_bn" if block is BasicBlock else "conv1x1",
         activation=activation, se_stages=(2,), se_bias=True, stem_bias=True,
-        initialisation="kaiming", num_classes=3, kernels=kernels, **(zero | probabilities),
+        initialisation="kaiming", num_classes=3, kernels=kernels, **(zero | others),
     )  # fmt: skip
 
 
-def step(model, autocast=None, dtype=torch.float32):
-    """Logits, gradients and buffers after one batch of two 6x6 images."""
+def step(model, autocast=None, dtype=torch.float32, size=6):
+    """Logits, gradients and buffers after one batch of two images."""
     torch.manual_seed(1)
-    images = torch.randn(2, 3, 6, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         logits = model(images)
     logits.float().square().sum().backward()
-    gradients = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return {"logits": logits.detach(), **gradients, **{name: b.clone() for name, b in model.named_buffers()}}
 
@@ -70,6 +73,14 @@ def test_a_training_step_and_evaluation_are_the_same(block, kernels, activation)
     assert_same(step(ours.eval()), step(theirs.eval()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", KINDS[1:])
+@pytest.mark.parametrize("block", [BasicBlock, ConvBlock])
+def test_parts_of_the_speed_nets_are_the_same(block, kernels):
+    ours, theirs = small(block, kernels, **SPEED), small(block, **SPEED)
+    assert_same(step(ours, size=12), step(theirs, size=12), rtol=1e-4, atol=1e-5)
+    assert_same(step(ours.eval(), size=12), step(theirs.eval(), size=12), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
     calls = []
@@ -82,6 +93,18 @@ def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
             assert_same(step(ours), step(theirs), rtol=1e-4, atol=1e-5)  # drawing the same random numbers
             between = block is BasicBlock and training and probabilities  # BN and the sum of both blocks
             assert len(calls) == (3 if between else 5), probabilities
+
+
+@pytest.mark.parametrize(("excitation", "together"), [("triton", 1), ("torch", 0)])
+def test_what_stands_before_a_convolution_is_one_operation_where_both_are_tritons(monkeypatch, excitation, together):
+    calls = []
+    tail = model_layers.residual_tail
+    monkeypatch.setattr(model_layers, "residual_tail", lambda *given, se_last, **more: calls.append(se_last) or tail(
+        *given, se_last=se_last, **more
+    ))  # fmt: skip
+    ours = step(small(PreActivationBlock, {"squeeze_excite": excitation, "*": "triton"}))
+    assert sum(calls) == together
+    assert_same(ours, step(small(PreActivationBlock)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -138,6 +161,9 @@ def test_a_form_for_each_kind(monkeypatch):
     kinds = {"residual_tail/relu": "fusable", "residual_tail/shortcut+se+relu": "triton", "*": "torch"}
     assert_same(step(small(BasicBlock, kinds, nn.ReLU)), step(small(BasicBlock, activation=nn.ReLU)), rtol=1e-4, atol=1e-5)
     assert served == ["fusable", "fusable", "fusable", "triton"]  # the other tail, with a shortcut alone, is PyTorch's
+    served.clear()
+    step(small(PreActivationBlock, {"residual_tail/relu": "fusable", "*": "triton"}, nn.ReLU))
+    assert served == ["fusable"] * 5  # and squeeze-excitation apart
 
 
 def test_an_activation_no_kernel_knows_is_left_to_the_modules():

@@ -31,6 +31,7 @@ CASES = [
     Case((2, 45, 4, 3), "relu"),
     Case((5, 90, 2, 2), "none"),
 ]
+LINEAR = ("w_reduce", "w_expand", "b_reduce", "b_expand")
 NORM = ("shortcut_weight", "shortcut_bias", "running_shortcut_mean", "running_shortcut_var")
 
 
@@ -153,6 +154,67 @@ def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
     found = tail._tail_backward(*arguments)
     monkeypatch.setattr(tail, "_form", lambda _: fusable)
     torch.testing.assert_close(found, tail._tail_backward(*arguments))
+
+
+@pytest.mark.parametrize(("interpreting", "factors"), sample([True, False], [1, 3], every=3))
+def test_statistics_take_stochastic_depth(interpreting, factors, monkeypatch):
+    case, graphs = Case((3, 45, 5, 5), "relu", shortcut=False), []
+    inputs = case.inputs(torch.float32)
+    x, branch = (torch.randn(case.shape).contiguous(memory_format=torch.channels_last).to(DEVICE) for _ in range(2))
+    leaves = [x, branch, *(inputs[name] for name in ("bn_weight", "bn_bias", "running_mean", "running_var"))]
+    factor = torch.tensor([0.0, 2.0, 0.5], device=DEVICE)[-factors:, None, None, None]
+
+    def function(backend, x, branch, *vectors):
+        total = x + branch * factor.to(x.dtype)
+        return residual_tail(total, None, *vectors, training=True, momentum=0.1, eps=1e-5, backend=backend) + 2 * total
+
+    def moved(backend, dtype):
+        given = [t.to(dtype, copy=True) for t in leaves]
+        form = torch.compile(function, fullgraph=True, backend=compiling(graphs)) if backend == "triton" else function
+        with torch.no_grad():
+            return [form(backend, *given), *given[-2:]]
+
+    if not interpreting:
+        monkeypatch.setattr(tail, "_form", lambda _: fusable)
+    with poisoned_buffers():
+        ours = moved("triton", torch.float32)
+    ((_, after),) = graphs
+    assert "residual_sum_statistics" in after
+    for triple in zip(ours, moved("torch", torch.float32), moved("torch", torch.float64), strict=True):
+        assert_as_exact_as_eager(*triple)
+
+
+@pytest.mark.parametrize("interpreting", sample([True, False], every=2))
+def test_a_tail_that_ends_in_squeeze_excitation_takes_sums_but_no_dropout(interpreting, monkeypatch):
+    case = Case((2, 45, 4, 4), "relu", 3, shortcut=False, biases=True, se_last=True)
+    inputs = case.inputs(torch.float32)
+    inputs["addend"] = torch.randn(case.shape).to(DEVICE)
+    graphs, weights = [], [torch.randn(4, 45, 1, 1, device=DEVICE) for _ in range(3)]
+    leaves = [inputs[name].requires_grad_() for name in ("conv_out", "addend", "bn_weight", "bn_bias", *LINEAR)]
+    kept = torch.rand(case.shape, device=DEVICE) > 0.3
+
+    def function(backend, x, addend, weight, bias, *linear):
+        mean, var = (inputs[name].to(x.dtype, copy=True) for name in ("running_mean", "running_var"))
+        form = partial(residual_tail, training=True, momentum=0.1, eps=1e-5, backend=backend)
+        total = x + addend
+        y = form(total, None, weight, bias, mean, var, se=linear, se_last=True)
+        z = form(total, None, weight, bias, mean, var, se=linear, se_last=True) * kept * 2.0
+        return (
+            sum(F.conv2d(each, w.to(each)).sin().sum() for each, w in zip((y, y, z), weights, strict=True)) + total.sin().sum()
+        )
+
+    compiled = torch.compile(partial(function, "triton"), fullgraph=True, backend=compiling(graphs))
+    if not interpreting:
+        monkeypatch.setattr(tail, "_form", lambda _: fusable)
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    (_, forward), _ = graphs
+    assert "residual_sum_statistics" in forward
+    assert "aten.mul" in forward  # dropout
+    eager = torch.autograd.grad(function("torch", *leaves), leaves)
+    exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(function("torch", *exact_leaves), exact_leaves)
+    for triple in zip(gradients, eager, exact, strict=True):
+        assert_as_exact_as_eager(*triple, "gradient")
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def task(betons):
 def script(tmp_path, text=""):
     path = tmp_path / "outside.py"
     path.write_text(dedent(text))
-    return path
+    return [str(path)]
 
 
 @pytest.mark.slow
@@ -40,12 +40,15 @@ def test_an_outside_script_gets_the_task_and_its_statement_and_output_are_kept(t
         names = 'EPOCHS', 'IMAGES', 'TARGET', 'BATCH_SIZE', 'ARCH', 'DEVICE'
         assert [os.environ['FASTCIFAR_' + name] for name in names] == ['3', '64', '0.94', '8', 'se_resnet18', 'cpu']
         print('epoch 1'); print('a warning', file=sys.stderr)
-        print('{"images": 192, "seconds": 2, "top1": 0.5, "seconds_to_accuracy": 1.5}')
+        run = '{"seed": 1, "images_per_epoch": 64, "test_images": 20, "train_seconds": [1, 2], "epoch_top1": [0.25, 0.5]}'
+        print('{"images": 192, "seconds": 2, "top1": 0.5, "seconds_to_accuracy": 1.5, "runs": [' + run + ']}')
     """)  # fmt: skip
     timing = run_script("mine", path, task, epochs=3, logs=tmp_path / "logs", target=0.94)
     assert not timing.error, timing
     assert (timing.images_per_second, timing.top1, timing.seconds_to_accuracy) == ([96.0], 0.5, 1.5)
     assert not timing.in_turns
+    (run,) = timing.runs
+    assert (run.name, run.arch, run.train_seconds, run.epochs_to(0.5)) == ("mine-seed1", "mine", [1.0, 2.0], 2)
     assert (tmp_path / "logs/mine.stdout.log").read_text().startswith("epoch 1\n")
     assert (tmp_path / "logs/mine.stderr.log").read_text() == "a warning\n"
 
@@ -96,16 +99,19 @@ def test_an_outside_script_without_evidence_has_no_rate(task, tmp_path, text, er
         *((line, "its last line") for line in ("", "12", "[1]", "{}", '{"seconds": 4}')),
         ('{"images": 10, "seconds": 0}', "seconds must be"),
         *((f'{{"images_per_second": {rate}}}', "images_per_second must be") for rate in ('"x"', "[]", "true", "0", "[NaN]")),
+        ('{"images_per_second": 5, "runs": [3]}', "runs must be objects, got 3"),
+        ('{"images_per_second": 5, "runs": [{"top1": 2}]}', "an accuracy is 2"),
+        ('{"images_per_second": 5, "runs": [{"sown": 2}]}', "unknown field 'sown'"),
         ('{"images_per_second": 5, "top1": 94.1}', "top1 must be a number above 0, at most 1, got 94.1"),
         ('{"images_per_second": 5, "seconds_to_accuracy": -1}', "seconds_to_accuracy must be"),
     ],
 )
 def test_a_statement_is_evidence_or_refused(line, found):
     if isinstance(found, dict):
-        assert read_statement(line) == found
+        assert read_statement("mine", line) == {"runs": []} | found
         return
-    with pytest.raises(ValueError, match=found):
-        read_statement(line)
+    with pytest.raises((ValueError, InputError), match=found):
+        read_statement("mine", line)
 
 
 @pytest.mark.slow
@@ -135,8 +141,9 @@ def running(pid):
 
 
 def test_names_of_outside_scripts_are_checked(tmp_path):
-    path = script(tmp_path)
-    assert outside_scripts([f"mine={path}"]) == {"mine": path}
+    (path,) = script(tmp_path)
+    assert outside_scripts([f"mine={path}"]) == {"mine": [path]}
+    assert outside_scripts([f"mine={path} {path} --epochs 8"]) == {"mine": [path, path, "--epochs", "8"]}
     for given, message in (
         (["mine"], "NAME=PATH"),
         ([f"../mine={path}"], "NAME=PATH"),

@@ -18,11 +18,20 @@ from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_c
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
-from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, views
+from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, evaluating, mean_probabilities, views
 from fastcifar.models import ARCHITECTURES, REVISED, build_model
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.muon import orthogonal
-from fastcifar.optimization import Factors, build_optimizer, mixed_cross_entropy, momentum_factors, rescaled_moments, set_step
+from fastcifar.optimization import (
+    Factors,
+    Schedule,
+    build_optimizer,
+    epoch_mean_weights,
+    mixed_cross_entropy,
+    momentum_factors,
+    rescaled_moments,
+    set_step,
+)
 from fastcifar.recipes import RECIPES, Recipe, RunOptions, recipe_from_dict, reported, run_options_from_dict, to_dict
 from fastcifar.reporting import clock, epoch_line
 from fastcifar.run_folder import METRIC_KEYS, RunFolder
@@ -179,6 +188,11 @@ def test_factors_change_the_rates_of_their_parameters_alone():
     rates = {id(parameter): group["lr"] for group in sgd.param_groups for parameter in group["params"]}
     found = [rates[id(parameter)] for parameter in model.parameters()]
     assert found == pytest.approx([0.1, 0.3, 0.3, 0.3, 0.2, 0.6])
+    for kind in ("muon", "sgd"):
+        scaled = replace(factors, scale_decay=True)
+        built = build_optimizer(model, kind, momentum=0.9, weight_decay=0.3, decay_norm_and_bias=True, factors=scaled)
+        set_step(built, 0.1, None)
+        assert [group["lr"] * group["weight_decay"] for group in built.param_groups] == pytest.approx([0.1 * 0.3] * 4)
     with pytest.raises(InputError, match="head_lr_factor"):
         Factors(head_lr_factor=0.0)
 
@@ -192,10 +206,28 @@ def test_the_average_follows_its_formula():
         model[0].weight.add_(1.0)
         model[1].running_mean.fill_(2.0)
         model[1].num_batches_tracked.fill_(7)
-    average.update(model)
+    average.update(model, torch.tensor(0.5))
     torch.testing.assert_close(average.model[0].weight, start + 0.1)
     torch.testing.assert_close(average.model[1].running_mean, torch.full((2,), 0.2))
     assert average.model[1].num_batches_tracked == 7
+
+
+def test_the_mean_of_the_weights_is_the_mean():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average, seen = AveragedModel(model, 0.0), []
+    schedule = Schedule(schedule_epochs=10)
+    weights = [weight for epoch in range(2) for weight in epoch_mean_weights(schedule, 4, epoch, 5, 2)]  # from step 4 of 10 on
+    assert epoch_mean_weights(schedule, 9.99, 1, 5, 2) == [1.0] * 5  # the last step at least
+    for step, weight in enumerate(weights):
+        with torch.no_grad():
+            model[0].weight.normal_()
+            model[1].running_var.uniform_()
+        seen.append((model[0].weight.clone(), model[1].running_var.clone()))
+        average.update(model, torch.tensor(weight, dtype=torch.float64))
+        means = [torch.stack(values).mean(0) for values in zip(*seen[min(step, 4) :], strict=True)]
+        torch.testing.assert_close([average.model[0].weight, average.model[1].running_var], means)
+        assert step > 4 or torch.equal(average.model[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -207,11 +239,20 @@ def test_recipes_and_options_survive_json(name):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("batch_size", 1), ("label_smoothing", 1.0), ("head_dropout", -0.1), ("epochs", 0)]
-)
+    ("field", "value"),
+    [
+        ("batch_size", 1), ("label_smoothing", 1.0), ("head_dropout", -0.1), ("epochs", 0), ("loss_reduction", "max"),
+        ("eval_tta", "twice"), ("centre_weight", 1.5), ("average_from", 200),
+    ],
+)  # fmt: skip
 def test_bad_recipe_values_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=rf"{field} must be .*got {value}"):
         Recipe(**{field: value})
+
+
+def test_one_average_at_a_time():
+    with pytest.raises(InputError, match="average_from must be 0 beside an ema_decay"):
+        Recipe(average_from=10, ema_decay=0.9)
 
 
 def test_a_recipe_of_another_version_is_refused():
@@ -279,6 +320,11 @@ def test_probabilities_are_the_mean_of_the_views_whatever_the_batch_size():
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
     data = ResidentSet(images, whole.argmax(1), torch.arange(10))
     assert evaluate(model, data, batch_size=4, tta="flip").top1 == 1.0
+    with evaluating(network):
+        each = torch.stack([model(view).softmax(1) for view in views(images, "flip_translate")])
+        for centre, moved in ((1 / 3, 1 / 6), (0.5, 1 / 8), (1.0, 0.0)):
+            expected = (each * torch.tensor([centre / 2, moved, moved] * 2)[:, None, None]).sum(0)
+            torch.testing.assert_close(mean_probabilities(model, images, "flip_translate", None, centre), expected)
     assert {name.removeprefix("network.") for name in model.state_dict()} == set(network.state_dict())
 
 

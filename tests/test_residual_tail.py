@@ -12,7 +12,7 @@ from fastcifar.models import build_model, place
 from kernels import backends
 from kernels import residual_tail as tail
 from kernels.residual_tail import fusable, reference, residual_tail, variant
-from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile
+from kernels.residual_tail.tiles import PROGRAMS, Tile, group_rows, image_tile, row_tile, together
 from tests.conftest import run_cli
 from tests.kernel_checks import DEVICE, SLACK, captured, poisoned_buffers, sample
 from tests.tail_cases import FORMS, NUMBA, TRITON, Case
@@ -35,6 +35,9 @@ TRAINING = [
     Case((5, 8, 1, 1), "relu", 2),
     Case((5, 8, 1, 1), "mish"),
     Case((3, 64, 4, 4), "mish", 4, se_activation="mish", biases=True),
+    Case((3, 45, 5, 5), "mish", 3, shortcut=False, se_activation="mish", se_last=True),
+    Case((5, 8, 1, 1), "relu", 2, shortcut=False, se_last=True),
+    Case((2, 170, 3, 3), "relu", 7, shortcut=False, biases=True, se_last=True),
 ]
 EVALUATION = [replace(case, training=False) for case in TRAINING] + [Case((1, 8, 1, 1), "relu", 2, training=False)]
 HARD = [TRAINING[i] for i in (0, 4, 8, 10, 16)] + [EVALUATION[i] for i in (0, 3, 10)]
@@ -56,8 +59,11 @@ REAL = [  # maps of the architectures, and some on the edge
     Case((BATCH, 32, 32, 32), "relu", training=False),
     Case((BATCH, 256, 8, 8), "mish", 16, training=False),
     Case((1, 185, 1, 1), "mish", 8, training=False),
+    Case((BATCH, 45, 32, 32), "relu", 2, shortcut=False, biases=True, se_last=True),
+    Case((BATCH, 340, 4, 4), "mish", 21, shortcut=False, se_last=True),
 ]
 SMALL = Case((2, 6, 3, 3), "mish", 2, biases=True)
+LAST = replace(SMALL, shortcut=False, se_last=True)
 HALF_AND_SINGLE = [torch.float16, torch.float32]  # the interpreter rounds bfloat16 wrongly
 
 
@@ -122,6 +128,28 @@ def test_more_rows_than_a_tile_more_groups_than_a_block(monkeypatch, case):
     monkeypatch.setattr(triton, "channel_block", lambda _: Tile(2, 4))
     monkeypatch.setattr(triton, "group_rows", lambda *_: 100)
     case.check(TRITON, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case((2, 45, 4, 4), "mish", 3, biases=True), Case((2, 45, 4, 4), "relu"), Case((3, 90, 2, 2), shortcut=False)],
+    ids=str,
+)
+def test_rows_of_several_positions(case):
+    assert together(case.shape[1], 4, 4) > 1
+    case.check(TRITON, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 45, 4, 4), "relu", 3, shortcut=False, biases=True, se_last=True),
+        Case((3, 6, 5, 3), "mish", 2, shortcut=False, training=False, se_activation="mish", se_last=True),
+    ],
+    ids=str,
+)
+def test_squeeze_excitation_may_come_last(form, case):
+    case.check(form, torch.float32)
 
 
 def test_more_images_than_a_block(monkeypatch):
@@ -213,20 +241,19 @@ def test_gradcheck(activation, linear, shortcut, training):
 
 @pytest.mark.parametrize(
     ("interpreting", "case"),
-    sample([True, False], [SMALL, replace(SMALL, units=0, shortcut=False, activation="relu", biases=False)], every=3),
+    sample([True, False], [SMALL, replace(SMALL, units=0, shortcut=False, activation="relu", biases=False), LAST], every=3),
     ids=str,
 )
 def test_operators_keep_their_promises(monkeypatch, case, interpreting):
     monkeypatch.setattr(backends, "interpreting", lambda: interpreting)
     inputs = case.inputs(torch.float32)
     x, shortcut, gradient, weight, bias, mean, var, *linear = inputs.values()
-    statistics = (x, mean.clone(), var.clone(), 0.1, case.units > 0)
+    statistics = (x, mean.clone(), var.clone(), 0.1, case.units > 0 and not case.se_last)
     torch.library.opcheck(tail._statistics, statistics)
     image_mean, mean, var = tail._statistics(*statistics)
-    if not case.units:
-        image_mean, linear = None, [None] * 4
+    image_mean, linear = image_mean if statistics[-1] else None, linear if case.units else [None] * 4
     leaves = [x, shortcut if case.shortcut else None, weight, bias, *linear]
-    settings = fusable.Settings(True, 1e-5, "mish", case.activation)
+    settings = fusable.Settings(True, 1e-5, "mish", case.activation, case.se_last)
     _, *excited = tail._tail(*leaves, image_mean, mean, var, *settings)
     kept = (image_mean, mean, var, *(excited if case.units else (None, None)))
     torch.library.opcheck(tail._tail_backward, (gradient, *leaves, *kept, *settings))
@@ -236,6 +263,7 @@ def test_operators_keep_their_promises(monkeypatch, case, interpreting):
 
 COMPILED = [
     SMALL,
+    LAST,
     replace(SMALL, units=0, activation="none", training=False),
     replace(SMALL, biases=False, activation="none", shortcut=False, training=False),
 ]
@@ -282,6 +310,7 @@ BAD = {
     r"b_reduce must be .*\[2\].*\[6\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], t["b_expand"], None)},
     r"b_expand must be .*\[6\].*\[2\]": lambda t: {"se": (t["w_reduce"], t["w_expand"], None, t["b_reduce"])},
     r"bn_bias must be on .*meta": lambda t: {"bn_bias": t["bn_bias"].to("meta")},
+    "se_last must have squeeze-excitation and no shortcut": lambda t: {"se_last": True},
     "shortcut_bn must have a shortcut": lambda t: {"shortcut": None, "shortcut_bn": (t["bn_weight"],) * 4},
     r"bn_bias must be .*\[6\].*\[5\]": lambda t: {
         "shortcut_bn": (t["bn_weight"], t["bn_bias"][:5], t["bn_bias"], t["bn_bias"])

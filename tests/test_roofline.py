@@ -38,6 +38,16 @@ def test_flops_are_pytorchs_own_count_of_a_forward_and_backward_pass(arch):
     assert cost_of_arch(arch).flops == counter.get_total_flops()
 
 
+def test_bytes_of_a_pooled_network_counted_by_hand():
+    side, channels = 31, 24
+    elements = side**2 * (3 + channels + 4 * channels)  # the fixed convolution, forward alone, and its activation
+    for width in (32, 128, 128):
+        elements += side**2 * (3 * (channels + width) + 2 * width)  # convolution, pooling
+        side, channels = side // 2, width
+        elements += side**2 * (7 * width + 3 * 2 * width + 8 * width)  # BN, act; convolution; BN, act
+    assert cost_of_arch("speed94_half").bytes == 2 * (elements + 2 * side**2 * channels)  # and the global pooling
+
+
 def test_tracing_leaves_the_model_as_it_was_and_sees_what_is_left_out():
     model = build_model("se_resnet18").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -62,6 +62,16 @@ def test_cosine_equals_pytorchs():
     assert rates(schedule, 100) == pytest.approx(expected, rel=1e-9)
 
 
+def test_linear_equals_pytorchs():
+    schedule = Schedule("linear", schedule_epochs=10, peak_lr=0.05, final_lr=0.01)
+    falls = {"start_factor": 1.0, "end_factor": 0.2, "total_iters": 100}
+    assert rates(schedule, 100) == pytest.approx(
+        torch_rates(0.05, 100, lambda o: torch.optim.lr_scheduler.LinearLR(o, **falls))
+    )
+    after_warmup = Schedule("linear", schedule_epochs=10, peak_lr=0.05, warmup_epochs=2)
+    assert rates(after_warmup, 10) == pytest.approx([0.025, 0.05, *(0.05 * (1 - step / 8) for step in range(8))])
+
+
 def test_warm_restarts_equal_pytorchs():
     schedule = Schedule("cosine_restarts", schedule_epochs=70, peak_lr=0.05, restart_epochs=10, restart_growth=2)
     expected = torch_rates(0.05, 70, lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=10, T_mult=2))
@@ -110,7 +120,7 @@ def test_a_stretched_run_has_the_same_shape(name):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("schedule", "linear"), ("peak_lr", 0.0), ("peak_lr", float("nan")), ("final_lr", 0.2), ("warmup_epochs", 200),
+        ("schedule", "square"), ("peak_lr", 0.0), ("peak_lr", float("nan")), ("final_lr", 0.2), ("warmup_epochs", 200),
         ("milestones", (3, 2)), ("lr_factor", 0.0), ("restart_epochs", 0), ("restart_growth", 0.5), ("initial_lr", -1.0),
         ("schedule_step", "step"), ("min_momentum", 0.85),
     ],

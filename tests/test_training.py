@@ -19,7 +19,7 @@ from fastcifar.beton import Manifest
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
-from fastcifar.evaluate import Evaluator
+from fastcifar.evaluate import Evaluator, Options, measure
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.recipes import RECIPES
 from fastcifar.reporting import Curves
@@ -77,9 +77,10 @@ def test_every_recipe_trains_its_architecture(betons, tmp_path, recipe):
     options = ("--epochs", "1", "--limit-train", "24", "--max-parameters", "0")
     folder = run(betons, tmp_path / "run", *options, arch=arch, recipe=recipe)
     torch.manual_seed(0)
-    start = build_model(arch).state_dict()
+    start = dict(build_model(arch).named_parameters())
     trained = weights(folder.path)
-    assert all(not torch.equal(trained[name], start[name]) for name in start if name.endswith("weight"))
+    moving = [name for name, weight in start.items() if weight.requires_grad and name.endswith("weight")]
+    assert all(not torch.equal(trained[name], start[name]) for name in moving)
     assert folder.read_metrics()[0]["train_loss"] > 0
 
 
@@ -118,6 +119,77 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(betons, tmp_path
         run(betons, tmp_path / name, "--epochs", "1", "--seed", seed)
     assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not torch.equal(weights(tmp_path / "a")["classifier.weight"], weights(tmp_path / "c")["classifier.weight"])
+
+
+def test_a_summed_loss_is_the_mean_at_a_rate_as_many_times_higher(betons, tmp_path):
+    """To the bit, since the batch is a power of two."""
+    options = ("--epochs", "1", "--batch-size", "16", "--weight-decay", "0", "--precision", "fp32", "--mix-probability", "0")
+    mean = run(betons, tmp_path / "mean", *options, "--peak-lr", "0.16", "--final-lr", "0")
+    summed = run(betons, tmp_path / "sum", *options, "--peak-lr", "0.01", "--final-lr", "0", "--loss-reduction", "sum")
+    assert_equal_weights(weights(mean.path), weights(summed.path))
+    losses = [[row["train_loss"] for row in folder.read_metrics()] for folder in (mean, summed)]
+    assert losses[0] == losses[1]
+
+
+def test_images_have_the_size_of_their_phase_and_flops_follow_it(betons, tmp_path, monkeypatch):
+    seen, original = [], TrainStep.loss
+    monkeypatch.setattr(TrainStep, "loss", lambda step, x, *rest: seen.append(x.shape[2:]) or original(step, x, *rest))
+    options = ("--epochs", "3", "--schedule-epochs", "6", "--warmup-epochs", "0", "--sizes", "16", "40", "--size-epochs", "2")
+    folder = run(betons, tmp_path / "run", *options)
+    assert seen == [(16, 16)] * 5 + [(40, 40)] * 10
+    rows, summary = folder.read_metrics(), folder.read_summary()
+    flops = [row["flops"] for row in rows]
+    assert flops[1] == flops[2] == pytest.approx(6.25 * flops[0], rel=0.01)
+    assert flops[0] > 100 * 6 * 4 * 3 * 9 * 16**2  # the stem alone, forward and backward but for the images' gradient
+    assert summary["flops"] == sum(flops)
+
+
+@pytest.mark.slow  # the compiler's front end, which alone decides about shapes; no code is generated
+def test_each_phase_is_compiled_for_its_own_shapes(betons, tmp_path, monkeypatch):
+    import torch._dynamo
+
+    compiler, graphs = torch.compile, []
+
+    def noted(graph, inputs):
+        assert all(isinstance(x, torch.Tensor) for x in inputs)  # a dynamic size would be one too
+        graphs.append([tuple(x.shape[2:]) for x in inputs if x.ndim == 4 and len(x) == 20])
+        return graph
+
+    def compile_without_code(function, *, dynamic, fullgraph, options):
+        return compiler(function, dynamic=dynamic, fullgraph=fullgraph, backend=noted)
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    torch._dynamo.reset()
+    phases = ("--schedule-epochs", "4", "--warmup-epochs", "0", "--sizes", "16", "24", "40", "--size-epochs", "1", "2")
+    frozen = ("--frozen", "stem.*", "--frozen-from", "3", "--precision", "fp32", "--kernels", "torch", "--epochs", "4")
+    options = (*phases, *frozen, "--head-dropout", "0")
+    compiled, plain = (run(betons, tmp_path / name, *options, name) for name in ("--compile", "--no-compile"))
+    assert [sizes for sizes in graphs if sizes] == [[(16, 16)], [(24, 24)], [(40, 40)], [(40, 40)]]
+    for name, weight in weights(plain.path).items():
+        torch.testing.assert_close(weights(compiled.path)[name], weight)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_path, precision):
+    frozen = ("--schedule-epochs", "2", "--warmup-epochs", "0", "--frozen", "stem.0.*", "stages.1.*", "--frozen-from", "1")
+    options = ("--epochs", "2", "--precision", precision, "--clip-gradient-norm", "1", *frozen)
+    before = weights(run(betons, tmp_path / "cut", *options, "--stop-after", "1").path)
+    after = weights(train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True)).path)
+    whole = weights(run(betons, tmp_path / "whole", *options).path)
+    assert_equal_weights(whole, after)
+    parameters = [name for name, _ in build_model("narrow").named_parameters() if name.endswith("weight")]
+    same = {name for name in parameters if torch.equal(before[name], after[name])}
+    assert same == {name for name in parameters if name.startswith(("stem.0.", "stages.1."))}
+
+
+def test_epochs_are_evaluated_by_the_views_that_the_recipe_names(betons, tmp_path):
+    plain, views = ("--epochs", "1", "--precision", "fp32"), ("--eval-tta", "flip_translate", "--centre-weight", "0.5")
+    folder = run(betons, tmp_path / "run", *plain, *views)
+    (row,) = folder.read_metrics()
+    options = Options(folder.last, data=betons, limit=20, precision="fp32", tta="flip_translate")
+    assert row["eval_loss"] == measure(replace(options, centre_weight=0.5))["loss"]
+    assert row["eval_loss"] != measure(options)["loss"]
+    assert folder.read_summary()["eval_tta"] == "flip_translate"
 
 
 @pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])

@@ -51,15 +51,15 @@ def mix_plan(
 
 
 def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
-    """Mix every image of [B, 3, 32, 32], channels_last, with its successor in the batch, which the epoch's permutation made a
+    """Mix every image of [B, 3, S, S], channels_last, with its successor in the batch, which the epoch's permutation made a
     random partner.
 
         y = w x + (1 - w) partner,   w = 0 inside the box, `blend` outside
 
     One expression for mixup (empty box), CutMix (blend 1) and no mixing (both), so that the step has no branch. Computed in
-    float32, returned in x's dtype and layout.
+    float32, returned in x's dtype and layout. box: [4], in pixels of 32 a side; inside are the pixels whose centres are.
     """
-    place = torch.arange(SIDE, device=x.device)
+    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) * (SIDE / x.shape[-1])
     inside = ((place >= box[0]) & (place < box[1]))[:, None] & ((place >= box[2]) & (place < box[3]))
     own = x.permute(0, 2, 3, 1)  # rolling the dense view keeps it dense
     mixed = torch.lerp(partner(own).float(), own.float(), torch.where(inside, 0.0, blend)[:, :, None])

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fastcifar.errors import InputError, unknown
-from fastcifar.models.blocks import BasicBlock, PreActivationBlock
-from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
-from fastcifar.models.resnet import Initialisation, ResNet
+from fastcifar.models.blocks import BasicBlock, Block, ConvBlock, PreActivationBlock
+from fastcifar.models.layers import PYTORCHS, Kernels, Norm, StochasticDepthMode, require_known
+from fastcifar.models.resnet import Downsampling, Initialisation, Pooling, ResNet, Stem
 
 BUDGET = 5_000_000  # trainable parameters a report was allowed
 
@@ -30,19 +30,25 @@ REVISED = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: what distinguishes a residual network from its sisters."""
+    """One row: what distinguishes a network from its sisters."""
 
-    report: str  # A to E, "-" for the field's baseline
+    report: str  # A to E, "-" for those of no report
     parameters: int  # trainable, with 10 classes
-    widths: tuple[int, ...]  # channels of each stage; the stem has the first
-    blocks: tuple[int, ...]  # residual blocks of each stage; every stage but the first halves the map
-    block: type[BasicBlock] | type[PreActivationBlock] = BasicBlock
+    widths: tuple[int, ...]  # channels of each stage; a stem of 3x3 has the first
+    blocks: tuple[int, ...]  # blocks of each stage
+    block: type[Block] = BasicBlock
     shortcut: str = "conv1x1_bn"  # where the shape changes: conv1x1_bn, conv3x3_bn or conv1x1
     activation: Callable[[], nn.Module] = nn.ReLU
     se_stages: tuple[int, ...] = ()  # stages (from 1) whose blocks have squeeze-excitation, reduction 16
     se_bias: bool = False  # biases in squeeze-excitation's two linear layers
     stem_bias: bool = False  # a bias in the first convolution, though batch norm follows
     initialisation: Initialisation = "pytorch"
+    stem: Stem = "conv3x3"
+    downsampling: Downsampling = "stride"
+    pooling: Pooling = "mean"
+    head_bias: bool = True  # a bias in the classifier
+    logit_scale: float = 1.0  # factor of the classifier's output
+    norm: Norm = PYTORCHS
 
     @property
     def stages(self) -> str:
@@ -55,6 +61,15 @@ def _light_resnet18(parameters: int, widths: tuple[int, ...]) -> Architecture:
     return Architecture(
         "C", parameters, widths, (2, 2, 2, 2), PreActivationBlock, "conv1x1",
         se_stages=(1, 2, 3, 4), se_bias=True, initialisation="kaiming_small_head",
+    )  # fmt: skip
+
+
+def _speed(parameters: int, widths: tuple[int, ...], block: type[Block] = ConvBlock) -> Architecture:
+    """The family of airbench94 (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024; airbench94_muon's form)."""
+    return Architecture(
+        "-", parameters, widths, (1, 1, 1), block, activation=nn.GELU, initialisation="dirac", stem="whitening",
+        downsampling="pooled_conv", pooling="max", head_bias=False, logit_scale=1 / widths[-1],
+        norm=Norm(momentum=0.4, eps=1e-12, scales=False),
     )  # fmt: skip
 
 
@@ -73,6 +88,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "E", 4_570_934, (32, 64, 256, 256), (2, 2, 2, 2), activation=nn.Mish, se_stages=(1, 2, 3, 4), se_bias=True
     ),
     "resnet18": Architecture("-", 11_173_962, (64, 128, 256, 512), (2, 2, 2, 2), initialisation="kaiming"),
+    "speed94_half": _speed(497_240, (32, 128, 128)),
+    "speed94": _speed(1_971_352, (64, 256, 256)),
+    "speed95": _speed(4_604_440, (128, 384, 384)),
+    "speed96": _speed(4_836_760, (128, 304, 304), BasicBlock),  # the widest below 5,000,000, in steps of 16
 }
 
 
@@ -94,7 +113,7 @@ def build_model(
     squeeze_excitation: bool = True,
     kernels: Kernels = "auto",
 ) -> ResNet:
-    """Build an architecture by name; input [N, 3, 32, 32], output logits [N, num_classes].
+    """Build an architecture by name; input [N, 3, H, W], H and W at least 16, output logits [N, num_classes].
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
@@ -104,6 +123,8 @@ def build_model(
     """
     row = architecture(name)
     require_known(kernels)
+    if stochastic_depth and row.block is ConvBlock:
+        raise InputError(f"{name} has no residual branches to drop, got stochastic_depth {stochastic_depth}: set it to 0")
     return ResNet(
         widths=row.widths,
         blocks=row.blocks,
@@ -120,6 +141,12 @@ def build_model(
         stochastic_depth=stochastic_depth,
         stochastic_depth_mode=stochastic_depth_mode,
         kernels=kernels,
+        stem=row.stem,
+        downsampling=row.downsampling,
+        pooling=row.pooling,
+        head_bias=row.head_bias,
+        logit_scale=row.logit_scale,
+        norm=row.norm,
     )
 
 

@@ -32,8 +32,24 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, bias: bool 
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """What distinguishes one network's batch norm from another's."""
+
+    momentum: float = 0.1  # weight of the newest batch in the running statistics, above 0, at most 1
+    eps: float = 1e-5  # added to the variance, above 0
+    scales: bool = True  # train its weights; off: they stay 1
+
+
+PYTORCHS = Norm()
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """PyTorch's, but for its count of batches, which the training step moves for all layers at once."""
+
+    def __init__(self, channels: int, norm: Norm = PYTORCHS) -> None:
+        super().__init__(channels, eps=norm.eps, momentum=norm.momentum)
+        self.weight.requires_grad_(norm.scales)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.momentum is not None
@@ -176,11 +192,19 @@ def norm_act(
     se: nn.Module | None = None,
     shortcut: Tensor | None = None,
     shortcut_bn: nn.Module | None = None,
+    se_last: bool = False,
 ) -> Tensor:
-    """activation(shortcut_bn(shortcut) + se(bn(x))), each where given: by the modules themselves or as one fused operation."""
+    """activation(shortcut_bn(shortcut) + se(bn(x))), each where given: by the modules themselves or as one fused operation.
+
+    se_last: se(activation(bn(x))), which is one operation where both are Triton's.
+    """
     squeezing = se if isinstance(se, SqueezeExcitation) else None
+    se_last = se_last and squeezing is not None
     name = ACTIVATIONS.get(type(activation), "none")
-    form = _form(variant(shortcut, squeezing, name), kernels, x, activation, *([squeezing.activation] if squeezing else []))
+    kind = variant(shortcut, None if se_last else squeezing, name)
+    form = _form(kind, kernels, x, activation, *([squeezing.activation] if squeezing else []))
+    if squeezing and se_last and {form, form_of(kernels, "squeeze_excite")} != {"triton"}:
+        return squeezing(norm_act(x, bn, activation, kernels))
     if shortcut is not None and shortcut_bn is not None and form != "triton":
         shortcut, shortcut_bn = shortcut_bn(shortcut), None
     if form == "torch":
@@ -192,7 +216,7 @@ def norm_act(
         x, shortcut, *_vectors(bn), shortcut_bn=None if shortcut_bn is None else _vectors(shortcut_bn),
         training=bn.training, momentum=bn.momentum, eps=bn.eps, activation=name,
         se=squeezing.parameters_of_kernels if squeezing else None,
-        se_activation=ACTIVATIONS[type(squeezing.activation)] if squeezing else "relu",
+        se_activation=ACTIVATIONS[type(squeezing.activation)] if squeezing else "relu", se_last=se_last,
     )  # fmt: skip
 
 

@@ -1,21 +1,35 @@
-"""The one residual network behind every row of the table: stem, stages of residual blocks, pooled head."""
+"""The one network behind every row of the table: stem, stages of blocks, pooled head."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from fastcifar.models.blocks import BasicBlock, BlockSpec, PreActivationBlock
-from fastcifar.models.layers import BatchNorm2d, Kernels, StochasticDepthMode, conv, dropout, norm_act
+from fastcifar.models.blocks import Block, BlockSpec, ConvBlock, PreActivationBlock
+from fastcifar.models.layers import PYTORCHS, BatchNorm2d, Kernels, Norm, StochasticDepthMode, conv, dropout, norm_act
 from kernels.augment.reference import normalise
 
 # pytorch: every layer's default. kaiming: convolutions normal by fan-out (He et al., ICCV 2015). kaiming_small_head: these, and
-# linear layers, those of squeeze-excitation too, normal with deviation 0.01 and zero bias (report C).
-Initialisation = Literal["pytorch", "kaiming", "kaiming_small_head"]
+# linear layers, those of squeeze-excitation too, normal with deviation 0.01 and zero bias (report C). dirac: PyTorch's, but the
+# first filters of a 3x3 convolution pass its input on, and the head's weights have deviation 1 (airbench94).
+Initialisation = Literal["pytorch", "kaiming", "kaiming_small_head", "dirac"]
+# conv3x3: a convolution with the first stage's channels, BN and activation (before blocks that begin with these, neither).
+# whitening: a 2x2 convolution without padding whose 24 filters are not trained, but their biases are, and an activation.
+Stem = Literal["conv3x3", "whitening"]
+# Where the map is halved. stride: in the first block of every stage but the first. pooled_conv: in front of every stage's
+# blocks, by a ConvBlock that pools.
+Downsampling = Literal["stride", "pooled_conv"]
+Pooling = Literal["mean", "max"]  # over the last map
+
+WHITENED = 24  # filters of a whitening stem: two for each of the 12 values of a 2x2 patch
 
 
 class ResNet(nn.Module):
-    """Normalised images [N, 3, 32, 32] to logits [N, num_classes]; arguments are a row's fields and a recipe's probabilities.
+    """Normalised images [N, 3, H, W], H and W at least 16, to logits [N, num_classes].
+
+    The arguments are a row's fields and a recipe's probabilities.
 
     stochastic_depth: probability p of dropping the last block's branch. Mode sample: block l of L drops with p l / L (Huang et
     al., ECCV 2016); mode batch: block i of n in stage s of S with p (s / S) (i / n) (report C).
@@ -26,7 +40,7 @@ class ResNet(nn.Module):
         *,
         widths: tuple[int, ...],
         blocks: tuple[int, ...],
-        block: type[BasicBlock] | type[PreActivationBlock],
+        block: type[Block],
         shortcut: str,
         activation: Callable[[], nn.Module],
         se_stages: tuple[int, ...],
@@ -39,64 +53,87 @@ class ResNet(nn.Module):
         stochastic_depth: float,
         stochastic_depth_mode: StochasticDepthMode = "sample",
         kernels: Kernels = "torch",
+        stem: Stem = "conv3x3",
+        downsampling: Downsampling = "stride",
+        pooling: Pooling = "mean",
+        head_bias: bool = True,
+        logit_scale: float = 1.0,
+        norm: Norm = PYTORCHS,
     ) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.pooling, self.logit_scale = kernels, pooling, logit_scale
         # Then the blocks begin with BN and activation, and the trunk ends with them.
         pre_activation = block is PreActivationBlock
-        self.stem = nn.Sequential(conv(3, widths[0], 3, bias=stem_bias))
-        if not pre_activation:
-            self.stem.extend([BatchNorm2d(widths[0]), activation()])
+        inputs = WHITENED if stem == "whitening" else widths[0]
+        if stem == "whitening":
+            self.stem = nn.Sequential(nn.Conv2d(3, inputs, 2), activation())
+            self.stem[0].weight.requires_grad_(False)
+        else:
+            self.stem = nn.Sequential(conv(3, inputs, 3, bias=stem_bias))
+            if not pre_activation:
+                self.stem.extend([BatchNorm2d(inputs, norm), activation()])
 
         self.stages = nn.ModuleList()
-        inputs, depth, total = widths[0], 0, sum(blocks)
+        depth, total = 0, sum(blocks)
         for number, (width, count) in enumerate(zip(widths, blocks, strict=True), start=1):
             stage = nn.Sequential()
+            spec = BlockSpec(
+                inputs=inputs,
+                outputs=width,
+                stride=2 if number > 1 and downsampling == "stride" else 1,
+                shortcut=shortcut,
+                activation=activation,
+                squeezes=number in se_stages,
+                se_bias=se_bias,
+                dropout=block_dropout,
+                drop_path=0.0,
+                drop_path_mode=stochastic_depth_mode,
+                kernels=kernels,
+                norm=norm,
+            )
+            if downsampling == "pooled_conv":
+                stage.append(ConvBlock(replace(spec, squeezes=False, dropout=0.0, pools=True)))
+                spec = replace(spec, inputs=width)
             for position in range(count):
                 depth += 1
                 per_batch = stochastic_depth_mode == "batch"
                 share = number / len(widths) * (position + 1) / count if per_batch else depth / total
-                spec = BlockSpec(
-                    inputs=inputs,
-                    outputs=width,
-                    stride=2 if number > 1 and position == 0 else 1,
-                    shortcut=shortcut,
-                    activation=activation,
-                    squeezes=number in se_stages,
-                    se_bias=se_bias,
-                    dropout=block_dropout,
-                    drop_path=stochastic_depth * share,
-                    drop_path_mode=stochastic_depth_mode,
-                    kernels=kernels,
-                )
-                stage.append(block(spec))
-                inputs = width
+                stage.append(block(replace(spec, drop_path=stochastic_depth * share)))
+                spec = replace(spec, inputs=width, stride=1)
+            inputs = width
             self.stages.append(stage)
 
-        self.tail = nn.Sequential(BatchNorm2d(inputs), activation()) if pre_activation else nn.Identity()
+        self.tail = nn.Sequential(BatchNorm2d(inputs, norm), activation()) if pre_activation else nn.Identity()
         self.dropout = dropout(head_dropout)
-        self.classifier = nn.Linear(inputs, num_classes)
+        self.classifier = nn.Linear(inputs, num_classes, bias=head_bias)
         self._initialise(initialisation)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem[0](images)
-        if len(self.stem) > 1:
-            x = norm_act(x, self.stem[1], self.stem[2], self.kernels)
+        if len(self.stem) == 3:
+            x = norm_act(self.stem[0](images), self.stem[1], self.stem[2], self.kernels)
+        else:
+            x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
         if isinstance(self.tail, nn.Sequential):
             x = norm_act(x, self.tail[0], self.tail[1], self.kernels)
-        pooled = x.mean(dim=(2, 3))  # [N, C]
-        return self.classifier(self.dropout(pooled))
+        pooled = x.mean(dim=(2, 3)) if self.pooling == "mean" else x.amax(dim=(2, 3))  # [N, C]
+        logits = self.classifier(self.dropout(pooled))
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
+    @torch.no_grad()
     def _initialise(self, initialisation: Initialisation) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and initialisation != "pytorch":
+            if isinstance(module, nn.Conv2d) and initialisation in ("kaiming", "kaiming_small_head"):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d) and initialisation == "dirac" and module.kernel_size == (3, 3):
+                nn.init.dirac_(module.weight[: module.in_channels])
             if isinstance(module, nn.Linear) and initialisation == "kaiming_small_head":
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if initialisation == "dirac":
+            self.classifier.weight.div_(self.classifier.weight.std())
 
 
 class PixelClassifier(nn.Module):

@@ -1,14 +1,16 @@
-"""A model's layers with their output shapes, parameters and FLOPs, from one traced forward pass; FLOPs of a training step."""
+"""A model's layers with their output shapes, parameters and FLOPs, from one forward pass."""
 
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastcifar.models import build_model
+from fastcifar.models import build_model, count_parameters
+from fastcifar.models.resnet import ResNet
 
 
 @dataclass(frozen=True)
@@ -18,37 +20,44 @@ class LayerRow:
     name: str
     kind: str
     output: tuple[int, ...]  # shape for one image, without the batch
-    parameters: int
+    parameters: int  # trainable
     flops: int  # per image, forward, 2 per multiply-add, of convolutions and linear layers
+    training_flops: int  # these, and as many for each gradient that training needs: to the weights, and to the layer's input
 
 
 @torch.no_grad()
-def trace_layers(model: nn.Module) -> list[LayerRow]:
-    """Trace one image [1, 3, 32, 32] through a copy of `model`; return a row for each layer that has no layers inside."""
-    model = deepcopy(model).to("meta").eval()  # where no kernel of ours stands for several layers
-    outputs: dict[str, Tensor] = {}
-    leaves = {name: m for name, m in model.named_modules() if not list(m.children()) and not isinstance(m, nn.Identity)}
-    for name, layer in leaves.items():
-        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 32, 32, device="meta"))
-    counts = counter.get_flop_counts()
-    rows = []
-    for name, output in outputs.items():
-        layer, flops = leaves[name], sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
-        parameters = sum(p.numel() for p in layer.parameters())
-        rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), parameters, flops))
+def trace_layers(model: ResNet, size: int = 32) -> list[LayerRow]:
+    """Trace images of size x size pixels through a copy of `model`; return a row for each layer that has no layers inside.
+
+    A batch of no images, which computes nothing: PyTorch's meta device would import for a second first.
+    """
+    model = deepcopy(model).eval()
+    rows: list[LayerRow] = []
+
+    def note(name: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        flops = passes = 0
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            flops = 2 * prod(output.shape[1:]) * layer.weight[0].numel()
+            passes = 1 + layer.weight.requires_grad + (layer is not model.stem[0])
+        shape = tuple(output.shape[1:])
+        rows.append(LayerRow(name, type(layer).__name__, shape, count_parameters(layer), flops, passes * flops))
+
+    for name, layer in model.named_modules():
+        if "kernels" in vars(layer):
+            vars(layer)["kernels"] = "torch"  # no kernel of ours stands for several layers
+        if not list(layer.children()) and not isinstance(layer, nn.Identity):
+            layer.register_forward_hook(partial(note, name))
+    model(torch.zeros(0, 3, size, size, device=model.classifier.weight.device))
     return rows
 
 
-def flops_per_image(model: nn.Module) -> int:
+def flops_per_image(model: ResNet) -> int:
     """Forward FLOPs of convolutions and linear layers for one image, 2 per multiply-add."""
     return sum(row.flops for row in trace_layers(model))
 
 
 @cache
-def training_flops(arch: str) -> int:
-    """Forward and backward FLOPs of convolutions and linear layers for one image, 2 per multiply-add; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_model(arch, kernels="torch")(torch.zeros(2, 3, 32, 32)).sum().backward()  # two: batch norm needs more than one
-    return counter.get_total_flops() // 2
+def training_flops(arch: str, size: int = 32) -> int:
+    """Forward and backward FLOPs of convolutions and linear layers for one image [3, size, size], 2 per multiply-add."""
+    with torch.random.fork_rng(devices=()):
+        return sum(row.training_flops for row in trace_layers(build_model(arch), size))

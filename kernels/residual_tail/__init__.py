@@ -3,6 +3,8 @@
     out = act(z)        z = s (gamma (c - mu) rstd + beta) + r        r through a BN of its own where it has one
     s = sigmoid(W_expand act(W_reduce mean_hw(BN(c)) + b_reduce) + b_expand), or 1
 
+and SE(act(BN(conv_out))), the input of a convolution in a pre-activation network (`se_last`).
+
 Four forms of one function: PyTorch's own operations (`reference.py`), our algebra as operations the compiler may fuse
 (`fusable.py`, with the formulas and their derivatives), and the same algebra as Triton kernels (`triton.py`) and as loops of a
 CPU (`numba.py`), called without the operators, whose calls take 0.2 ms a tail, where nothing is compiled. Passes over the map
@@ -44,6 +46,7 @@ def residual_tail(
     se: SqueezeExcitation | None = None,
     se_activation: Activation = "relu",
     activation: TailActivation = "relu",
+    se_last: bool = False,
     backend: Backend | Literal["fusable"] = "auto",
 ) -> Tensor:
     """BN, squeeze-excitation where `se` is given, sum with `shortcut` where there is one, activation.
@@ -51,6 +54,7 @@ def residual_tail(
     conv_out, shortcut: [N, C, H, W], of one dtype, which the result has. bn_weight, bn_bias, running_mean, running_var:
     [C]. shortcut_bn: the same four of the BN, with the same momentum and eps, through which the shortcut passes first, where it
     has one. se: (w_reduce [R, C], w_expand [C, R], b_reduce [R] or None, b_expand [C] or None), or the first two of these.
+    se_last: SE(act(BN(conv_out))) instead, as in front of a convolution; there is no shortcut then.
     training: normalise by the batch and move the running statistics as nn.BatchNorm2d does. backend: "fusable" computes by the
     kernels' algebra on any device. Everything between is computed in float32 (float64 for float64), under autocast too.
 
@@ -63,6 +67,8 @@ def residual_tail(
         if shortcut is None:
             raise ValueError("residual_tail: shortcut_bn must have a shortcut to normalise, got none")
         _check(shortcut, None, shortcut_bn, training, None, "relu", "none")
+    if se_last and (se is None or shortcut is not None):
+        raise ValueError("residual_tail: se_last must have squeeze-excitation and no shortcut")
     form = backend if backend == "fusable" else resolve(variant(shortcut, se, activation), backend, conv_out)
     module = None if form == "torch" else _called(form)
     if shortcut is not None and shortcut_bn is not None and (form == "torch" or module is not None):
@@ -72,17 +78,18 @@ def residual_tail(
         return reference.residual_tail(
             conv_out, shortcut, *channels,
             training=training, momentum=momentum, eps=eps, se=se, se_activation=se_activation, activation=activation,
+            se_last=se_last,
         )  # fmt: skip
     # The statistics are taken outside autograd: the gradient of the tail accounts for how they depend on conv_out.
     statistics = _statistics if module is None else module.statistics
-    image_mean, mean, variance = None, running_mean, running_var
+    image_mean, mean, variance, squeezes_first = None, running_mean, running_var, se is not None and not se_last
     if training:
-        image_mean, mean, variance = statistics(conv_out.detach(), running_mean, running_var, momentum, se is not None)
-    elif se is not None:  # the squeeze wants the means of images; nothing moves
+        image_mean, mean, variance = statistics(conv_out.detach(), running_mean, running_var, momentum, squeezes_first)
+    elif squeezes_first:  # the squeeze wants the means of images; nothing moves
         image_mean, _, _ = statistics(conv_out.detach(), mean.clone(), variance.clone(), 0.0, True)
-    image_mean = None if se is None else image_mean
+    image_mean = image_mean if squeezes_first else None
     tensors = Tensors(conv_out, shortcut, bn_weight, bn_bias, *_linear(se), image_mean, mean, variance)
-    settings = Settings(training, eps, se_activation, activation)
+    settings = Settings(training, eps, se_activation, activation, se_last)
     if module is not None:
         return fusable.tail(module, tensors, settings)
     return _tail(*tensors[:GIVEN], *settings, *_of_shortcut(shortcut, shortcut_bn, training, momentum))[0]
@@ -233,20 +240,21 @@ def _(x: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool) ->
 
 @torch.library.custom_op("fastcifar::residual_sum_statistics", mutates_args=("running_mean", "running_var"))
 def _sum_statistics(
-    x: Tensor, addend: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of x + addend, and that sum, channels_last."""
+    x: Tensor, addend: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The statistics of x + addend, and that sum, channels_last. factor: of the addend, [1 or N, 1, 1, 1]."""
     form = _form(x)
     if not _fuses(form):
-        total = (x + addend).contiguous(memory_format=CHANNELS_LAST)
+        total = (x + (addend if factor is None else addend * factor)).contiguous(memory_format=CHANNELS_LAST)
         return *form.statistics(total, running_mean, running_var, momentum, per_image), total
     total = torch.empty_like(x, memory_format=CHANNELS_LAST)
-    return *form.statistics(x, running_mean, running_var, momentum, per_image, addend, total), total
+    return *form.statistics(x, running_mean, running_var, momentum, per_image, addend, total, factor), total
 
 
 @register_fake(_sum_statistics)
 def _(
-    x: Tensor, addend: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool
+    x: Tensor, addend: Tensor, mean: Tensor, var: Tensor, momentum: float, per_image: bool, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, channels = x.shape[:2]
     image_mean = unfilled(x, n, channels) if per_image else unfilled(x, 0)

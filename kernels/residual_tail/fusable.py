@@ -20,6 +20,11 @@ A shortcut with a BN of its own is r = gamma_r (d - mu_r) rstd_r + beta_r of ano
     dbeta_r = sum dz            dgamma_r = rstd_r sum dz (d - mu_r)
     dd = a_r (dz - dbeta_r / M - (d - mu_r) rstd_r dgamma_r / M)
 
+Squeeze-excitation may come last instead, in front of a convolution, and without a shortcut (`se_last`):
+
+    y = act(z)        z = (c - mu) a + beta        m = mean_hw y        out = s y        s of m as above
+    ds = sum_hw g y        dz = (g s + dm / P) act'(z)        the rest of it as a tail's without squeeze-excitation
+
 Centring on mu costs one subtraction and keeps what c a + (beta - mu a) cancels when |mu| is large. For the backward pass c,
 r, mean_nc, mu, var, s and q are kept; not z, not y.
 """
@@ -32,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import activate, slope
 from kernels.backends import cast, wide
+from kernels.squeeze_excite.reference import excite, excite_gradients
 
 
 class Settings(NamedTuple):
@@ -41,6 +47,7 @@ class Settings(NamedTuple):
     eps: float
     se_activation: str  # relu or mish
     activation: str  # relu, mish or none
+    se_last: bool = False  # squeeze-excitation behind the activation, without a shortcut
 
 
 class Tensors(NamedTuple):
@@ -122,6 +129,10 @@ def move(running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tens
 
 def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return act(z) in conv_out's dtype, s and q."""
+    if settings.se_last:
+        y = activate(_linear(tensors, settings)[2], settings.activation)
+        hidden, scale = excite(y.mean((2, 3)), *layers(tensors), settings.se_activation)
+        return cast(y * spread(scale), tensors.conv_out.dtype), scale, hidden
     tensors = excited(tensors, settings)
     _, _, z = _linear(tensors, settings)
     return cast(activate(z, settings.activation), tensors.conv_out.dtype), tensors.scale, tensors.hidden
@@ -163,6 +174,8 @@ def _linear(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tenso
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """Return the gradients of the first eight of `tensors`, each in its dtype."""
+    if settings.se_last:
+        return _gradients_before(gradient, tensors, settings)
     centred, slopes, z = _linear(tensors, settings)
     dz = wide(gradient) * slope(z, settings.activation)
     s1, s2 = dz.sum((2, 3)), (dz * centred).sum((2, 3))  # [N, C]
@@ -172,6 +185,29 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradien
         d_conv = d_conv - centred * spread(decline)
     maps = (cast(d_conv, tensors.conv_out.dtype), None if tensors.shortcut is None else cast(dz, tensors.shortcut.dtype))
     return *maps, *parameters
+
+
+def layers(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Squeeze-excitation's, which there is."""
+    assert tensors.w_reduce is not None
+    assert tensors.w_expand is not None
+    return tensors.w_reduce, tensors.w_expand, tensors.b_reduce, tensors.b_expand
+
+
+def _gradients_before(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
+    """The gradients where squeeze-excitation comes last: through it, then those of a tail without any."""
+    scale, hidden, g = tensors.scale, tensors.hidden, wide(gradient)
+    assert scale is not None
+    assert hidden is not None
+    w_reduce, w_expand, *_ = layers(tensors)
+    plain = tensors._replace(w_reduce=None, w_expand=None, b_reduce=None, b_expand=None, scale=None, hidden=None)
+    y = activate(_linear(plain, settings)[2], settings.activation)
+    dt, dq, dm, active = excite_gradients((g * y).sum((2, 3)), hidden, scale, w_reduce, w_expand, settings.se_activation)
+    with torch.autocast(y.device.type, enabled=False):
+        found = (dq.T @ y.mean((2, 3)), dt.T @ active, dq.sum(0), dt.sum(0))
+    d_layers = (None if x is None else cast(each, x.dtype) for x, each in zip(tensors[4:8], found, strict=True))
+    dy = g * spread(scale) + spread(dm) / (y.shape[2] * y.shape[3])
+    return *gradients(dy, plain, settings._replace(se_last=False))[:4], *d_layers
 
 
 def from_sums(s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Gradients]:

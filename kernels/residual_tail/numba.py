@@ -30,6 +30,8 @@ def statistics(
 
 def apply(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`fusable.apply`."""
+    if settings.se_last:
+        return fusable.apply(tensors, settings)
     tensors = fusable.excited(tensors, settings)
     x, r = channels_last(tensors.conv_out), tensors.shortcut
     out, positions = torch.empty_like(x), x.shape[2] * x.shape[3]
@@ -45,6 +47,8 @@ def _vectors(tensors: Tensors, settings: Settings, *more: Tensor) -> Array:
 
 def gradients(gradient: Tensor, tensors: Tensors, settings: Settings) -> Gradients:
     """`fusable.gradients`."""
+    if settings.se_last:
+        return fusable.gradients(gradient, tensors, settings)
     g, x, r = channels_last(gradient), channels_last(tensors.conv_out), tensors.shortcut
     (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
     activation = settings.activation

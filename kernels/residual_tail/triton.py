@@ -17,17 +17,21 @@ from triton import cdiv
 
 from kernels.backends import unfilled
 from kernels.mish.triton import activate, times_slope
-from kernels.residual_tail.fusable import ALONE, NEAR, Gradients, Neighbours, Settings, Tensors, has_own_gradient
+from kernels.residual_tail.fusable import ALONE, NEAR, Gradients, Neighbours, Settings, Tensors, has_own_gradient, layers
 from kernels.residual_tail.tiles import (
     IMAGES_TILE,
     channel_block,
+    folded,
     group_rows,
     image_tile,
     power_of_two,
     row_tile,
     statistics_tile,
     sums_tile,
+    together,
 )
+from kernels.squeeze_excite import triton as excitation
+from kernels.squeeze_excite.triton import per_channel
 
 FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it reads or writes a map anyway
 
@@ -36,6 +40,16 @@ FUSES_NEIGHBOURS = True  # all of `fusable.Neighbours`, in each kernel as it rea
 def channel(pointer, c, channels: tl.constexpr):
     """A [C] vector in float32 at the channels c; 0 beyond the last."""
     return tl.load(pointer + c, mask=c < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def lanes_of(channels: tl.constexpr, lanes: tl.constexpr, block_channels: tl.constexpr):
+    """This program's lanes of a map's row, and their channels: of one position, or of several that are read as one row."""
+    lane = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    c = lane
+    if lanes != channels:
+        c = lane % channels
+    return lane, c
 
 
 @triton.jit
@@ -58,26 +72,26 @@ def merged(count, mean, m2, block: tl.constexpr):
 
 
 @triton.jit
-def added(x, addend, offsets, mask):
-    """Values of a map, or of the sum of two rounded as it is stored, in float32."""
+def added(x, addend, share, offsets, mask):
+    """Values of a map, or of its sum with a share of another, rounded as it is stored, in float32."""
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if addend is not None:
-        value += tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
+        value += share * tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
         value = value.to(x.dtype.element_ty).to(tl.float32)
     return value
 
 
 @triton.jit
 def statistics_kernel(
-    x, addend, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    x, addend, factor, sum_out, group_mean, group_m2, rows, channels: tl.constexpr, group: tl.constexpr, even: tl.constexpr,
+    positions: tl.constexpr, own: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every group of rows: one read, summed relative to the mean of the first tile.
 
     That lies so near the group's that the square of their offset takes little away from the sum of squares. It is found
     relative to the first row: where all values are equal the mean is exactly that, and the deviation exactly 0. even: groups
     are whole tiles, so that no row has to be left out. addend: a second map; then the statistics are those of the sum, which is
-    written too.
+    written too. factor: of the addend; own: one for each image, of which a group is a part.
     """
     start = tl.program_id(0).to(tl.int64) * group
     count = tl.minimum(rows - start, group).to(tl.int32)
@@ -85,9 +99,12 @@ def statistics_kernel(
     c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     inside = c[None, :] < channels
     first = start * channels + c
-    origin = added(x, addend, first, c < channels)
+    share = 1.0
+    if factor is not None:
+        share = tl.load(factor + (start // positions if own else 0)).to(tl.float32)
+    origin = added(x, addend, share, first, c < channels)
     offsets = start * channels + (r * channels + c[None, :])
-    value = added(x, addend, offsets, (even | (r < count)) & inside)
+    value = added(x, addend, share, offsets, (even | (r < count)) & inside)
     if sum_out is not None:
         tl.store(sum_out + offsets, value.to(sum_out.dtype.element_ty), mask=(even | (r < count)) & inside)
     delta = value - origin[None, :]
@@ -100,7 +117,7 @@ def statistics_kernel(
     s1, s2 = delta, delta * delta
     for step in range(block_rows, group, block_rows):
         mask = (even | (step + r < count)) & inside
-        value = added(x, addend, offsets + step * channels, mask)
+        value = added(x, addend, share, offsets + step * channels, mask)
         if sum_out is not None:
             tl.store(sum_out + offsets + step * channels, value.to(sum_out.dtype.element_ty), mask=mask)
         delta = value - mean[None, :]
@@ -219,16 +236,16 @@ def shortcut_at(shortcut, weight, bias, mean, variance, offsets, mask, c, eps, c
 def tail_kernel(
     x, shortcut, kept, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance, out,
     rows, positions, eps, per_kept,
-    channels: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
+    channels: tl.constexpr, lanes: tl.constexpr, activation: tl.constexpr, chunks: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """act(z), and dropout where something says what is kept: two reads (one without a shortcut), one write."""
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     r = tl.arange(0, block_rows)[:, None]
-    offsets = start * channels + (r * channels + c[None, :])
-    mask = (r < count) & (c[None, :] < channels)
+    offsets = start * lanes + (r * lanes + lane[None, :])
+    mask = (r < count) & (lane[None, :] < lanes)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     z = (value - channel(mean, c, channels)[None, :]) * slope[None, :] + intercept[None, :]
     if shortcut is not None:
@@ -257,7 +274,7 @@ def total_gradient(gradient, second, kept, per_kept, offsets, mask):
 def sums_kernel(
     gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
     dz_out, s1_out, s2_out, r_s2_out, rows, eps, per_kept,
-    channels: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
+    channels: tl.constexpr, lanes: tl.constexpr, group: tl.constexpr, activation: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of every group of rows, and dz where a shortcut wants it: up to four reads, one write.
@@ -268,16 +285,16 @@ def sums_kernel(
     start = image * group
     count = tl.minimum(rows - start, group).to(tl.int32)
     row = tl.arange(0, block_rows)[:, None]
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
     slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
     mu = channel(mean, c, channels)
     s1 = tl.zeros([block_rows, block_channels], tl.float32)
     s2 = tl.zeros([block_rows, block_channels], tl.float32)
     r_s2 = tl.zeros([block_rows, block_channels], tl.float32)
-    base = start * channels + (row * channels + c[None, :])
+    base = start * lanes + (row * lanes + lane[None, :])
     for step in range(0, group, block_rows):
-        offsets = base + step * channels
-        mask = (step + row < count) & (c[None, :] < channels)
+        offsets = base + step * lanes
+        mask = (step + row < count) & (lane[None, :] < lanes)
         dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - mu[None, :]
         if activation != "none" or r_s2_out is not None:
@@ -292,11 +309,14 @@ def sums_kernel(
         s2 += dz * centred
         if r_s2_out is not None:
             r_s2 += dz * r_centred
+    own: tl.constexpr = block_channels // (lanes // channels)
+    if lanes != channels:
+        c = tl.arange(0, own)
     offsets = image * channels + c
     if r_s2_out is not None:
-        tl.store(r_s2_out + offsets, tl.sum(r_s2, 0), mask=c < channels)
-    tl.store(s1_out + offsets, tl.sum(s1, 0), mask=c < channels)
-    tl.store(s2_out + offsets, tl.sum(s2, 0), mask=c < channels)
+        tl.store(r_s2_out + offsets, per_channel(r_s2, channels, lanes, block_channels, own), mask=c < channels)
+    tl.store(s1_out + offsets, per_channel(s1, channels, lanes, block_channels, own), mask=c < channels)
+    tl.store(s2_out + offsets, per_channel(s2, channels, lanes, block_channels, own), mask=c < channels)
 
 
 @triton.jit
@@ -355,10 +375,13 @@ def channel_gradient_kernel(
 def parameter_gradient_kernel(
     s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, d_logits, d_hidden, d_squeezed,
     d_weight, d_bias, d_reduce, d_expand, d_b_reduce, d_b_expand, images, eps,
-    channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr,
+    channels: tl.constexpr, units: tl.constexpr, activation: tl.constexpr, se_last: tl.constexpr,
     block_images: tl.constexpr, block_channels: tl.constexpr, block_units: tl.constexpr,
 ):  # fmt: skip
-    """Sums over images: dgamma, dbeta; dW_reduce [units, C] = sum dq m^T, dW_expand [C, units] = sum dt act(q)^T; biases'."""
+    """Sums over images: dgamma, dbeta; dW_reduce [units, C] = sum dq m^T, dW_expand [C, units] = sum dt act(q)^T; biases'.
+
+    se_last: image_mean is m itself, and BN has no part in it.
+    """
     c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     u = tl.program_id(1) * block_units + tl.arange(0, block_units)
     mu, beta = channel(mean, c, channels), channel(bias, c, channels)
@@ -375,16 +398,23 @@ def parameter_gradient_kernel(
         n = (first + tl.arange(0, block_images)).to(tl.int64)[:, None]
         of_map, of_units = n * channels + c[None, :], n * units + u[None, :]
         in_map, in_units = (n < images) & (c[None, :] < channels), (n < images) & (u[None, :] < units)
-        s = tl.load(scale + of_map, mask=in_map, other=0.0)
-        dm = tl.load(d_squeezed + of_map, mask=in_map, other=0.0)
-        centred = tl.load(image_mean + of_map, mask=in_map, other=0.0) - mu[None, :]
-        sum_bias += s * tl.load(s1 + of_map, mask=in_map, other=0.0) + dm
-        sum_weight += s * tl.load(s2 + of_map, mask=in_map, other=0.0) + dm * centred
+        squeezed = tl.load(image_mean + of_map, mask=in_map, other=0.0)
+        to_bias = tl.load(s1 + of_map, mask=in_map, other=0.0)
+        to_weight = tl.load(s2 + of_map, mask=in_map, other=0.0)
+        if not se_last:
+            s = tl.load(scale + of_map, mask=in_map, other=0.0)
+            dm = tl.load(d_squeezed + of_map, mask=in_map, other=0.0)
+            centred = squeezed - mu[None, :]
+            to_bias = s * to_bias + dm
+            to_weight = s * to_weight + dm * centred
+            squeezed = centred * a[None, :] + beta[None, :]
+        sum_bias += to_bias
+        sum_weight += to_weight
         # 0 beyond the last image, like dt: what they multiply is not.
         dq = tl.load(d_hidden + of_units, mask=in_units, other=0.0)
         dt = tl.load(d_logits + of_map, mask=in_map, other=0.0)
         h = activate(tl.load(hidden + of_units, mask=in_units, other=0.0), activation)
-        reduce += tl.dot(tl.trans(centred * a[None, :] + beta[None, :]), dq, input_precision="ieee")
+        reduce += tl.dot(tl.trans(squeezed), dq, input_precision="ieee")
         expand += tl.dot(tl.trans(dt), h, input_precision="ieee")
         if d_b_reduce is not None:
             sum_dq += dq
@@ -420,20 +450,26 @@ def through_batch_norm(dz, slope, centred, weight, variance, d_weight, d_bias, c
 def map_gradient_kernel(
     gradient, second, kept, x, shortcut, weight, bias, mean, variance, scale, r_weight, r_bias, r_mean, r_variance,
     d_squeezed, d_weight, d_bias, r_d_weight, r_d_bias, elsewhere, out, r_out,
-    rows, positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, activation: tl.constexpr,
-    chunks: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+    rows, positions, eps, per_kept, per_position, per_row, channels: tl.constexpr, lanes: tl.constexpr,
+    activation: tl.constexpr, se_last: tl.constexpr, chunks: tl.constexpr, block_rows: tl.constexpr,
+    block_channels: tl.constexpr,
 ):  # fmt: skip
     """dc = dz s a + a dm / P - a dbeta / M - (c - mu) a rstd dgamma / M; `activation` is "none" where dz itself is given.
 
-    elsewhere: what conv_out's other uses add to its gradient. r_out: the gradient of a shortcut that has its own BN.
+    elsewhere: what conv_out's other uses add to its gradient. r_out: the gradient of a shortcut that has its own BN. se_last:
+    dz = (g s + dm / P) act'(z), and dc as without squeeze-excitation.
     """
     image, start, count = row_range(rows, positions, scale, chunks, block_rows)
-    c = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
-    slope, intercept = line(weight, bias, variance, scale, image, c, eps, channels)
+    lane, c = lanes_of(channels, lanes, block_channels)
+    slope, intercept = line(weight, bias, variance, None if se_last else scale, image, c, eps, channels)
     row = tl.arange(0, block_rows)[:, None]
-    offsets = start * channels + (row * channels + c[None, :])
-    mask = (row < count) & (c[None, :] < channels)
+    offsets = start * lanes + (row * lanes + lane[None, :])
+    mask = (row < count) & (lane[None, :] < lanes)
     dz = total_gradient(gradient, second, kept, per_kept, offsets, mask)
+    if scale is not None:
+        of_mean = channel(d_squeezed + image * channels, c, channels) * per_position
+    if se_last:
+        dz = dz * channel(scale + image * channels, c, channels)[None, :] + of_mean[None, :]
     centred = dz
     if d_weight is not None or r_out is not None or activation != "none":
         centred = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - channel(mean, c, channels)[None, :]
@@ -443,9 +479,9 @@ def map_gradient_kernel(
             z += r
         dz = times_slope(dz, z, activation)
     result = through_batch_norm(dz, slope, centred, weight, variance, d_weight, d_bias, c, eps, per_row, channels)
-    if scale is not None:
+    if scale is not None and not se_last:
         a = channel(weight, c, channels) * reciprocal_deviation(variance, c, eps, channels)
-        result += (channel(d_squeezed + image * channels, c, channels) * a * per_position)[None, :]
+        result += (of_mean * a)[None, :]
     if elsewhere is not None:
         result += tl.load(elsewhere + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offsets, result.to(out.dtype.element_ty), mask=mask)
@@ -475,24 +511,29 @@ def bytes_of(mask: Tensor | None) -> Tensor | None:
 
 
 def map_grid(
-    n: int, channels: int, positions: int, per_image: bool, *, two_results: bool = False
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of a pass over a map, and what `row_range` reads it by; with a scale, each image has its own tiles."""
-    rows = positions if per_image else n * positions
-    tile = sums_tile(channels, rows) if two_results else row_tile(channels, rows, largest=4096)
-    chunks = cdiv(positions, tile.rows) if per_image else 1
-    blocks = n * chunks if per_image else cdiv(n * positions, tile.rows)
-    return (blocks, cdiv(channels, tile.channels)), {"chunks": chunks, **tile.sizes()}
+    x: Tensor, per_image: bool, *, two_results: bool = False
+) -> tuple[tuple[int, int], tuple[int, int], dict[str, int]]:
+    """The grid of a pass over a map, its rows and an image's, and what `row_range` reads it by; with a scale, each image has
+    its own tiles.
+    """
+    (n, channels), positions = x.shape[:2], x.shape[2] * x.shape[3]
+    width = together(channels, x.element_size(), positions if per_image else n * positions)
+    lanes, own, every = channels * width, positions // width, n * positions // width
+    tile = sums_tile(lanes, own if per_image else every) if two_results else row_tile(lanes, own if per_image else every, 4096)
+    chunks = cdiv(own, tile.rows) if per_image else 1
+    blocks = n * chunks if per_image else cdiv(every, tile.rows)
+    return (blocks, cdiv(lanes, tile.channels)), (every, own), {"lanes": lanes, "chunks": chunks, **tile.sizes()}
 
 
 def statistics(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, per_image: bool, addend: Tensor | None = None,
-    sum_out: Tensor | None = None,
+    sum_out: Tensor | None = None, factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`fusable.statistics`; with an addend those of x + addend, which fills sum_out, channels_last."""
+    """`fusable.statistics`; with an addend those of x + addend, or x + addend factor, which fills sum_out, channels_last."""
     n, channels, height, width = x.shape
     rows = n * height * width
-    group = height * width if per_image else group_rows(channels, rows)
+    positions, own, group = height * width, factor is not None and len(factor) > 1, group_rows(channels, rows)
+    group = positions if per_image or (own and positions % group) else group
     groups = cdiv(rows, group)
     group_mean, group_m2 = unfilled(x, groups, channels), unfilled(x, groups, channels)
     mean, variance = unfilled(x, channels), unfilled(x, channels)
@@ -501,6 +542,7 @@ def statistics(
         statistics_kernel[groups, cdiv(channels, tile.channels)](
             channels_last(x),
             channels_last(addend),
+            factor,
             sum_out,
             group_mean,
             group_m2,
@@ -508,6 +550,8 @@ def statistics(
             **sizes,
             **tile.sizes(),
             even=rows % group == 0 and group % tile.rows == 0,
+            positions=positions if own else 1,
+            own=own,
         )
         batch_kernel[(cdiv(channels, merge.channels),)](
             group_mean, group_m2, mean, variance, running_mean, running_var, groups, rows, momentum,
@@ -519,8 +563,11 @@ def statistics(
 def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`fusable.apply`, and dropout."""
     conv_out, shortcut, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
-    (n, channels), positions = conv_out.shape[:2], conv_out.shape[2] * conv_out.shape[3]
+    n, channels = conv_out.shape[:2]
     x, r = channels_last(conv_out), channels_last(shortcut)
+    if settings.se_last:
+        out, _, hidden, scale = excitation.forward(x, *layers(tensors), settings.se_activation, _norm(tensors, settings))
+        return out, scale, hidden
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         if tensors.w_reduce is not None:
@@ -530,13 +577,19 @@ def apply(tensors: Tensors, settings: Settings, neighbours: Neighbours = ALONE) 
                 image_mean, mean, variance, weight, bias, *map(dense, linear), scale, hidden, settings.eps, channels=channels,
                 units=units, activation=settings.se_activation, **image_tile(channels, units).sizes("units"),
             )  # fmt: skip
-        grid, sizes = map_grid(n, channels, positions, scale is not None)
+        grid, rows, sizes = map_grid(x, scale is not None)
         tail_kernel[grid](
             x, r, bytes_of(neighbours.kept), weight, bias, mean, variance, scale, *neighbours[2:NEAR], out,
-            n * positions, positions, settings.eps, 1 / neighbours.keep,
+            *rows, settings.eps, 1 / neighbours.keep,
             channels=channels, activation=settings.activation, **sizes,
         )  # fmt: skip
     return out, scale, hidden
+
+
+def _norm(tensors: Tensors, settings: Settings) -> excitation.BatchNorm:
+    """What stands in front of a squeeze-excitation that comes last."""
+    vectors = (tensors.weight, tensors.bias, tensors.mean, tensors.variance)
+    return excitation.BatchNorm(*vectors, settings.eps, settings.activation)
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -564,26 +617,31 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours
     d_conv = torch.empty_like(x)
     d_norm, d_r_norm = ([unfilled(x, channels), unfilled(x, channels)] for _ in range(2))
     with torch.cuda.device_of(x):
-        tile = sums_tile(channels, group)
-        sums_kernel[groups, cdiv(channels, tile.channels)](
-            *source, x, r, weight, bias, mean, variance, scale, *r_norm, dz, s1, s2, r_s2, n * positions, settings.eps,
-            1 / keep, channels=channels, group=group, activation=activation, **tile.sizes(),
-        )  # fmt: skip
-        if scale is None:
-            _channel_gradients(s1, s2, variance, d_norm, settings)
+        if settings.se_last:
+            dm, d_linear = _last_gradients(*source[:2], x, tensors, settings, *d_norm)
         else:
-            dm, d_linear = _excite_gradients(s1, s2, tensors, settings, *d_norm)
+            tile = folded(sums_tile(channels, group), channels, x.element_size(), group, n * positions)
+            width = tile.together
+            sums_kernel[groups, cdiv(channels * width, tile.channels)](
+                *source, x, r, weight, bias, mean, variance, scale, *r_norm, dz, s1, s2, r_s2, n * positions // width,
+                settings.eps, 1 / keep, channels=channels, lanes=channels * width, group=group // width, activation=activation,
+                **tile.sizes(),
+            )  # fmt: skip
+            if scale is None:
+                _channel_gradients(s1, s2, variance, d_norm, settings)
+            else:
+                dm, d_linear = _excite_gradients(s1, s2, tensors, settings, *d_norm)
         if r_s2 is not None:
             _channel_gradients(s1, r_s2, r_variance, d_r_norm, settings)
         if dz is not None:
             source, activation = (dz, None, None), "none"
-        grid, sizes = map_grid(n, channels, positions, scale is not None, two_results=d_r is not None)
+        grid, rows, sizes = map_grid(x, scale is not None, two_results=d_r is not None)
         moved = [*d_norm, *d_r_norm] if settings.training else [None] * 4
         map_gradient_kernel[grid](
             *source, x, None if d_r is None else r, weight, bias, mean, variance, scale, *r_norm, dm, *moved,
             channels_last(elsewhere), d_conv, d_r,
-            n * positions, positions, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
-            channels=channels, activation=activation, **sizes,
+            *rows, settings.eps, 1 / keep, 1 / positions, 1 / (n * positions),
+            channels=channels, activation=activation, se_last=settings.se_last, **sizes,
         )  # fmt: skip
     found = [
         g.to(p.dtype) for g, p in zip((*d_norm, *d_r_norm), (weight, bias, r_weight, r_bias), strict=True) if p is not None
@@ -604,20 +662,49 @@ def _excite_gradients(
     s1: Tensor, s2: Tensor, tensors: Tensors, settings: Settings, d_weight: Tensor, d_bias: Tensor
 ) -> tuple[Tensor, Gradients]:
     """Fill d_weight and d_bias; return dm [N, C] and the gradients of w_reduce, w_expand, b_reduce and b_expand."""
-    _, _, weight, bias, *linear, image_mean, mean, variance, scale, hidden = tensors
+    _, _, weight, bias, *linear, image_mean, _, variance, scale, hidden = tensors
     assert scale is not None
     assert hidden is not None
     (images, channels), units = scale.shape, hidden.shape[1]
     dt, dq, dm = torch.empty_like(scale), torch.empty_like(hidden), torch.empty_like(scale)
-    d_linear = tuple(None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in linear)
-    shared = {"channels": channels, "units": units, "activation": settings.se_activation}
     excite_gradient_kernel[(images,)](
         s1, s2, scale, hidden, weight, bias, variance, *map(dense, linear[:2]), dt, dq, dm, settings.eps,
-        **shared, **image_tile(channels, units).sizes("units"),
+        channels=channels, units=units, activation=settings.se_activation, **image_tile(channels, units).sizes("units"),
     )  # fmt: skip
+    return dm, _parameter_gradients(s1, s2, image_mean, dm, dt, dq, tensors, settings, d_weight, d_bias)
+
+
+def _last_gradients(
+    gradient: Tensor, second: Tensor | None, x: Tensor, tensors: Tensors, settings: Settings, d_weight: Tensor, d_bias: Tensor
+) -> tuple[Tensor, Gradients]:
+    """The same where squeeze-excitation comes last: from the result's gradient, through it and the activation."""
+    assert tensors.scale is not None
+    assert tensors.hidden is not None
+    s1, s2, squeezed, dm, dt, dq = excitation.sums(
+        gradient,
+        x,
+        tensors.hidden,
+        tensors.scale,
+        *layers(tensors)[:2],
+        settings.se_activation,
+        _norm(tensors, settings),
+        second,
+    )
+    return dm, _parameter_gradients(s1, s2, squeezed, dm, dt, dq, tensors, settings, d_weight, d_bias)
+
+
+def _parameter_gradients(
+    s1: Tensor, s2: Tensor, image_mean: Tensor | None, dm: Tensor, dt: Tensor, dq: Tensor, tensors: Tensors, settings: Settings,
+    d_weight: Tensor, d_bias: Tensor,
+) -> Gradients:  # fmt: skip
+    """Fill d_weight and d_bias; return the gradients of w_reduce, w_expand, b_reduce, b_expand. image_mean: m with se_last."""
+    _, _, weight, bias, *linear, _, mean, variance, scale, hidden = tensors
+    d_linear = tuple(None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in linear)
+    (images, channels), units = dt.shape, dq.shape[1]
     side = min(max(power_of_two(units), 16), 32)  # tl.dot wants 16 at least
     parameter_gradient_kernel[cdiv(channels, IMAGES_TILE.channels), cdiv(units, side)](
         s1, s2, scale, hidden, image_mean, mean, variance, weight, bias, dt, dq, dm, d_weight, d_bias, *d_linear,
-        images, settings.eps, **shared, block_units=side, **IMAGES_TILE.sizes("images"),
+        images, settings.eps, channels=channels, units=units, activation=settings.se_activation, se_last=settings.se_last,
+        block_units=side, **IMAGES_TILE.sizes("images"),
     )  # fmt: skip
-    return dm, d_linear
+    return d_linear
