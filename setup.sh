@@ -37,4 +37,6 @@ if ! command -v uv >/dev/null; then
   [ -x .uv/bin/uv ] || "$python" -m pip install --quiet --disable-pip-version-check --target .uv uv
   PATH="$PWD/.uv/bin:$PATH"
 fi
-uv sync --locked --quiet --python "$("$python" -c 'import sys; print(sys.executable)')"
+# EXTRAS='--extra cluster' adds Ray.
+# shellcheck disable=SC2086
+uv sync --locked --quiet ${EXTRAS:-} --python "$("$python" -c 'import sys; print(sys.executable)')"

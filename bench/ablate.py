@@ -24,11 +24,12 @@ import torch
 from rich.console import Console
 
 from bench.results import Ablation, Arm, read_results
-from bench.run import Common, Job, current_names, finish, new_console, open_bench, resumable, training
+from bench.run import Common, current_names, finish, new_console, open_bench, resumable, training
 from bench.studies import STUDIES
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
+from fastcifar.launch import Job
 from fastcifar.models import architecture
 
 PROGRAM = "python bench/ablate.py"

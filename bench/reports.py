@@ -20,12 +20,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.run import OWN_FLAGS, Job, latest, new_console, require_free, resumable
+from bench.run import OWN_FLAGS, new_console, require_free, resumable
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import Manifest
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError, require, run_command
+from fastcifar.launch import Job, latest
 from fastcifar.models import architecture
 from fastcifar.plots import COLOURS, STYLE
 from fastcifar.recipes import reported

@@ -28,10 +28,10 @@ import torch
 
 from fastcifar import files
 from fastcifar.errors import InputError, shortened
+from fastcifar.launch import FAILED
 from fastcifar.run_folder import RunFolder, environment_facts
 
 VERSION = 2  # of the format; raise it when a field changes its meaning
-FAILED = "failed: "  # how the last line of a failed training's log begins
 NOT_FAILURES = ("not applicable", "left out")  # how `Timing.error` begins where nothing went wrong
 EPOCH_IMAGES = 50_000  # CIFAR's training set: epochs always mean so many images where speeds are shown
 AGAIN = "run the benchmark again"

@@ -12,14 +12,11 @@ same command again repeats no finished one, goes on with an interrupted one from
 
 import argparse
 import contextlib
-import ctypes
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -31,21 +28,19 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bench.results import FAILED, Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
+from bench.results import Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
 from bench.roofline import Rates, cost_of_arch, measure_rates
-from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE
-from fastcifar.command import Command, differences, parse_command, resumed
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.evaluate import warn_synthetic
+from fastcifar.launch import Job, latest
 from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
-from fastcifar.recipes import PLANNED, given, reported
+from fastcifar.recipes import reported
 from fastcifar.reporting import clock
-from fastcifar.run_folder import RunFolder
 from fastcifar.train import steps_per_epoch
 
 PROGRAM = "python bench/run.py"
@@ -116,89 +111,6 @@ class Options(Common):
 # training images and 5 x 500 test images, at a third each, are 3,900 x 19.7 / 300 = 257 s; thirteen starts of a process another
 # 130 s; 8 turns of 128 images of every architecture 50 s; optimizations and baselines, 5 + 4 loops of 8 turns, about 60 s.
 QUICK = Options(epochs=3, seeds=(0,), limit_train=1024, limit_test=500, batch_size=64, rounds=6, steps=2, quick=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training that a benchmark needs: its run folder, and the flags of `python -m fastcifar.train`."""
-
-    runs: Path
-    name: str  # of its run folder in `runs`; what the training prints goes to NAME.log beside it
-    flags: tuple[str, ...]
-    stop_after: int = 0  # epochs to train for now, 0 = the whole schedule
-
-    @property
-    def path(self) -> Path:
-        return self.runs / self.name
-
-    @cached_property
-    def command(self) -> Command:
-        """The run those flags describe. Raises InputError for what training would refuse."""
-        try:
-            return parse_command(list(self.flags))
-        except InputError as error:
-            raise InputError(f"{self.name}: {error}") from None
-
-    def finished(self, hardware: str | None = None, sha256: Sequence[str] | None = None) -> bool:
-        """Whether its run folder has all epochs wanted. Raises InputError when that was begun as another run than this.
-
-        hardware, sha256 (of both files of the data): what the run must have been trained on; None: anything.
-        """
-        folder = RunFolder(self.path)
-        if not (self.path / "config.json").exists():
-            return False
-        changed = differences(resumed(self.path), self.command)
-        for name in ("out", *PLANNED):
-            if name not in given(self.command.run):
-                changed.pop(name, None)
-        config = files.read_json(self.path / "config.json", remedy="delete the folder")
-        trained_on = config.get("hardware")
-        if config.get("plan", {}).get("chosen", "default") == self.command.run.plan:  # auto may have been the default too
-            changed.pop("plan", None)
-        if hardware not in (None, trained_on):
-            changed["hardware"] = (trained_on, hardware)
-        done = (self.path / "summary.json").exists()
-        read = folder.read_summary().get("data_sha256") if done else None
-        if done and sha256 is not None and read != list(sha256):
-            changed["data"] = (read, list(sha256))
-        for name, (before, now) in changed.items():
-            told = f"{name}: {before} before, {now} given"
-            raise InputError(f"{self.path} was begun with other settings ({told}): give the same, or choose another --out")
-        return done and (not self.stop_after or len(folder.read_metrics()) >= self.stop_after)
-
-    def train(self, console: Console, title: str) -> str:
-        """Begin or resume it in a process of its own, showing its last line; return "", or a line that tells why it failed."""
-        begun = (self.path / "config.json").exists()
-        where = ["--resume", self.path, "--data", self.command.run.data] if begun else [*self.flags, "--out", self.path]
-        where += ["--stop-after", self.stop_after] if self.stop_after else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        libc, last = ctypes.CDLL(None), ""
-        with (
-            self.path.with_name(f"{self.path.name}.log").open("w", encoding="utf-8") as log,
-            subprocess.Popen(
-                [sys.executable, "-m", "fastcifar.train", *map(str, where)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace",
-                preexec_fn=lambda: libc.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: a child ends with its parent
-            ) as child,
-            console.status(Text(title)) as status,
-        ):  # fmt: skip
-            assert child.stdout is not None
-            try:
-                for line in child.stdout:
-                    log.write(line)
-                    last = line.strip() or last
-                    status.update(Text(title + last))
-            except BaseException:
-                child.kill()  # what it has finished is saved
-                raise
-            error, code = "", child.wait()
-            if code < 0:
-                error = f"ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-            elif code or not (self.path / "summary.json").exists():
-                error = last.removeprefix("error: ")[:300] or f"exit code {code}, nothing said"
-            if error:
-                log.write(f"{FAILED}{error}\n")
-        return error
 
 
 @dataclass
@@ -341,18 +253,6 @@ def training(
     )))  # fmt: skip
     assert job.command.run.seed == seed  # its flags are checked before anything is trained
     return job
-
-
-def latest(flags: Sequence[str]) -> tuple[str, ...]:
-    """The flags with each option once, as it is given last: training refuses one that is repeated."""
-    options: dict[str, list[str]] = {}
-    name = ""
-    for flag in flags:
-        if flag.startswith("--"):
-            name = flag.split("=")[0].replace("_", "-").replace("--no-", "--", 1)
-            options[name] = []
-        options.setdefault(name, []).append(flag)
-    return tuple(part for parts in options.values() for part in parts)
 
 
 def require_free(flags: Sequence[str], *own: str) -> None:

@@ -6,6 +6,7 @@ python -m fastcifar.plots runs/a runs/b --out comparison      # several runs ove
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -105,6 +106,20 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
                 name = "confusion_matrix.png" if len(runs) == 1 else f"confusion_matrix_{run.label.replace(' ', '_')}.png"
                 written.append(save(out / name, confusion_figure(run)))
     return written
+
+
+def draw_points(settings: list[tuple[str, list[float]]], out: Path) -> Path:
+    """Write sweep.png: a row for each setting, best on top, a dot for each seed's top-1 (0..1), a bar at their mean."""
+    ordered = sorted(settings, key=lambda setting: fmean(setting[1]))
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(ordered)))
+        for row, (_, values) in enumerate(ordered):
+            axes.plot([100 * value for value in values], [row] * len(values), "o", color=COLOURS[0], alpha=0.7, markersize=5)
+            axes.plot([100 * fmean(values)], [row], "|", color=COLOURS[1], markersize=14, markeredgewidth=2)
+        axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+        axes.set_xlabel("top-1 accuracy: each seed, and their mean")
+        axes.xaxis.set_major_formatter(PercentFormatter())
+        return save(out / "sweep.png", figure)
 
 
 def loss_figure(runs: list[Run]) -> Figure:

@@ -131,7 +131,7 @@ def write_run(
     if summary:
         manifests = [command.run.data / f"{split}.json" for split in ("train", "test")]
         folder.write_summary({
-            "final": {"images": 20, "top1": 0.25, "confusion": [[5, 15], [0, 0]]}, "class_names": ["a", "b"],
+            "final": {"images": 20, "top1": accuracy or 0.25, "confusion": [[5, 15], [0, 0]]}, "class_names": ["a", "b"],
             "final_flip_tta_top1": 0.3, "best_accuracy": 0.25, "first_step_seconds": 3.0,
             "compile_seconds": 1.5, "peak_memory_bytes": 10**9, "energy_joules": None, "train_images": 50_000,
             "data_sha256": [json.loads(path.read_text())["sha256"] for path in manifests if path.exists()],

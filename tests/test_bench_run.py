@@ -19,11 +19,12 @@ from bench import ablate, run
 from bench.ablate import chosen_study, parse_arm
 from bench.results import Ablation, Arm, Timing, environment, read_results, read_run
 from bench.roofline import Rates
-from bench.run import QUICK, Common, Job, Options, current_names, measure, open_bench
+from bench.run import QUICK, Common, Options, current_names, measure, open_bench
 from bench.studies import STUDIES
 from fastcifar.command import parse_command
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError
+from fastcifar.launch import Job
 from fastcifar.models import ARCHITECTURES
 from fastcifar.models.summary import training_flops
 from fastcifar.run_folder import RunFolder

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from bench import reports
-from bench.run import Job
 from fastcifar.command import Command
 from fastcifar.errors import InputError
+from fastcifar.launch import Job
 from fastcifar.models import ARCHITECTURES
 from fastcifar.recipes import reported
 from tests.bench_results import write_run
