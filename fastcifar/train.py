@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastcifar.beton import SIDE
 from fastcifar.command import Command, load_data, parse_command
 from fastcifar.dataset import Splits
 from fastcifar.device import (
@@ -36,7 +35,6 @@ from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.models.summary import training_flops
 from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rates
-from fastcifar.phases import Phase
 from fastcifar.plan import choose
 from fastcifar.profiling import profiled
 from fastcifar.recipes import Recipe, RunOptions
@@ -249,15 +247,10 @@ def train_epoch(
         "learning_rates": spaced(rates, RATES_PER_EPOCH),
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
-        "flops": flops_per_image(state.arch, phase) * steps * batch_size,
+        "flops": training_flops(state.arch, phase.size) * steps * batch_size,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
         "compile_seconds": compile_seconds(first_step, all_steps, steps - first),
     } | (meter.stop() if not resumed else meter.stop() | {"energy_joules": None})  # what the part before used is not known
-
-
-def flops_per_image(arch: str, phase: Phase) -> int:
-    """FLOPs of training on one image in a phase, forward and backward."""
-    return training_flops(arch) * phase.size**2 // SIDE**2
 
 
 def count_spikes(losses: list[float], classes: int) -> int:
