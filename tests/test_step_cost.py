@@ -61,9 +61,10 @@ def test_the_device_counts_what_it_is_asked_for():
 # divides a reduction otherwise.
 CEILINGS = {
     "se_resnet18": {"eager": (916, 10108), "combo": (282, 7578)},
-    "mish_se_resnet18": {"fusable-tuned": (440, 8190)},
-    "dropout_resnet24": {"triton": (336, 12230), "captured": (3, 14510)},
-    "robust_resnet64": {"triton": (741, 25086)},
+    "mish_se_resnet18": {"fusable-tuned": (396, 8172)},
+    "dropout_resnet24": {"triton": (288, 12230), "captured": (3, 14510)},
+    "robust_resnet64": {"triton": (643, 25086)},
+    "light_resnet18": {"triton": (234, 6025)},
 }
 
 
@@ -99,7 +100,7 @@ def test_every_kernel_of_the_default_network_compiles_in_time():
     assert "error" not in counts, counts
     assert counts["first_step_seconds"] < 120  # of this machine's CPU; 46 on two Xeon cores
     assert 0 < counts["host_ms"] < 1e3 * counts["first_step_seconds"]
-    assert counts["launches"] <= 1.02 * 282
+    assert counts["launches"] <= 1.02 * 244
     assert {"tail_kernel", "sums_kernel", "excite_kernel"} <= set(counts["launched"])
 
 

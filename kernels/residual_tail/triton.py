@@ -351,13 +351,14 @@ def excite_gradient_kernel(
 
 @triton.jit
 def channel_gradient_kernel(
-    s1, s2, variance, d_weight, d_bias, groups, eps,
+    s1, s2, variance, d_weight, d_bias, r_s2, r_variance, r_d_weight, r_d_bias, groups, eps,
     channels: tl.constexpr, block_groups: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """dgamma and dbeta without squeeze-excitation: sums over groups."""
+    """dgamma and dbeta without squeeze-excitation: sums over groups; the shortcut's own BN's too, whose dbeta is the same."""
     c = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     sum_weight = tl.zeros([block_groups, block_channels], tl.float32)
     sum_bias = tl.zeros([block_groups, block_channels], tl.float32)
+    r_sum_weight = tl.zeros([block_groups, block_channels], tl.float32)
     first = 0
     while first < groups:
         g = first + tl.arange(0, block_groups)[:, None]
@@ -365,10 +366,16 @@ def channel_gradient_kernel(
         mask = (g < groups) & (c[None, :] < channels)
         sum_bias += tl.load(s1 + offsets, mask=mask, other=0.0)
         sum_weight += tl.load(s2 + offsets, mask=mask, other=0.0)
+        if r_s2 is not None:
+            r_sum_weight += tl.load(r_s2 + offsets, mask=mask, other=0.0)
         first += block_groups
     rstd = reciprocal_deviation(variance, c, eps, channels)
     tl.store(d_bias + c, tl.sum(sum_bias, 0), mask=c < channels)
     tl.store(d_weight + c, tl.sum(sum_weight, 0) * rstd, mask=c < channels)
+    if r_s2 is not None:
+        rstd = reciprocal_deviation(r_variance, c, eps, channels)
+        tl.store(r_d_bias + c, tl.sum(sum_bias, 0), mask=c < channels)
+        tl.store(r_d_weight + c, tl.sum(r_sum_weight, 0) * rstd, mask=c < channels)
 
 
 @triton.jit
@@ -627,12 +634,13 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours
                 settings.eps, 1 / keep, channels=channels, lanes=channels * width, group=group // width, activation=activation,
                 **tile.sizes(),
             )  # fmt: skip
+            of_shortcut = (r_s2, r_variance, *d_r_norm) if r_s2 is not None else (None,) * 4
             if scale is None:
-                _channel_gradients(s1, s2, variance, d_norm, settings)
+                _channel_gradients(s1, (s2, variance, *d_norm, *of_shortcut), settings)
             else:
                 dm, d_linear = _excite_gradients(s1, s2, tensors, settings, *d_norm)
-        if r_s2 is not None:
-            _channel_gradients(s1, r_s2, r_variance, d_r_norm, settings)
+            if scale is not None and r_s2 is not None:
+                _channel_gradients(s1, (*of_shortcut, *(None,) * 4), settings)
         if dz is not None:
             source, activation = (dz, None, None), "none"
         grid, rows, sizes = map_grid(x, scale is not None, two_results=d_r is not None)
@@ -649,12 +657,12 @@ def gradients(gradient: Tensor, tensors: Tensors, settings: Settings, neighbours
     return d_conv, d_shortcut, *found[:2], *d_linear, *found[2:]
 
 
-def _channel_gradients(s1: Tensor, s2: Tensor, variance: Tensor | None, d_norm: list[Tensor], settings: Settings) -> None:
-    """Fill dgamma and dbeta with the sums over groups."""
+def _channel_gradients(s1: Tensor, given: tuple[Tensor | None, ...], settings: Settings) -> None:
+    """Fill one or two BNs' dgamma and dbeta with the sums over groups. given: S2, variance, dgamma and dbeta of each."""
     groups, channels = s1.shape
     tile = channel_block(groups)
     channel_gradient_kernel[(cdiv(channels, tile.channels),)](
-        s1, s2, variance, *d_norm, groups, settings.eps, channels=channels, **tile.sizes("groups")
+        s1, *given, groups, settings.eps, channels=channels, **tile.sizes("groups")
     )
 
 
