@@ -143,8 +143,13 @@ def write_table(file: Path, name: str, out: Path) -> None:
     from bench import report  # here, since matplotlib takes a second to import
 
     path, results = read_results(out)
-    studies = [study for study in results.ablations if study.name == name]
-    section = report.ablation(studies[0], results) if studies else None
+    trained = {run.name for run in results.runs if not run.error}
+    studies = [
+        replace(study, arms=[arm for arm in study.arms if trained & set(arm.runs)])
+        for study in results.ablations
+        if study.name == name
+    ]
+    section = report.ablation(studies[0], results) if studies and studies[0].arms else None
     if section is None:
         raise InputError(f"{path} has no finished training of {name}: train it first, or name its --out")
     text, marks = file.read_text(encoding="utf-8"), (f"<!-- {name} -->\n", f"<!-- /{name} -->")

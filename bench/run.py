@@ -139,8 +139,10 @@ class Bench:
         return [job for job in jobs if not job.finished(device_name(self.device), self.data.sha256)]
 
     def show_plan(self, groups: Mapping[str, Sequence[Job]], what: str, flags: str) -> None:
-        """Print what is to train, what is trained, and what the rest is expected to take."""
+        """Print what is to train, what is trained, and what the rest may take. Raises InputError for what cannot be trained."""
         jobs = list(chain.from_iterable(groups.values()))
+        for job in jobs:
+            steps_per_epoch(self.data, job.command.settings.batch_size)
         left = self.left(jobs)
         lengths = sorted({job.command.settings.epochs for job in jobs})
         epochs = f"{' to '.join(map(str, lengths[:1] + lengths[1:][-1:]))} epochs of {len(self.data.train):,} images"
@@ -204,8 +206,6 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
         verify=True,
     )  # fmt: skip
     warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
-    for arch in archs:
-        steps_per_epoch(data, options.batch_size or reported(arch).recipe.batch_size)
     now = environment(device)
     manifest, sha256 = data.manifest, dict(zip(("train", "test"), data.sha256, strict=True))
     about = {"name": manifest.name, "official": manifest.official, "synthetic": manifest.synthetic, "sha256": sha256}

@@ -16,7 +16,7 @@ _AIRBENCH = (
     "--batch-size 500 --optimizer muon --peak-lr 0.24 --momentum 0.6 --muon-steps 3 --vector-lr-factor 0.221 "
     "--head-lr-factor 2.79 --vector-momentum 0.85 --weight-decay 0.00417 --scale-decay --loss-reduction sum "
     "--label-smoothing 0.2 --schedule linear --schedule-epochs 8 --crop-padding 2 --crop-mode reflect --flip alternating "
-    "--frozen stem.0.bias --frozen-from 3 --eval-tta flip_translate --centre-weight 0.5"
+    "--sizes --size-epochs --frozen stem.0.bias --frozen-from 3 --eval-tta flip_translate --centre-weight 0.5"
 )
 # airbench94's before Muon: 0.0014 for a sum of losses, 64 times that for biases, a decay of 0.002 for a step of 1,024 images.
 _NESTEROV = "--optimizer nesterov --momentum 0.85 --vector-lr-factor 64 --head-lr-factor 1 --weight-decay 0.7"
