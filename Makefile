@@ -73,7 +73,7 @@ bench-pipeline: data  ## input pipelines, training step and time to the first st
 soak: setup  ## kill training and the writing of betons at 200 random moments, go on, compare every bit (15 minutes)
 	@$(BIN)/python -m tests.reliability.soak --kills 200 $(SOAK)
 
-fuzz: setup  ## 3,000 damaged or hostile files for each of seven readers (15 minutes)
+fuzz: setup  ## 3,000 damaged or hostile files for each of eight readers (15 minutes)
 	@$(BIN)/python -m tests.reliability.fuzz --target all --cases 3000 $(FUZZ)
 
 mistakes: setup  ## 500 wrong command lines over every command (2 minutes)

@@ -86,6 +86,11 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
     loops = pipelines_of(task, replace(task, steps=few))
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
+    return time_rates(loops, rounds, console, {"times_dataloader": LOADER, "times_ffcv": FFCV})
+
+
+def time_rates(loops: list[Loop], rounds: int, console: Console, others: dict[str, str]) -> dict[str, Any]:
+    """Time loops in turns; print and return the rate of each, and how many times as fast it is as `others` {key: name}."""
     timings = baselines.time_loops(loops, rounds=rounds, kind="pipeline", say=lambda line: None)
     for timing in timings:
         if timing.error:
@@ -94,7 +99,7 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     results: dict[str, Any] = {}
     for name, timing in measured.items():
         results[name], told = {"images_per_second": spread(timing)}, [rate_text(timing)]
-        for key, other in (("times_dataloader", LOADER), ("times_ffcv", FFCV)):
+        for key, other in others.items():
             if other != name and other in measured:
                 results[name][key], text = compared(timing, measured[other])
                 told.append(f"{text} {other}")

@@ -10,7 +10,7 @@ memory of its own; hot: all calls meet the first set, and memory is used again. 
 drawn anew; beside them a copy of one feature map, whose bandwidth is the ceiling of that round.
 
 A win is claimed only where the 95 % interval of the ratio excludes 1 against every other form. Which form a run takes is
-measured in its own step (docs/plans.md). Without a CUDA device what runs on the CPU is measured: the augmentation.
+measured in its own step (docs/plans.md). Without a CUDA device what runs on the CPU is measured: augmentation and dropout.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,17 @@ from functools import cache, partial
 from math import ceil, prod
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 
-from bench.baselines import load_all, one_line, take_turns
-from bench.input_pipelines import CPU, PIPELINES
+from bench.baselines import Loop, load_all, one_line, take_turns
+from bench.input_pipelines import CPU, PIPELINES, time_rates
 from bench.input_pipelines import measure as pipeline
 from bench.results import environment
 from bench.stats import Ratio, ratio
@@ -45,6 +46,8 @@ from kernels.augment import augment_fused
 from kernels.augment.operations import SIDE
 from kernels.augment.reference import augment_numpy, augment_torch
 from kernels.backends import DTYPE_NAMES
+from kernels.dropout import as_map, as_rows, dropout
+from kernels.dropout import reference as eager_dropout
 from kernels.mish import mish
 from kernels.mish.reference import mish as eager_mish
 from kernels.residual_tail import residual_tail, variant
@@ -474,6 +477,11 @@ def timed(work: Work, rounds: int, *, keep: bool) -> dict[str, list[float]]:
 # ---- The command.
 
 CPU_PIPELINES = ("crop + flip (A, B, E)", "crop + flip + cutout 8")  # what the Triton kernel does
+DROPOUT, PROBABILITY, DROPPED = (
+    "dropout 0.17 (A) of 32x32x32, forward and backward",
+    0.17,
+    (32, 32, 32),
+)  # its first stage's map
 CHECKED = 512  # images compared with NumPy's before anything is timed
 
 
@@ -568,11 +576,13 @@ def latency_table(measurements: list[Measurement]) -> Table:
 
 
 def cpu_part(options: Options, console: Console) -> dict[str, Any]:
-    """The augmentation on the CPU: our loop beside PyTorch's, torchvision's and FFCV's. Raises InputError if they differ."""
+    """Augmentation and dropout on the CPU: our loops beside those of others. Raises InputError where ours differ."""
     data = load_all(options.data, CPU)
     for name in CPU_PIPELINES:
         check_pixels(PIPELINES[name], data)
-    return {name: pipeline(name, data, options.data, options.batch_size, options.rounds, console) for name in CPU_PIPELINES}
+    sizes = options.batch_size, options.rounds
+    rates = {name: pipeline(name, data, options.data, *sizes, console) for name in CPU_PIPELINES}
+    return rates | {DROPOUT: dropout_rates(*sizes, console)}
 
 
 def check_pixels(recipe: Augmentation, data: Splits) -> None:
@@ -593,6 +603,32 @@ def check_pixels(recipe: Augmentation, data: Splits) -> None:
         for name, found in (("PyTorch's form", plain), ("Numba's loop", batch)):
             if not all(torch.equal(ours, torch.from_numpy(theirs)) for ours, theirs in zip(found, expected, strict=True)):
                 raise InputError(f"{name} does not show NumPy's pixels on this machine: not timed; please report it")
+
+
+def dropout_rates(batch: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Time dropout's forms on a bfloat16 map, in turns. Raises InputError unless the loop's bits are the definition's."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (random_map(DROPPED, batch, torch.bfloat16, generator) for _ in range(2))
+    keys = torch.arange(batch), torch.tensor(0)
+    options: dict[str, Any] = {"probability": PROBABILITY, "layer": 0, "seed": 0}
+
+    def definition(x: Tensor) -> Tensor:
+        mask = eager_dropout.draw(*keys, prod(DROPPED), **options)
+        return as_map(eager_dropout.apply(as_rows(x), mask, PROBABILITY), x)
+
+    def row(name: str, note: str, form: Form) -> Loop:
+        return Loop(name, name, note, batch, lambda _: partial(call, form, DIRECTIONS[1], [x], gradient.detach()))
+
+    loops = [
+        row("fastcifar", "drawn by sample; JIT not counted", lambda x: dropout(x, *keys, **options)),
+        row("fastcifar in PyTorch", "the same bits, eager", definition),
+        row("torch.nn.functional", "drawn by one generator, in one thread", partial(F.dropout, p=PROBABILITY)),
+    ]
+    ours, definitions = (cast(tuple[Tensor, ...], loop.build([])()) for loop in loops[:2])
+    if not all(map(torch.equal, ours, definitions)):
+        raise InputError("dropout's loop does not give its definition's bits on this machine: not timed; please report it")
+    console.print(f"{DROPOUT}; batch {batch}, bfloat16")
+    return time_rates(loops, rounds, console, {"times_pytorch": loops[-1].name})
 
 
 if __name__ == "__main__":

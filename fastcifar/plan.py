@@ -20,6 +20,7 @@ import torch
 
 import kernels
 from fastcifar.arguments import require_typed
+from fastcifar.beton import printable
 from fastcifar.command import Command
 from fastcifar.compiling import CompileMode
 from fastcifar.device import choose_precision, hardware_name
@@ -323,7 +324,7 @@ def read_plan(path: Path, arch: str, device: torch.device) -> Record:
     try:
         record = values.get("plans", {}).get(arch) if "plans" in values else values["plan"] if "run" in values else values
         if record is None:
-            raise InputError(f"{path} has no plan for {arch}: {remedy}")
+            raise InputError(f"no plan for {arch}: {remedy}")
         _checked(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} holds no plan ({type(error).__name__}: {shortened(error, 100)}): {remedy}") from None
@@ -341,6 +342,6 @@ def _checked(record: Record) -> Record:
     plan = Plan(**record["plan"])
     require_typed(plan)
     replace(RunOptions(), **asdict(plan))  # which checks their values
-    if not all(isinstance(record[name], str) for name in ("name", "chosen", "device")):
-        raise TypeError("name, chosen and device must be text")
+    if not all(isinstance(text := record[name], str) and text == printable(text) for name in ("name", "chosen", "device")):
+        raise TypeError("name, chosen and device must be short text")
     return record

@@ -213,8 +213,9 @@ def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch
     backwards = replace(data, train=data.train.subset(torch.arange(140, 80, -1)))  # sample indices that are not in order
     monkeypatch.setattr(kernel_latency, "load_all", lambda folder, device: backwards)
     monkeypatch.setattr(kernel_latency, "pipeline", lambda name, data, folder, *sizes_and_console: sizes_and_console[:2])
+    monkeypatch.setattr(kernel_latency, "dropout_rates", lambda *sizes_and_console: sizes_and_console[:2])
     given = Options(rounds=31, batch_size=7, data=betons), Console(quiet=True)
-    assert kernel_latency.cpu_part(*given) == dict.fromkeys(kernel_latency.CPU_PIPELINES, (7, 31))
+    assert kernel_latency.cpu_part(*given) == dict.fromkeys([*kernel_latency.CPU_PIPELINES, kernel_latency.DROPOUT], (7, 31))
     right = augmentation.augment
 
     def wrong_when_it_overwrites(*arguments, reuse=None, **named):
@@ -230,6 +231,17 @@ def test_the_cpu_part_times_only_what_shows_the_right_pixels(betons, monkeypatch
             patch.setattr(augmentation, "augment", wrong)
             with pytest.raises(InputError, match=f"{whose} does not show NumPy's pixels on this machine: not timed"):
                 kernel_latency.cpu_part(*given)
+
+
+def test_dropouts_forms_are_timed_only_where_they_drop_the_same(monkeypatch):
+    monkeypatch.setattr(kernel_latency, "DROPPED", (4, 3, 3))
+    results = kernel_latency.dropout_rates(2, 30, Console(quiet=True))
+    assert {name: row["images_per_second"]["rounds"] for name, row in results.items()} == dict.fromkeys(results, 30)
+    assert ["times_pytorch" in row for row in results.values()] == [True, True, False]
+    right = kernel_latency.dropout
+    monkeypatch.setattr(kernel_latency, "dropout", lambda x, *keys, **given: right(x, *keys, **given | {"layer": 1}))
+    with pytest.raises(InputError, match="dropout's loop does not give its definition's bits on this machine: not timed"):
+        kernel_latency.dropout_rates(2, 30, Console(quiet=True))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")

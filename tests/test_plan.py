@@ -215,7 +215,7 @@ REFUSED = {
     r"plan\.json was chosen on a GPU, this is .*: leave --plan out": {"device": "a GPU"},
     "a plan of format 0, this version reads 1: measure again": {"format": 0},
     r"plan\.json holds no plan \(KeyError": {"plan": None, "format": None, "run": 1},
-    r"plan\.json has no plan for se_resnet18": {"plans": {"resnet42": {}}},
+    r"plan\.json: no plan for se_resnet18": {"plans": {"resnet42": {}}},
 }
 
 

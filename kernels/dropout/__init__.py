@@ -36,12 +36,12 @@ def dropout(x: Tensor, samples: Tensor, epoch: Tensor, *, probability: float, la
     return _dropout(x, samples, epoch, probability, layer, seed)[0] if probability else x
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[N, C, ...] -> [N, E] contiguous, each sample's elements in channels_last order; no copy where they lie so."""
     return x.movedim(1, -1).flatten(1).contiguous()
 
 
-def _like(rows: Tensor, x: Tensor) -> Tensor:
+def as_map(rows: Tensor, x: Tensor) -> Tensor:
     """Rows [N, E] shaped as x: [N, C, ...] channels_last."""
     return rows.view(x.movedim(1, -1).shape).movedim(-1, 1)
 
@@ -57,14 +57,14 @@ def _kernels(x: Tensor) -> ModuleType:
 @torch.library.custom_op("fastcifar::dropout", mutates_args=())
 def _dropout(x: Tensor, samples: Tensor, epoch: Tensor, probability: float, layer: int, seed: int) -> tuple[Tensor, Tensor]:
     """y, and the mask [N, ceil(E / 8)] uint8, whose lowest bit is the first of eight elements."""
-    rows = _rows(x)
+    rows = as_rows(x)
     mask = _kernels(x).draw(samples, epoch, rows.shape[1], probability, layer, seed)
-    return _like(_kernels(x).apply(rows, mask, probability), x), mask
+    return as_map(_kernels(x).apply(rows, mask, probability), x), mask
 
 
 @torch.library.custom_op("fastcifar::dropout_backward", mutates_args=())
 def _dropout_backward(gradient: Tensor, mask: Tensor, probability: float) -> Tensor:
-    return _like(_kernels(gradient).apply(_rows(gradient), mask, probability), gradient)
+    return as_map(_kernels(gradient).apply(as_rows(gradient), mask, probability), gradient)
 
 
 def _gradient(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,9 +77,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _results(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
+    rows = as_rows(x)
     mask = torch.empty(len(rows), -(-rows.shape[1] // 8), dtype=torch.uint8, device=x.device)
-    return _like(torch.empty_like(rows), x), mask
+    return as_map(torch.empty_like(rows), x), mask
 
 
 register_fake(_dropout)(lambda x, *_: _results(x))

@@ -1,8 +1,9 @@
-"""Cases for the readers of runs: checkpoints, run folders, and the benchmark's results."""
+"""Cases for the readers of runs: checkpoints, run folders, plans, and the benchmark's results."""
 
 import io
 import json
 import math
+import os
 import random
 import zipfile
 from collections.abc import Callable
@@ -11,14 +12,17 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench.report import build_report, render
 from bench.results import read_results
+from fastcifar import plan
 from fastcifar.checkpoint import Checkpoint, load_model, sealed, serialised
 from fastcifar.command import resumed
+from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES, build_model, place
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.plots import read_run
@@ -234,8 +238,46 @@ def honest_results() -> Any:
     return make_results(seeds=1, epochs=2)
 
 
+@cache
+def honest_plan() -> plan.Record:
+    """What is kept of a measured plan."""
+    record = plan.record_of("torch", "measured", plan.Plan(kernels={"*": "torch", "augment": "numba"}, threads=1), CPU)
+    return record | {"key": {"arch": "se_resnet18", "threads": 2}, "timings": [{"plan": "torch", "ms": 1.5}]}
+
+
+def make_plan(rng: random.Random) -> Case:
+    """A plan in a file or in the cache, honest or changed. A file is refused in a line; a cache is ignored with one."""
+    record, kind = honest_plan(), rng.choice(["record", "plans", "config", "cache", "cache"])
+    honest = rng.random() < 0.2
+    key = plan._digest(record["key"])
+    whole: dict[str, Any] = {
+        "record": record,
+        "plans": {"plans": {"se_resnet18": record, "resnet42": record}},
+        "config": {"format": CONFIG_FORMAT, "run": {}, "plan": record},
+        "cache": {"format": plan.FORMAT, "plans": {key: record, "another": None}},
+    }
+    content = json.dumps(whole[kind]).encode() if honest else as_text(rng, changed_json(rng, whole[kind]))
+
+    def read(folder: Path) -> None:
+        said: list[str] = []
+        if kind == "cache":
+            with patch.dict(os.environ, XDG_CACHE_HOME=str(folder)):
+                found = plan.read_cached(record["key"], said.append)
+            assert found is not None or said or not honest
+        else:
+            found = plan.read_plan(folder / "fastcifar/plans.json", "se_resnet18", CPU)
+        if found is not None:
+            run = plan.decided(RunOptions(), found, CPU).run
+            assert not honest or (found == record and run.kernels == record["plan"]["kernels"])
+        elif said:
+            raise InputError(said[0])  # which the user is told in the same way
+
+    return Case(f"plan: {kind}{' as it was' if honest else ''}", {"fastcifar/plans.json": content}, read)
+
+
 TARGETS: dict[str, Callable[[random.Random], Case]] = {
     "checkpoint": make_checkpoint,
     "run_folder": make_run_folder,
+    "plan": make_plan,
     "results": make_results_file,
 }
