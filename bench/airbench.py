@@ -151,7 +151,7 @@ def main() -> None:
     host = Host(options.seeds, own_epochs, options.epochs or own_epochs, device.type == "cpu", dtype)
     with working_folder(options, device) as folder, torch._dynamo.config.patch(disable=not options.compile):
         copy = folder / options.script.name
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8", errors="surrogateescape")
         sys.argv = [str(copy)]  # which it reads to keep its own code
         runpy.run_path(str(copy), init_globals={"host": host}, run_name="__main__")
     print(json.dumps(statement([run | {"seed": seed} for seed, run in zip(host.seeds, host.done, strict=True)])))
@@ -159,12 +159,12 @@ def main() -> None:
 
 def adapted(script: Path, *, on_cpu: bool) -> tuple[str, float]:
     """The script's text with everything replaced, and its own epochs. Raises InputError for a script of another form."""
-    text = script.read_text(encoding="utf-8")
+    text = script.read_text(encoding="utf-8", errors="surrogateescape")
     epochs = max(map(float, re.findall(EPOCHS, text)), default=0.0)
     for what, pattern, replacement in (*EVERYWHERE, *(ON_CPU if on_cpu else ())):
         text, found = re.subn(pattern, replacement, text, flags=re.MULTILINE)
         if not found:
-            raise InputError(f"{script} has no {pattern} ({what}) to replace: is it airbench94_muon.py or cifar10_speedrun.py?")
+            raise InputError(f"{script} has no {what} to replace ({pattern}): is it airbench94_muon.py or cifar10_speedrun.py?")
     for pattern, replacement in ALSO_ON_CPU if on_cpu else ():
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     if on_cpu and (left := LEFT_OVER.search(text)):

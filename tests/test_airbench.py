@@ -91,13 +91,13 @@ def test_a_script_runs_on_our_data_and_its_table_becomes_runs(script, betons, ca
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("range(200)", "range(100)", "(number of runs) to replace"),
-        (".cuda()", "", "(model on the GPU) to replace"),
+        ("range(200)", "range(100)", "has no number of runs to replace"),
+        (".cuda()", "", "has no model on the GPU to replace"),
         ("x.flatten(1)", 'x.flatten(1).to("cuda")', "also needs a GPU for 'return self.head("),
     ],
 )
 def test_what_cannot_be_replaced_stops_with_a_line(script, old, new, words, refused):
-    script.write_text(script.read_text().replace(old, new))
+    script.write_bytes(script.read_text().replace(old, new).encode() + b"# \xff")
     assert words in refused(airbench.main, script, "--device", "cpu")
 
 
