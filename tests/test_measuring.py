@@ -38,13 +38,13 @@ def test_a_gpus_energy_is_what_its_counter_gained_during_the_epoch(monkeypatch):
     assert Meter(CUDA).stop()["energy_joules"] is None
 
 
-def test_totals_are_the_first_compile_the_highest_peak_and_all_energy():
+def test_totals_are_the_first_compile_the_highest_peak_and_all_energy_and_flops():
     rows = [
-        {"compile_seconds": 2.0, "peak_memory_bytes": 7, "energy_joules": 1.5},
-        {"peak_memory_bytes": 9, "energy_joules": 2.0},
+        {"compile_seconds": 2.0, "peak_memory_bytes": 7, "energy_joules": 1.5, "flops": 10},
+        {"peak_memory_bytes": 9, "energy_joules": 2.0, "flops": 20},
     ]
-    assert totals(rows) == {"compile_seconds": 2.0, "peak_memory_bytes": 9, "energy_joules": 3.5}
-    old = {"compile_seconds": None, "peak_memory_bytes": None, "energy_joules": None}
+    assert totals(rows) == {"compile_seconds": 2.0, "peak_memory_bytes": 9, "energy_joules": 3.5, "flops": 30}
+    old = {"compile_seconds": None, "peak_memory_bytes": None, "energy_joules": None, "flops": None}
     assert totals([{}, rows[0]]) == old  # resumed from before it was recorded: part of it is not known
 
 

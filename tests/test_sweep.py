@@ -69,10 +69,11 @@ def test_a_grid_is_every_arch_with_every_setting_and_seed(options):
 
 
 def test_drawn_settings_are_the_same_every_time_and_others_with_another_seed(options):
-    grid = replace(options, set=("peak_lr=0.01,0.02,0.03,0.04,0.05", "cutout=0,2,4,6,8"), points=6)
+    one = replace(options, archs=("se_resnet18",), seeds=(0,))
+    grid = replace(one, set=("peak_lr=0.01,0.02,0.03,0.04,0.05", "cutout=0,2,4,6,8"), points=6)
     names = [[point.job.name for point in points_of(each)] for each in (grid, grid, replace(grid, points_seed=1))]
     assert names[0] == names[1] != names[2]
-    assert len(names[0]) == 6 * 2 * 3
+    assert len(names[0]) == 6
 
 
 @pytest.mark.parametrize(
