@@ -72,6 +72,7 @@ class OnRay:
 
     def __init__(self, on: str, data: Path, *, cores: int = 0, per_gpu: int = 1) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of ours tells anyone anything
+        os.environ.setdefault("RAY_worker_niceness", "0")  # of a Ray of our own; its 15 starves beside anything
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong we say ourselves, in a line
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         _require_listener(on)

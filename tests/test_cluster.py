@@ -21,7 +21,7 @@ ray = pytest.importorskip("ray", reason="uv sync --extra cluster")
 
 FLAGS = "--limit-train 192 --limit-test 40 --batch-size 64 --held-out 0 --precision fp32"
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token",
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": "the-tests-own-token-of-more-than-sixteen-characters",
 }  # fmt: skip
 GRID = ("--archs", "se_resnet18", "light_resnet18", "--seeds", "0", "1", "--set", "peak_lr=0.01,0.02", "--epochs", "3")
@@ -88,22 +88,22 @@ def test_a_sweep_survives_the_loss_of_a_node_with_the_bits_of_undisturbed_runs(b
         said = []
         for line in driver.stdout:
             said.append(line)
-            if "epoch 1/3" in line and other.process.poll() is None and sum("epoch 1/3" in each for each in said) == 2:
-                other.kill()  # both nodes train now
+            if other.process.poll() is None and sum(": epoch " in each for each in said) == 2:
+                other.kill()  # both nodes have trained for some epochs
         code = driver.wait()
     assert code == 0, "".join(said)
     assert any("its worker was lost" in path.read_text() for path in (out / "runs").glob("*.log")), "".join(said)
     alone = tmp_path / "alone"
-    run_cli(
-        "-m", "fastcifar.sweep", *sweep_command(betons, alone, "--on", "none")[3:], env={"OMP_NUM_THREADS": "1"}, timeout=600
-    )
+    command = sweep_command(betons, alone, "--on", "none")[1:]
+    command.remove("light_resnet18")  # half of them tell it
+    run_cli(*command, env={"OMP_NUM_THREADS": "1"}, timeout=600)
     for path in sorted(alone.glob("runs/*/")):
         pair = [path, out / "runs" / path.name]
         weights = [load_checkpoint(each / "last.pt", choose_device("cpu")).model for each in pair]
         assert all(torch.equal(a, b) for a, b in zip(*(each.values() for each in weights), strict=True)), path.name
         tops = [RunFolder(each).read_summary()["final"]["top1"] for each in pair]
         assert tops[0] == tops[1]
-    assert len(list(alone.glob("runs/*/summary.json"))) == len(list(out.glob("runs/*/summary.json"))) == 8
+    assert [len(list(folder.glob("runs/*/summary.json"))) for folder in (alone, out)] == [4, 8]
 
 
 @pytest.mark.slow
