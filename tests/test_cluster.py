@@ -21,8 +21,8 @@ ray = pytest.importorskip("ray", reason="uv sync --extra cluster")
 
 FLAGS = "--limit-train 192 --limit-test 40 --batch-size 64 --held-out 0 --precision fp32"
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": "the-tests-own-token-of-more-than-sixteen-characters",
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
+    "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the-tests-own-token-of-more-than-sixteen-characters",
 }  # fmt: skip
 GRID = ("--archs", "se_resnet18", "light_resnet18", "--seeds", "0", "1", "--set", "peak_lr=0.01,0.02", "--epochs", "3")
 
