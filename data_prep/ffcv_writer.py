@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numba.typed
 import numpy as np
 import torch
 
 _threads = torch.get_num_threads()
+numba.typed.Dict = dict  # FFCV keeps two numbers in one, for which Numba compiles for three seconds
 from ffcv.fields import IntField, RGBImageField  # noqa: E402
 from ffcv.memory_allocator import MemoryAllocator  # noqa: E402
 from ffcv.writer import DatasetWriter  # noqa: E402
 
+del numba.typed.Dict  # the module looks its own up again
 torch.set_num_threads(_threads)  # importing FFCV sets it to 1 for the whole process
 
 Sample = tuple[np.ndarray, int, int]

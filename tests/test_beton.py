@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -342,12 +342,14 @@ def test_what_is_no_manifest_is_named(small: Path) -> None:
             assert f": {name} cannot be" in refusal(small, named=path)
 
 
-def test_a_manifest_with_a_flipped_bit_is_refused(small: Path) -> None:
+@pytest.mark.parametrize("bits", [[0], pytest.param(range(1, 8), marks=pytest.mark.slow)])
+def test_a_manifest_with_a_flipped_bit_is_refused(small: Path, bits: Iterable[int]) -> None:
+    """First one bit of each byte, from byte to byte another one; then the other seven."""
     path = manifest_path(small)
     content = path.read_bytes()
-    for position in range(8 * len(content)):
+    for place, bit in itertools.product(range(len(content)), bits):
         flipped = bytearray(content)
-        flipped[position // 8] ^= 1 << position % 8
+        flipped[place] ^= 1 << (place + bit) % 8
         path.write_bytes(flipped)
         refusal(small, named=path)
 
