@@ -13,13 +13,13 @@ _NO_MIXUP = "--mixup-alpha 0 --mixup-alpha-end None --mixup-alpha-floor 0"
 # airbench94_muon's recipe: rates 0.24 for filters, 0.053 for biases, 0.67 for the head; a decay of 2e-6 an image of the batch.
 # Only the batch is another: so few epochs have too few steps of its 2,000 images.
 _AIRBENCH = (
-    "--batch-size 500 --optimizer muon --peak-lr 0.24 --momentum 0.6 --muon-steps 3 --vector-lr-factor 0.221 "
-    "--head-lr-factor 2.79 --vector-momentum 0.85 --weight-decay 0.00417 --scale-decay --loss-reduction sum "
+    "--batch-size 1000 --optimizer muon --peak-lr 0.24 --momentum 0.6 --muon-steps 3 --vector-lr-factor 0.221 "
+    "--head-lr-factor 2.79 --vector-momentum 0.85 --weight-decay 0.00833 --scale-decay --loss-reduction sum "
     "--label-smoothing 0.2 --schedule linear --schedule-epochs 8 --crop-padding 2 --crop-mode reflect --flip alternating "
     "--sizes --size-epochs --frozen stem.0.bias --frozen-from 3 --eval-tta flip_translate --centre-weight 0.5"
 )
 # airbench94's before Muon: 0.0014 for a sum of losses, 64 times that for biases, a decay of 0.002 for a step of 1,024 images.
-_NESTEROV = "--optimizer nesterov --momentum 0.85 --vector-lr-factor 64 --head-lr-factor 1 --weight-decay 0.7"
+_NESTEROV = "--optimizer nesterov --momentum 0.85 --vector-lr-factor 64 --head-lr-factor 1 --weight-decay 1.4"
 _ADAMW = "--optimizer adamw --momentum 0.9 --vector-lr-factor 1 --head-lr-factor 1 --weight-decay 0.05"
 _SPEED94 = RECIPES["speed94"].recipe
 
@@ -81,8 +81,8 @@ STUDIES: dict[str, Ablation] = {
             Arm("smoothing 0.3", "--label-smoothing 0.3"),
             # A summed loss scales the gradient with the batch, so only Muon's rate and the decay of a step need to follow.
             Arm("batch 250", "--batch-size 250 --weight-decay 0.00208"),
-            Arm("batch 250, rates x0.7", "--batch-size 250 --weight-decay 0.00298 --peak-lr 0.168"),
-            Arm("batch 1000", "--batch-size 1000 --weight-decay 0.00833"),
+            Arm("batch 500", "--batch-size 500 --weight-decay 0.00417"),
+            Arm("batch 500, rates x0.7", "--batch-size 500 --weight-decay 0.00595 --peak-lr 0.168"),
             Arm("batch 2000", "--batch-size 2000 --weight-decay 0.0167"),
             Arm("rates x0.7", "--peak-lr 0.168"),
             Arm("rates x1.4", "--peak-lr 0.336"),
@@ -108,8 +108,8 @@ STUDIES: dict[str, Ablation] = {
             Arm("cosine", "--schedule cosine"),
             Arm("warm-up of a tenth", "--warmup-epochs 0.8"),
             Arm("decay not scaled by rates", "--no-scale-decay"),
-            Arm("decay x4", "--weight-decay 0.0167"),
-            Arm("decay x0.25", "--weight-decay 0.00104"),
+            Arm("decay x4", "--weight-decay 0.0333"),
+            Arm("decay x0.25", "--weight-decay 0.00208"),
             *(Arm(f"EMA {decay}", f"--ema-decay {decay}") for decay in ("0.9", "0.99")),
             Arm("mean of the last half epoch", "--average-from 7"),
             Arm("mean of the last epoch", "--average-from 6"),
@@ -121,6 +121,7 @@ STUDIES: dict[str, Ablation] = {
             Arm("the recipe"),
             *([Arm("images of one size", "--sizes --size-epochs")] if _SPEED94.phases.sizes else []),
             Arm("Nesterov instead of Muon", f"{_NESTEROV} --peak-lr 0.0014"),
+            Arm("batches of 2,000", "--batch-size 2000 --weight-decay 0.0167"),
             Arm("no smoothing", "--label-smoothing 0"),
             Arm("no crop", "--crop-padding 0"),
             Arm("random flip", "--flip random"),

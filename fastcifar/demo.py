@@ -21,7 +21,7 @@ from fastcifar.train import train
 ROWS, COLUMNS = 4, 8  # of test images in the picture
 # Smaller batches than the recipe's, for so few epochs.
 TRAINING = (
-    "--arch", "speed94_half", "--epochs", "3", "--batch-size", "500", "--weight-decay", "0.00417", "--limit-test", "2000",
+    "--arch", "speed94_half", "--epochs", "2", "--batch-size", "500", "--weight-decay", "0.00417", "--limit-test", "2000",
     "--no-plots",
 )  # fmt: skip
 
