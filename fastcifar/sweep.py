@@ -271,6 +271,8 @@ def points_of(options: Options) -> list[Point]:
     for point in points:
         total = point.total  # parses its flags
         require(options, all(rung < total for rung in options.rungs), "rungs", f"below the {total} epochs of {point.job.name}")
+        every = point.job.command.run.eval_every
+        require(options, all(rung % every == 0 for rung in options.rungs), "rungs", f"multiples of eval_every ({every})")
     return points
 
 

@@ -87,6 +87,7 @@ def test_drawn_settings_are_the_same_every_time_and_others_with_another_seed(opt
         ({"flags": "--out x"}, "--out is the sweep's to set"),
         ({"points": 3}, "more than the grid's 2 settings"),
         ({"set": ("epochs=2,4",), "seeds": (0,), "rungs": (2,)}, "rungs must be below the 2 epochs"),
+        ({"flags": "--eval-every 2", "seeds": (0,), "rungs": (1,)}, r"rungs must be multiples of eval_every \(2\)"),
     ],
 )
 def test_mistakes_are_told_before_anything_trains(options, changes, told):
