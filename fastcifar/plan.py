@@ -108,7 +108,7 @@ def candidates(run: RunOptions, device: torch.device, threads: int = 0) -> dict[
     fewer = [1 << power for power in range(10) if 1 << power < (threads or torch.get_num_threads())]
     return {
         name: default,
-        **{f"{name}, {count} threads": replace(default, threads=count) for count in fewer if _leaves_threads_open(run, device)},
+        **{f"{name}, threads: {count}": replace(default, threads=count) for count in fewer if _leaves_threads_open(run, device)},
         **{name: plan for name, plan in rows.items() if plan == replace(plan, **asked)},
     }
 

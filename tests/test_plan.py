@@ -92,7 +92,7 @@ def test_the_command_line_tells_what_is_given():
 def test_threads_are_candidates_only_where_they_are_left_open(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     names = list(candidates(RunOptions(), CPU, threads=5))
-    assert names[:4] == ["eager", "eager, 1 threads", "eager, 2 threads", "eager, 4 threads"]
+    assert names[:4] == ["eager", "eager, threads: 1", "eager, threads: 2", "eager, threads: 4"]
     assert {plan.threads for plan in candidates(RunOptions(threads=3), CPU, threads=5).values()} == {3}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert set(candidates(RunOptions(), CPU)) == set(PLANS["cpu"])
