@@ -348,7 +348,7 @@ def table_of(command: Command, rows: list[dict[str, Any]], winner: str) -> Table
     """What was measured, for people."""
     right = (Column(head, justify="right", no_wrap=True) for head in ("ms a step", "95 % interval", "of default", "turns"))
     title = f"plans for {command.arch}, batch {command.settings.batch_size}: {winner} is taken"
-    table = Table(Column("plan", no_wrap=True), *right, Column(""), title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(Column("plan"), *right, Column(""), title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         ms, bounds, share = row.get("ms"), row.get("interval_ms"), row.get("of_default")
         table.add_row(
