@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastcifar.errors import InputError, Stopped, shortened
 
@@ -123,7 +124,7 @@ class World:
 
     def lost(self) -> str:
         """Whom the others miss; "" where another rank says why the run ends."""
-        store, here, end = self._store(), socket.gethostname(), time.monotonic() + PATIENCE
+        store, here, end = _store(), socket.gethostname(), time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if store.check(["said"]):
                 return ""
@@ -136,18 +137,31 @@ class World:
 
     def speaks(self) -> bool:
         """Whether this rank tells the user why all of them end: rank 0 if it has something to tell, else the first other."""
-        store = self._store()
+        store = _store()
         if self.rank:
             with suppress(RuntimeError):  # nothing was said in time
                 store.wait(["said"], timedelta(seconds=PATIENCE))
         return store.add("said", 1) == 1
 
-    def _store(self) -> PrefixStore:
-        """What torchrun keeps for all ranks, alive or not."""
-        return PrefixStore(f"fastcifar {self.restarts}", dist.distributed_c10d._get_default_store())
+    def connect(self) -> None:
+        """Meet the other ranks. Raises InputError."""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            store = PrefixStore(f"attempt {self.restarts}", store)  # torchrun may keep one store for all
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            address, why = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", shortened(error, 200)
+            raise InputError(f"rank {self.rank} finds no others at {address} ({why}): check MASTER_ADDR") from None
+        _store().set(f"process {self.rank}", f"{socket.gethostname()} {os.getpid()}")
 
 
 ALONE = World()
+
+
+def _store() -> Any:
+    """What torchrun keeps for all ranks, alive or not."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
@@ -162,13 +176,7 @@ def joined() -> Iterator[World]:
         return
     if world.rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        why = shortened(error, 200)
-        raise InputError(f"rank {world.rank} finds no others at {address} ({why}): check MASTER_ADDR") from None
-    world._store().set(f"process {world.rank}", f"{socket.gethostname()} {os.getpid()}")
+    world.connect()
     try:
         yield world
     except SystemExit:

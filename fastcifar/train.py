@@ -69,24 +69,24 @@ def train_as(world: World, arguments: list[str]) -> None:
     """Train as one of `world`; what goes wrong says how to go on."""
     command = parse_command(arguments)
     path = run_path(command)
-    if world.restarts and command.run.resume is None and (path / "config.json").exists():
+    config = path / "config.json"
+    if world.restarts and command.run.resume is None and config.exists():
         command = parse_command([*arguments, "--resume", str(path)])
     launcher = "python" if world.size == 1 else "torchrun ..."
     go_on = f"go on with: {launcher} -m fastcifar.train --resume {shlex.quote(str(path))}"
     try:
         train(command, Console(soft_wrap=True, highlight=False, markup=False), world)
     except KeyboardInterrupt as end:
-        said = [str(part) for part in (*end.args, go_on if (path / "config.json").exists() else "nothing was saved") if part]
+        said = [str(part) for part in (*end.args, go_on if config.exists() else "nothing was saved") if part]
         raise Stopped(getattr(end, "number", signal.SIGINT), "; ".join(said)) from None
     except (BrokenPipeError, SystemExit) as end:
         if not is_broken_pipe(end):
             raise
         raise Stopped(signal.SIGPIPE, f"nobody reads the output any more; {go_on}") from None
     except LostRankError:
-        kept = go_on if (path / "config.json").exists() else "nothing was saved"
-        raise InputError(f"{world.lost()}; the last epoch's checkpoint stands; {kept}") from None
+        raise InputError(f"{world.lost()}; {go_on if config.exists() else 'nothing was saved'}") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and (path / "config.json").exists():
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and config.exists():
             raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None
         raise
 
@@ -103,8 +103,8 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
     set_up_process(device, deterministic=run.deterministic)
     dtype = choose_precision(run.precision, device)
     data = load_data(command, device)
-    steps = steps_per_epoch(data, recipe.batch_size)
     world.require_divides(recipe.batch_size, len(data.train))
+    steps = steps_per_epoch(data, recipe.batch_size)
     choice = choose(command, steps * recipe.batch_size, device, console.print, measures=world.size == 1)
     require_kernels(choice.run.kernels, device)
     state = build_state(command.arch, recipe, choice.run, data, device, world)
