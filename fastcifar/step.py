@@ -21,6 +21,7 @@ from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
 from fastcifar.device import upload
+from fastcifar.distributed import ALONE, World
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
 from fastcifar.models.layers import Kernels, form_of, share_keys
 from fastcifar.optimization import (
@@ -43,7 +44,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class StepSettings:
     """The scalars of a training step."""
 
-    batch_size: int  # images
+    batch_size: int  # images, of all ranks together
     label_smoothing: float
     clip_gradient_norm: float  # 0 = off
     seed: int
@@ -63,7 +64,8 @@ class TrainStep:
 
     model: on the device, channels_last. mean, std: [3] in 0..1. average: the averaged copy of the model, or None. record: what
     records the whole step at the first call, so that later ones replay it; None: every call launches all operations. say: told
-    in a line when recording fails, after which every call launches them too.
+    in a line when recording fails, after which every call launches them too. world: the processes that share each batch; a step
+    of more than one cannot be recorded.
     """
 
     def __init__(
@@ -78,11 +80,15 @@ class TrainStep:
         average: "AveragedModel[Any] | None" = None,
         record: Recorder | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
+        self.model, self.optimizer, self.data, self.average, self.world = model, optimizer, data, average, world
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
-        self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
+        self._own = settings.batch_size // world.size  # images trained on here
+        self._with_successor = world.size > 1 and augmentation.mixes  # which the last of them is mixed with
+        images = self._own + self._with_successor
+        self._ring = BatchRing(data, images) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
         self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
@@ -90,8 +96,8 @@ class TrainStep:
         self._freezable = freezable(model, settings.frozen)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
-        sums = settings.loss_reduction == "sum"
-        self._loss_gradient = torch.full((), float(settings.batch_size), device=mean.device) if sums else None
+        scale = (settings.batch_size if settings.loss_reduction == "sum" else 1) / world.size  # of the mean over its own images
+        self._loss_gradient = torch.full((), scale, device=mean.device) if scale != 1 else None
         self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         self._last_images: Tensor | None = None
@@ -140,7 +146,7 @@ class TrainStep:
         columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
             cursor=torch.full((1,), first, device=device),
-            order=order[: steps * size].view(steps, size),
+            order=self.world.share(order[: steps * size].view(steps, size), successor=self._with_successor),
             scalars=torch.cat(columns, 1),
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
@@ -207,7 +213,7 @@ class TrainStep:
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
         rate, (lam, blend), box, rest = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
-        samples = None if self._keys is None else data.index[positions]
+        samples = None if self._keys is None else data.index[positions[: self._own]]
         if isinstance(data, StreamedSet):
             assert self._ring is not None
             data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
@@ -218,10 +224,10 @@ class TrainStep:
             loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward(self._loss_gradient)
         self.rounded.widen()
+        loss, hits = self._add_ranks(loss.detach(), hits)
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, *rest)
         tally.hits += hits
-        loss = loss.detach()
         if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
             take_back(self._trained(), before, ~finite)
             loss = torch.where(finite, loss, torch.nan)
@@ -241,14 +247,26 @@ class TrainStep:
         if self.average is not None:
             self.average.update(self.model, mean_weight)
 
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    def _add_ranks(self, loss: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up all ranks' gradients; return the mean loss and the hits of the whole batch."""
+        if self.world.size > 1:
+            loss = loss / self.world.size
+            self.world.add([*self._gradients(), loss, hits])
+        return loss, hits
+
     def _is_finite(self, loss: Tensor) -> Tensor:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
+        return torch.stack([loss, *torch._foreach_norm(self._gradients())]).isfinite().all()
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
+        """Return images [b, 3, S, S] channels_last of the phase's size S, labels [b] and the mixing partners' labels [b].
+
+        positions: of this rank's b images, and of the successor of the last where that is needed.
+        """
         images, labels = augment(
             self.augmentation, data, positions, plan.draws, self.mean, self.std,
             backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
@@ -259,7 +277,8 @@ class TrainStep:
             images = resize(images, *self._resizing)
         if self.augmentation.mixes:
             images = mix(images, blend, box)
-        return images, labels, partner(labels)
+        own = slice(self._own)
+        return images[own], labels[own], partner(labels)[own]
 
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss and its hits; of a mixed image each label counts by its weight."""
