@@ -16,7 +16,6 @@ from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, tr
 from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.mixing import MixPlan, mix, partner
 from fastcifar.augmentation.resize import Weights, resize, resize_weights
-from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
 from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
@@ -161,8 +160,8 @@ class TrainStep:
         self._step = self._steps[phase]
         for parameter in self._freezable:
             parameter.requires_grad_(not phase.frozen)
-        resizes = phase.size != SIDE
-        self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
+        size, whole = phase.of(self.data.size), self.data.size
+        self._resizing = None if size == whole else resize_weights(size, self._image_dtype, self.mean.device, whole)
 
     def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
         """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
@@ -170,10 +169,11 @@ class TrainStep:
 
     def _plan_mixing(self, epoch: int, steps: int, progress: float) -> MixPlan:
         seed, device = self.settings.seed, self.mean.device
-        return self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
+        keys = {"seed": seed, "epoch": epoch, "steps": steps}
+        return self.augmentation.plan_mixing(**keys, progress=progress, device=device, size=self.data.size)
 
     def _draws(self, epoch: int | Tensor) -> Draws:
-        draws = draw(self.augmentation, self.data.index, self.settings.seed, epoch)
+        draws = draw(self.augmentation, self.data.index, self.settings.seed, epoch, self.data.size)
         if self.augments_by == "numba":
             _ = draws.moves, draws.rotations  # computed here, not in the first step
         return draws
@@ -248,7 +248,7 @@ class TrainStep:
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
+        """Return images [B, 3, H, W] channels_last of the phase's size, labels [B] and the mixing partners' labels [B]."""
         images, labels = augment(
             self.augmentation, data, positions, plan.draws, self.mean, self.std,
             backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
@@ -258,7 +258,7 @@ class TrainStep:
         if self._resizing is not None:
             images = resize(images, *self._resizing)
         if self.augmentation.mixes:
-            images = mix(images, blend, box)
+            images = mix(images, blend, box, data.size)
         return images, labels, partner(labels)
 
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
