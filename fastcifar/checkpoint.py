@@ -9,7 +9,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from fastcifar import files
+from fastcifar.beton import SMALLEST
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES, REVISED, build_model, count_parameters, place
 from fastcifar.models.resnet import PixelClassifier, ResNet
+from kernels.augment.operations import CIFAR
 
 FORMAT = 2  # 1, version 0.1's, had neither hash nor `within`
 REMEDY = "use another checkpoint, or train again"
@@ -46,6 +48,8 @@ class Checkpoint:
     best_accuracy: float  # 0..1
     best_epoch: int
     within: dict[str, Any] | None = None  # an interrupted epoch's EpochState; None: between two epochs
+    size: list[int] = field(default_factory=lambda: list(CIFAR))  # height and width of the data's images
+    stem_stride: int = 1  # of the network; like `size` not written where it is CIFAR's
 
 
 def _texts(value: Any) -> bool:
@@ -79,12 +83,18 @@ VALID: dict[str, Callable[[Any], bool]] = {
     "best_accuracy": lambda value: isinstance(value, float) and -1 <= value <= 1,
     "best_epoch": lambda value: type(value) is int and value >= 0,
     "within": lambda value: value is None or isinstance(value, dict),
+    "size": lambda value: isinstance(value, list) and len(value) == 2 and all(type(v) is int and v >= SMALLEST for v in value),
+    "stem_stride": lambda value: value in (1, 2, 4),
 }
+
+
+USUAL = (("size", list(CIFAR)), ("stem_stride", 1))  # what checkpoints of CIFAR do not write, so that version 0.2 reads them
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a full disk or a kill leaves the previous file as it was. Raises OSError."""
-    files.write_bytes(path, sealed(serialised({"format": FORMAT, **vars(checkpoint)})))
+    values = {name: value for name, value in vars(checkpoint).items() if (name, value) not in USUAL}
+    files.write_bytes(path, sealed(serialised({"format": FORMAT, **values})))
 
 
 def serialised(values: dict[str, Any]) -> bytes:
@@ -161,7 +171,12 @@ def _require_finite(path: Path, checkpoint: Checkpoint, size: int) -> None:
 def load_model(path: Path, device: torch.device) -> tuple[PixelClassifier, Checkpoint]:
     """Rebuild the model of a checkpoint, its averaged weights where it has them, in eval mode: uint8 images in, logits out."""
     checkpoint = load_checkpoint(path, device)
-    model = build_model(checkpoint.arch, len(checkpoint.class_names), squeeze_excitation=checkpoint.squeeze_excitation)
+    model = build_model(
+        checkpoint.arch,
+        len(checkpoint.class_names),
+        squeeze_excitation=checkpoint.squeeze_excitation,
+        stem_stride=checkpoint.stem_stride,
+    )
     try:
         require_fits(path, checkpoint, model)
         model.load_state_dict(checkpoint.average or checkpoint.model)

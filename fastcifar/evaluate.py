@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastcifar.arguments import parse_arguments
-from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.checkpoint import load_model
 from fastcifar.dataset import ResidentSet, load_resident
@@ -27,6 +26,7 @@ from fastcifar.distributed import ALONE, World
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.step import autocast
+from kernels.augment.reference import reflected
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,17 @@ SHIFT = 1  # pixels; the two translated views look up-left and down-right of the
 
 
 def views(images: Tensor, tta: TTA) -> list[Tensor]:
-    """The views of images [B, 32, 32, 3] whose softmax outputs are averaged.
+    """The views of images [B, H, W, 3] whose softmax outputs are averaged.
 
     none: the image. flip: and its horizontal flip (report C). flip_translate: both of these, in place and moved one pixel along
     the diagonal either way with reflected edges, six views (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024).
     """
     shown = [images]
     if tta == "flip_translate":
-        place = torch.arange(SIDE, device=images.device)
+        places = [torch.arange(side, device=images.device) for side in images.shape[1:3]]
         for offset in (-SHIFT, SHIFT):
-            reflected = SIDE - 1 - (SIDE - 1 - (place + offset).abs()).abs()
-            shown.append(images[:, reflected][:, :, reflected])
+            rows, columns = (reflected(place + offset, len(place)) for place in places)
+            shown.append(images[:, rows][:, :, columns])
     if tta != "none":
         shown += [view.flip(2) for view in shown]
     return shown
@@ -134,7 +134,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def mean_probabilities(
     model: PixelClassifier, images: Tensor, tta: TTA, autocast_dtype: torch.dtype | None, centre_weight: float = ALIKE
 ) -> Tensor:
-    """Float32 probabilities [B, C] for uint8 images [B, 32, 32, 3], averaged over the views.
+    """Float32 probabilities [B, C] for uint8 images [B, H, W, 3], averaged over the views.
 
     centre_weight: of flip_translate's two views in place together, 0..1; the four moved ones have the rest.
     """
@@ -155,7 +155,7 @@ def class_probabilities(
     tta: TTA,
     autocast_dtype: torch.dtype | None,
 ) -> Iterator[Tensor]:
-    """Yield float32 probabilities [B, C] for uint8 images [N, 32, 32, 3], batch by batch, in eval mode."""
+    """Yield float32 probabilities [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
     for batch in images.split(batch_size):
         with evaluating(model):
             probabilities = mean_probabilities(model, batch, tta, autocast_dtype)

@@ -107,10 +107,11 @@ def candidates(run: RunOptions, device: torch.device, threads: int = 0) -> dict[
     rows = {name: replace(plan, **loose) for name, plan in PLANS[device.type].items()}
     default = replace(next(iter(rows.values())), **asked)
     name = next((name for name, plan in rows.items() if plan == default), "as given")
-    fewer = [1 << power for power in range(10) if 1 << power < (threads or torch.get_num_threads())]
+    limits = [1 << power for power in range(10) if 1 << power < (threads or torch.get_num_threads())]
+    fewer = {f"{name}, threads: {limit}": replace(default, threads=limit) for limit in limits}
     return {
         name: default,
-        **{f"{name}, threads: {count}": replace(default, threads=count) for count in fewer if _leaves_threads_open(run, device)},
+        **(fewer if _leaves_threads_open(run, device) else {}),
         **{name: plan for name, plan in rows.items() if plan == replace(plan, **asked)},
     }
 

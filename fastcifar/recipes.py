@@ -44,6 +44,9 @@ class Recipe:
     # in stage s of S with p s/S i/n (report C)
     stochastic_depth_mode: StochasticDepthMode = "sample"
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
+    # how much smaller the stem makes an image: 1, 2 (its convolution steps by two) or 4 (max pooling follows); 0: by the
+    # shorter side, 1 below 64 pixels, 2 from 64, 4 from 128 on
+    stem_stride: int = 0
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
     # epoch of schedule_epochs from which evaluation uses the mean of the weights after every step since, 0 = off
     average_from: float = 0.0
@@ -89,6 +92,7 @@ class Recipe:
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         for name in ("clip_gradient_norm", "clip_gradient_value"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.stem_stride in (0, 1, 2, 4), "stem_stride", "0, 1, 2 or 4")
         modes = get_args(StochasticDepthMode)
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")

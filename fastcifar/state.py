@@ -17,7 +17,16 @@ from fastcifar.distributed import ALONE, World
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
-from fastcifar.models import architecture, build_model, count_parameters, place, require_budget, whitening
+from fastcifar.models import (
+    architecture,
+    build_model,
+    count_parameters,
+    place,
+    require_budget,
+    require_size,
+    suited_stride,
+    whitening,
+)
 from fastcifar.models.layers import synchronise
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
@@ -145,6 +154,10 @@ def build_state(
     world: the processes that train it. Raises InputError over the budget.
     """
     torch.manual_seed(run.seed)
+    size = data.train.size
+    recipe.augmentation.require_fits(size)
+    stem_stride = recipe.stem_stride or suited_stride(size)
+    require_size(arch, recipe.phases.smallest(size), stem_stride)
     model = build_model(
         arch,
         data.classes,
@@ -153,6 +166,7 @@ def build_state(
         stochastic_depth=recipe.stochastic_depth,
         stochastic_depth_mode=recipe.stochastic_depth_mode,
         squeeze_excitation=recipe.squeeze_excitation,
+        stem_stride=stem_stride,
         kernels=run.kernels,
     )
     require_budget(arch, count_parameters(model), run.max_parameters)
@@ -254,6 +268,8 @@ def snapshot(state: TrainingState, recipe: Recipe, data: Splits) -> Checkpoint:
         best_accuracy=state.best_accuracy,
         best_epoch=state.best_epoch,
         within=None if state.within is None else state.within.save(),
+        size=list(data.train.size),
+        stem_stride=state.model.stem_stride,
     )
 
 

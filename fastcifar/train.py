@@ -274,7 +274,7 @@ def train_epoch(
         "learning_rates": spaced(rates, RATES_PER_EPOCH),
         "images_per_second": steps * batch_size / seconds,
         "train_seconds": seconds,
-        "flops": training_flops(state.arch, phase.size) * steps * batch_size,
+        "flops": training_flops(state.arch, phase.of(data.train.size), state.model.stem_stride) * steps * batch_size,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
         "compile_seconds": compile_seconds(first_step, all_steps, steps - first),
     } | (meter.stop() if is_whole else meter.stop() | {"energy_joules": None})  # what the other parts used is not known

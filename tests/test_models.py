@@ -197,7 +197,7 @@ def test_flops_grow_with_the_image():
         for width in row.widths:
             expected += 6 * 9 * width * (inputs * side**2 + width * (side // 2) ** 2)
             side, inputs = side // 2, width
-        assert training_flops("speed94_half", size) == expected + 6 * inputs * 10
+        assert training_flops("speed94_half", (size, size)) == expected + 6 * inputs * 10
 
 
 def test_flops_of_a_layer_counted_by_hand():

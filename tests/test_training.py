@@ -485,7 +485,7 @@ REFUSED = {
     "kernels must be auto, torch or triton without --compile, got fusable": ("--no-compile", "--kernels", "fusable"),
     "batch_size 5,000.*200 images.*--batch-size": ("--batch-size", "5000"),
     "se_resnet81.*did you mean se_resnet18": ("--arch", "se_resnet81"),
-    "cutout must be 0..32 pixels, got 40": ("--cutout", "40"),
+    "cutout must be 0..32 pixels for images of 32, got 40": ("--cutout", "40"),
     r"train\.beton is missing.*write_beton\.py": ("--data", "nowhere"),
     "val_fraction 0.2.*holds out 0.1.*--val-fraction": ("--arch", "light_resnet18", "--val-fraction", "0.2"),
     "stop_after 201.*200 epochs.*--stop-after": ("--arch", "dropout_resnet24", "--stop-after", "201"),
