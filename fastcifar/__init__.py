@@ -5,6 +5,24 @@ __version__ = "0.2.0"
 import gc
 import signal
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastcifar.checkpoint import load
+    from fastcifar.models import build_model as create_model
+
+__all__ = ["create_model", "load"]
+
+HOMES = {"create_model": "fastcifar.models:build_model", "load": "fastcifar.checkpoint:load"}  # imported when asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = HOMES[name].split(":")
+    return getattr(import_module(module), attribute)
+
 
 if sys.argv[:1] == ["-m"]:  # `python -m fastcifar.NAME` is being started; `run_command` undoes this
     from fastcifar.errors import interrupted
