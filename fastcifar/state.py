@@ -114,7 +114,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
 
     Raises InputError over the budget.
     """
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed_of("init"))
     model = build_model(
         arch,
         data.classes,
@@ -166,6 +166,8 @@ def build_step(
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,
         seed=run.seed,
+        order_seed=run.seed_of("order"),
+        augmentation_seed=run.seed_of("augmentation"),
         autocast_dtype=choose_precision(run.precision, data.mean.device),
         compile=run.compile,
         compile_mode=run.compile_mode,

@@ -56,6 +56,8 @@ class StepSettings:
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
     loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
     frozen: tuple[str, ...] = ()  # parameters that are not trained in frozen phases
+    order_seed: int | None = None  # None: seed
+    augmentation_seed: int | None = None  # None: seed
 
 
 class TrainStep:
@@ -82,6 +84,8 @@ class TrainStep:
         self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
         self.augmentation, self.settings = augmentation, settings
         self.mean, self.std = mean, std
+        own = settings.order_seed, settings.augmentation_seed
+        self._order_seed, self._augmentation_seed = (settings.seed if seed is None else seed for seed in own)
         self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
@@ -169,18 +173,18 @@ class TrainStep:
         return EpochPlan(self._draws(epoch), self._plan_mixing(epoch, steps, progress))
 
     def _plan_mixing(self, epoch: int, steps: int, progress: float) -> MixPlan:
-        seed, device = self.settings.seed, self.mean.device
+        seed, device = self._augmentation_seed, self.mean.device
         return self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
 
     def _draws(self, epoch: int | Tensor) -> Draws:
-        draws = draw(self.augmentation, self.data.index, self.settings.seed, epoch)
+        draws = draw(self.augmentation, self.data.index, self._augmentation_seed, epoch)
         if self.augments_by == "numba":
             _ = draws.moves, draws.rotations  # computed here, not in the first step
         return draws
 
     def _draw_epoch(self) -> None:
         """Draw the order and the augmentation of the epoch that stands on the device."""
-        self._drawn = epoch_order(self.data.index, self.settings.seed, self._epoch), self._draws(self._epoch)
+        self._drawn = epoch_order(self.data.index, self._order_seed, self._epoch), self._draws(self._epoch)
 
     def __call__(self) -> None:
         """Train on the next batch."""
