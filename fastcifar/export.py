@@ -74,7 +74,8 @@ class Options:
             raise InputError(f"--bf16 is for --to pt2 and torchscript, got --to {self.to}: choose one of these")
         missing = [name for name in LIBRARIES.get(self.to, ()) if importlib.util.find_spec(name) is None]
         if missing:
-            raise InputError(f"--to {self.to} needs {', '.join(missing)}, not installed: uv sync --extra export")
+            remedy = "uv sync --extra export, or pip install 'fastcifar[export]'"
+            raise InputError(f"--to {self.to} needs {', '.join(missing)}, not installed: {remedy}")
 
     @property
     def precision(self) -> str:
