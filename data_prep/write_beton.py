@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data_prep import cifar_pickles, synthetic
+from data_prep import beton_writer, cifar_pickles, synthetic
+from data_prep.beton_writer import PAGE
 from data_prep.cifar_pickles import LAYOUTS, Layout
 from fastcifar import __version__
 from fastcifar.arguments import parse_arguments
@@ -32,7 +33,6 @@ from fastcifar.versions import installed
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 DATA = Path("data")  # where pickles are looked for and downloaded to
-PAGE = 1 << 23  # bytes; FFCV's default page, at most one of them is left partly empty at either end
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,10 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
     mean, std = channel_statistics(in_parts(data.images))
     _require_space(options.out, data.images.nbytes)
 
-    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and only writing needs it
-
     with atomic_path(path) as partial:
         with progress(console) as bar:
             task = bar.add_task(f"writing {path.name}", total=len(data.images))
-            ffcv_writer.write(partial, data.images, data.labels, lambda: bar.advance(task))
+            beton_writer.write(partial, data.images, data.labels, lambda written: bar.advance(task, written))
         written = verify(partial, data)
         manifest = Manifest(
             dataset=options.dataset,
@@ -228,7 +226,7 @@ def write_split(options: Options, layout: Layout, source: Source, split: str, co
             synthetic=source.synthetic,
             source_md5=md5,
             source_sha256=sha256,
-            versions={"fastcifar": __version__, **installed("ffcv", "numpy")},
+            versions={"fastcifar": __version__, **installed("numpy")},
         )
     manifest.save(path)
     console.print(f"{path}: {manifest.count:,} images, {manifest.name}, read back byte for byte")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE, read_beton
-from fastcifar.checkpoint import load_model
+from fastcifar.checkpoint import load
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.evaluate import TTA, class_probabilities
@@ -76,7 +76,7 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
     unlabelled = read_unlabelled(options.input)
-    model, _ = load_model(options.checkpoint, device)
+    model = load(options.checkpoint, device)
     batches = class_probabilities(
         model,
         torch.from_numpy(unlabelled.images).to(device),
