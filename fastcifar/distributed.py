@@ -33,7 +33,10 @@ class LostRankError(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is; by default the only one. All but the sizes are calls of all ranks."""
+    """The processes of a run, and which of them this is; by default the only one.
+
+    What asks or tells the others must be called by all ranks, in the same order; it raises LostRankError where one is gone.
+    """
 
     rank: int = 0
     local_rank: int = 0  # on its machine: the number of its GPU
@@ -125,14 +128,15 @@ class World:
     def lost(self) -> str:
         """Whom the others miss; "" where another rank says why the run ends."""
         store, here, end = _store(), socket.gethostname(), time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if store.check(["said"]):
-                return ""
-            for rank in range(self.size):
-                host, process = store.get(f"process {rank}").decode().rsplit(maxsplit=1)
-                if host == here and _has_ended(int(process)):
-                    return f"rank {rank} of {self.size} is gone (process {process} on {host}; killed, or out of memory?)"
-            time.sleep(0.05)
+        with suppress(RuntimeError):  # the store's machine is the one that is gone
+            while time.monotonic() < end:
+                if store.check(["said"]):
+                    return ""
+                for rank in range(self.size):
+                    host, process = store.get(f"process {rank}").decode().rsplit(maxsplit=1)
+                    if host == here and _has_ended(int(process)):
+                        return f"rank {rank} of {self.size} is gone (process {process} on {host}; killed, or out of memory?)"
+                time.sleep(0.05)
         return f"a rank of the {self.size} on another machine does not answer"
 
     def speaks(self) -> bool:
@@ -141,7 +145,9 @@ class World:
         if self.rank:
             with suppress(RuntimeError):  # nothing was said in time
                 store.wait(["said"], timedelta(seconds=PATIENCE))
-        return store.add("said", 1) == 1
+        with suppress(RuntimeError):
+            return bool(store.add("said", 1) == 1)
+        return True  # the store is gone, and nobody can be asked
 
     def connect(self) -> None:
         """Meet the other ranks. Raises InputError."""
@@ -157,11 +163,6 @@ class World:
 
 
 ALONE = World()
-
-
-def _store() -> Any:
-    """What torchrun keeps for all ranks, alive or not."""
-    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
@@ -188,6 +189,11 @@ def joined() -> Iterator[World]:
             raise InputError(f"rank {world.rank}: {error}") from None
         raise
     dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """What torchrun keeps for all ranks, alive or not."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

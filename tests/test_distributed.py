@@ -7,7 +7,9 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from fastcifar.evaluate import Evaluator
 from fastcifar.models import ARCHITECTURES
 from fastcifar.models.sync_norm import SyncNorm
 from fastcifar.optimization import build_optimizer
+from fastcifar.plan import settled
+from fastcifar.recipes import RunOptions
 from fastcifar.run_folder import RunFolder
 from fastcifar.signals import StopRequest
 from fastcifar.state import build_state, build_step
@@ -71,18 +75,21 @@ def narrow(monkeypatch):
 def prepared(betons):
     """Gives (state, step, data, command) of a rank of `world`."""
 
-    def prepare(world, recipe, *arguments, linear=False):
+    @cache
+    def loaded(recipe, *arguments):
         options = ("--arch", "narrow", "--recipe", recipe, "--data", str(betons), "--held-out", "0", "--precision", "fp32")
         command = parse_command([*options, *SIZES, *arguments])
-        data = load_data(command, CPU)
+        return command, load_data(command, CPU)
+
+    def prepare(world, *arguments, linear=False):
+        command, data = loaded(*arguments)
         state = build_state(command.arch, command.settings, command.run, data, CPU, world)
         if linear:  # without statistics of the batch
-            state.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).requires_grad_()
+            state.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
             torch.manual_seed(0)
             nn.init.normal_(state.model[1].weight, std=0.01)
-            state.optimizer = build_optimizer(
-                state.model, "sgd", momentum=0.9, weight_decay=0.0, decay_norm_and_bias=True
-            )  # fmt: skip
+            rule = {"momentum": 0.9, "weight_decay": 0.0, "decay_norm_and_bias": True}
+            state.optimizer = build_optimizer(state.model, "sgd", **rule)
         return state, build_step(state, command.settings, command.run, data), data, command
 
     return prepare
@@ -248,6 +255,22 @@ def test_a_lost_rank_is_named_and_one_rank_speaks(monkeypatch):
     assert "on another machine does not answer" in World(size=2).lost()
     assert [World(rank, size=3).speaks() for rank in (1, 0, 2)] == [True, False, False]
     assert World(size=2).lost() == ""
+
+
+def test_without_the_store_every_rank_speaks(monkeypatch):
+    def gone(*_):
+        raise RuntimeError("connection reset")
+
+    store = SimpleNamespace(check=gone, wait=gone, add=gone)
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    assert World(1, size=2).speaks()
+    assert "on another machine does not answer" in World(1, size=2).lost()
+
+
+def test_synchronised_batch_norm_is_not_compiled():
+    assert not settled(RunOptions(sync_bn=True), torch.device("cuda")).compile
+    with pytest.raises(InputError, match="compile must be off with --sync-bn, got True"):
+        parse_command(["--sync-bn", "--compile"])
 
 
 def test_a_collective_that_fails_is_a_lost_rank():
