@@ -125,19 +125,23 @@ class World:
                     what = f"{name.replace('_', ' ')}: {shortened(its[name])}, and rank 0 {shortened(first)}"
                     raise InputError(f"rank {rank} has another {what}: make them the same")
 
-    def lost(self) -> str:
+    def lost(self, error: LostRankError) -> str:
         """Whom the others miss; "" where another rank says why the run ends."""
         store, here, end = _store(), socket.gethostname(), time.monotonic() + PATIENCE
         with suppress(RuntimeError):  # the store's machine is the one that is gone
+            store.set(f"noticed on {here}", "")
+            places = [store.get(f"process {rank}").decode().rsplit(maxsplit=1) for rank in range(self.size)]
             while time.monotonic() < end:
                 if store.check(["said"]):
                     return ""
-                for rank in range(self.size):
-                    host, process = store.get(f"process {rank}").decode().rsplit(maxsplit=1)
+                for rank, (host, process) in enumerate(places):
                     if host == here and _has_ended(int(process)):
                         return f"rank {rank} of {self.size} is gone (process {process} on {host}; killed, or out of memory?)"
                 time.sleep(0.05)
-        return f"a rank of the {self.size} on another machine does not answer"
+            silent = [f"{rank} on {host}" for rank, (host, _) in enumerate(places) if not store.check([f"noticed on {host}"])]
+            if silent:
+                return f"no answer from rank {', '.join(silent)}"
+        return f"the {self.size} processes lost touch ({error})"
 
     def speaks(self) -> bool:
         """Whether this rank tells the user why all of them end: rank 0 if it has something to tell, else the first other."""

@@ -83,8 +83,8 @@ def train_as(world: World, arguments: list[str]) -> None:
         if not is_broken_pipe(end):
             raise
         raise Stopped(signal.SIGPIPE, f"nobody reads the output any more; {go_on}") from None
-    except LostRankError:
-        raise InputError(f"{world.lost()}; {go_on if config.exists() else 'nothing was saved'}") from None
+    except LostRankError as error:
+        raise InputError(f"{world.lost(error)}; {go_on if config.exists() else 'nothing was saved'}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and config.exists():
             raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None

@@ -250,21 +250,24 @@ def test_a_lost_rank_is_named_and_one_rank_speaks(monkeypatch):
     ended.wait()
     for rank, process in enumerate((os.getpid(), ended.pid)):
         store.set(f"process {rank}", f"{distributed.socket.gethostname()} {process}")
-    assert World(size=2).lost().startswith(f"rank 1 of 2 is gone (process {ended.pid} on ")
-    store.set("process 1", f"another machine {ended.pid}")
-    assert "on another machine does not answer" in World(size=2).lost()
+    closed = LostRankError("connection closed")
+    assert World(size=2).lost(closed).startswith(f"rank 1 of 2 is gone (process {ended.pid} on ")
+    store.set("process 1", f"another {ended.pid}")
+    assert World(size=2).lost(closed) == "no answer from rank 1 on another"
+    store.set("noticed on another", "")
+    assert World(size=2).lost(closed) == "the 2 processes lost touch (connection closed)"
     assert [World(rank, size=3).speaks() for rank in (1, 0, 2)] == [True, False, False]
-    assert World(size=2).lost() == ""
+    assert World(size=2).lost(closed) == ""
 
 
 def test_without_the_store_every_rank_speaks(monkeypatch):
     def gone(*_):
         raise RuntimeError("connection reset")
 
-    store = SimpleNamespace(check=gone, wait=gone, add=gone)
+    store = SimpleNamespace(set=gone, wait=gone, add=gone)
     monkeypatch.setattr(distributed, "_store", lambda: store)
     assert World(1, size=2).speaks()
-    assert "on another machine does not answer" in World(1, size=2).lost()
+    assert World(1, size=2).lost(LostRankError("reset")) == "the 2 processes lost touch (reset)"
 
 
 def test_synchronised_batch_norm_is_not_compiled():
