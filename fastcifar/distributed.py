@@ -112,18 +112,16 @@ class World:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def require_alike(self, **values: Any) -> None:
+    def require_alike(self, values: dict[str, Any]) -> None:
         """Raise InputError on every rank where one has another value than the first, naming both."""
-        if self.size == 1:
-            return
         everyones: list[dict[str, Any]] = [{}] * self.size
         with _noticing_loss():
             dist.all_gather_object(everyones, values)
         for rank, its in enumerate(everyones):
             for name, first in everyones[0].items():
                 if its[name] != first:
-                    what = f"{name.replace('_', ' ')}: {shortened(its[name])}, and rank 0 {shortened(first)}"
-                    raise InputError(f"rank {rank} has another {what}: make them the same")
+                    both = f"{shortened(its[name])}, and rank 0 {shortened(first)}"
+                    raise InputError(f"rank {rank} has another {name}: {both}: make them the same")
 
     def lost(self, error: LostRankError) -> str:
         """Whom the others miss; "" where another rank says why the run ends."""

@@ -239,7 +239,7 @@ def test_ranks_that_are_not_alike_are_refused(monkeypatch):
         distributed.dist, "all_gather_object", lambda everyones, value: everyones.__setitem__(slice(None), [value, {"seed": 2}])
     )
     with pytest.raises(InputError, match="rank 1 has another seed: 2, and rank 0 1: make them the same"):
-        World(size=2).require_alike(seed=1)
+        World(size=2).require_alike({"seed": 1})
 
 
 def test_a_lost_rank_is_named_and_one_rank_speaks(monkeypatch):
