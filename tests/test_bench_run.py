@@ -64,13 +64,13 @@ def trained(monkeypatch):
             write_run(job.path, job.command, [1.0] * job.command.settings.epochs, environment(CPU))
         return error
 
-    trained = SimpleNamespace(names=[], errors={}, interrupt_at=None)
+    trained = SimpleNamespace(names=[], errors={}, interrupt_at=None, on=[])
 
     def events(jobs):
         while jobs:
             yield Event(jobs[0], ended=True, error=fake(jobs.popleft()))
 
-    monkeypatch.setattr(run, "opened", lambda *_: nullcontext(SimpleNamespace(events=events)))
+    monkeypatch.setattr(run, "opened", lambda on, *_: trained.on.append(on) or nullcontext(SimpleNamespace(events=events)))
     monkeypatch.setattr("bench.report.draw_svg", lambda name, height, draw: "<svg></svg>")
     return trained
 
@@ -187,6 +187,12 @@ def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained,
     ):  # fmt: skip
         with pytest.raises(InputError, match=rf"begun with other settings \({words}\)"):
             measure(replace(small, **change), small.out, QUIET)
+
+
+def test_trainings_run_where_on_says(small, trained, loops):
+    assert measure(replace(small, on="auto"), small.out, QUIET) == []
+    assert measure(small, small.out, QUIET) == []  # nothing is left: no cluster is asked
+    assert trained.on == ["auto"]
 
 
 def test_a_run_folder_begun_elsewhere_is_refused(small, trained, loops):
