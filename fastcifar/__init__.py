@@ -7,12 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastcifar.augmentation import Augmentation
     from fastcifar.checkpoint import load
+    from fastcifar.loader import Loader, augment
     from fastcifar.models import build_model as create_model
 
-__all__ = ["create_model", "load"]
+__all__ = ["Augmentation", "Loader", "augment", "create_model", "load"]
 
-HOMES = {"create_model": "fastcifar.models:build_model", "load": "fastcifar.checkpoint:load"}  # imported when asked for
+HOMES = {  # imported when asked for
+    "Augmentation": "fastcifar.augmentation:Augmentation",
+    "Loader": "fastcifar.loader:Loader",
+    "augment": "fastcifar.loader:augment",
+    "create_model": "fastcifar.models:build_model",
+    "load": "fastcifar.checkpoint:load",
+}
 
 
 def __getattr__(name: str) -> Any:

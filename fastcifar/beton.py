@@ -20,8 +20,11 @@ import numpy as np
 from fastcifar import files
 from fastcifar.errors import InputError, shortened
 
-SIDE = 32  # pixels; CIFAR images are square
-IMAGE_BYTES = SIDE * SIDE * 3
+SIDE = 32  # pixels of a CIFAR image's side
+SMALLEST, LARGEST = 8, 256  # pixels of an image's side
+Size = tuple[int, int]  # height and width, pixels
+IMAGE_BYTES = SIDE * SIDE * 3  # of a CIFAR image
+MOST_CLASSES = 65_535
 
 VERSION = 2
 HEADER = np.dtype(
@@ -42,7 +45,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = (("image", 2), ("label", 1), ("index", 1))  # name and FFCV's type number: 2 = RGBImageField, 1 = IntField
 MODE_RAW = 1  # FFCV's number for uncompressed pixels
 
-MAX_MANIFEST = 1 << 20  # bytes; CIFAR-100's has 4 kB
+MAX_MANIFEST = 1 << 25  # bytes; CIFAR-100's has 4 kB, 65,535 long names more than a megabyte
 MAX_NAME = 200  # characters of a data set's or a class's name
 REWRITE = "write it again with `python data_prep/write_beton.py --force`"
 
@@ -51,7 +54,7 @@ REWRITE = "write it again with `python data_prep/write_beton.py --force`"
 class Manifest:
     """What stands beside a beton: what the data is, where it came from, and the hash that ties both files together."""
 
-    dataset: str  # "cifar10" or "cifar100"
+    dataset: str  # "cifar10", "cifar100", or "own" for other pictures
     split: str  # "train" or "test"
     name: str  # what banners, reports and plots call this data
     count: int  # images
@@ -64,10 +67,18 @@ class Manifest:
     source_md5: dict[str, str] = field(default_factory=dict)  # pickle's name -> md5
     source_sha256: dict[str, str] = field(default_factory=dict)  # likewise; none: written by version 0.2 or before
     versions: dict[str, str | None] = field(default_factory=dict)  # of what wrote the file
+    height: int = SIDE  # pixels, of every image; like `width` and `channels` not written where it is CIFAR's
+    width: int = SIDE
+    channels: int = 3  # 1: grey images, stored as three equal channels
+
+    @property
+    def size(self) -> Size:
+        """Height and width of every image."""
+        return self.height, self.width
 
     def encoded(self) -> bytes:
         """This manifest as JSON; its last entry is the sha256 of the others, so that no changed byte passes."""
-        values = asdict(self)
+        values = {name: value for name, value in asdict(self).items() if (name, value) not in USUAL.items()}
         own = hashlib.sha256(json.dumps(values, allow_nan=False).encode()).hexdigest()
         return (json.dumps(values | {"manifest_sha256": own}, indent=2) + "\n").encode()
 
@@ -85,8 +96,9 @@ class Manifest:
         _require_regular(path, MAX_MANIFEST)
         values: Any = files.read_json(path, remedy=REWRITE)
         expected = {entry.name for entry in fields(cls)}
-        older = isinstance(values, dict) and set(values) == expected - {"source_sha256"}
-        if not older and (not isinstance(values, dict) or set(values) != expected | {"manifest_sha256"}):
+        written = set(values) | set(USUAL) if isinstance(values, dict) else set()
+        older = written == expected - {"source_sha256"}
+        if not older and written != expected | {"manifest_sha256"}:
             raise InputError(f"{path} does not have the fields of a manifest of this version: {REWRITE}")
         manifest = cls(**{name: value for name, value in values.items() if name in expected})
         for name, is_valid in VALID.items():
@@ -101,7 +113,7 @@ class Manifest:
 class Beton:
     """A beton's content, in the order in which its samples are stored."""
 
-    images: np.ndarray  # [N, 32, 32, 3] uint8
+    images: np.ndarray  # [N, H, W, 3] uint8
     labels: np.ndarray  # [N] int64
     index: np.ndarray  # [N] int64, each sample's index in the source, which keys its randomness
     manifest: Manifest
@@ -124,17 +136,20 @@ def _maps_names(value: object) -> bool:
     return isinstance(value, dict) and all(entry is None or _is_name(entry) for entry in (*value, *value.values()))
 
 
+USUAL = {"height": SIDE, "width": SIDE, "channels": 3}  # CIFAR's, which manifests do not write
 # What a manifest's fields may be.
 VALID: dict[str, Callable[[Any], bool]] = {
-    "dataset": lambda value: value in ("cifar10", "cifar100"),
+    "dataset": lambda value: value in ("cifar10", "cifar100", "own"),
     "split": lambda value: value in ("train", "test"),
     "name": _is_name,
     "count": lambda value: type(value) is int and value > 0,
-    "class_names": lambda value: isinstance(value, list) and bool(value) and all(map(_is_name, value)),
+    "class_names": lambda value: isinstance(value, list) and 0 < len(value) <= MOST_CLASSES and all(map(_is_name, value)),
     **dict.fromkeys(("mean", "std"), _is_colour),
     "sha256": _is_name,
     **dict.fromkeys(("official", "synthetic"), lambda value: isinstance(value, bool)),
     **dict.fromkeys(("source_md5", "source_sha256", "versions"), _maps_names),
+    **dict.fromkeys(("height", "width"), lambda value: type(value) is int and SMALLEST <= value <= LARGEST),
+    "channels": lambda value: value in (1, 3),
 }
 
 
@@ -152,7 +167,7 @@ def read_beton(path: Path, *, verify: bool = True) -> Beton:
     manifest = load_manifest(path)
     content = path.read_bytes()  # one immutable copy: what was checked is what is used
     images, labels, index = parse(content, path)
-    check_content(path, manifest, labels, hashlib.sha256(content).hexdigest() if verify else None)
+    check_content(path, manifest, images.shape[1:3], labels, hashlib.sha256(content).hexdigest() if verify else None)
     if verify and not manifest.source_sha256:
         check_statistics(path, manifest, in_parts(images))
     return Beton(images, labels, index, manifest)
@@ -168,7 +183,9 @@ def load_manifest(path: Path) -> Manifest:
     manifest = Manifest.load(path)
     if path.stem in ("train", "test") and path.stem != manifest.split:
         raise InputError(f"{path} is the {manifest.split} split under another name: {REWRITE}")
-    _require_regular(path, 2 * IMAGE_BYTES * manifest.count + (64 << 20))  # FFCV fills up two pages, of 8 MiB by default
+    _require_regular(
+        path, 2 * 3 * manifest.height * manifest.width * manifest.count + (64 << 20)
+    )  # FFCV fills up two pages, of 8 MiB by default
     return manifest
 
 
@@ -185,7 +202,7 @@ def in_parts(images: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def channel_statistics(parts: Iterable[np.ndarray]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in 0..1, of parts [N, 32, 32, 3] uint8; exact, from histograms."""
+    """Mean and standard deviation per channel, in 0..1, of parts [N, H, W, 3] uint8; exact, from histograms."""
     counts = np.zeros((3, 256), np.int64)
     for part in parts:
         for channel in range(3):
@@ -202,13 +219,18 @@ def check_statistics(path: Path, manifest: Manifest, parts: Iterable[np.ndarray]
         raise InputError(f"{manifest_path(path)} has another mean or std than the images: {REWRITE}")
 
 
-def check_content(path: Path, manifest: Manifest, labels: np.ndarray, sha256: str | None, limit: int = 0) -> None:
+def check_content(
+    path: Path, manifest: Manifest, size: tuple[int, ...], labels: np.ndarray, sha256: str | None, limit: int = 0
+) -> None:
     """Raise InputError unless a beton's content is what its manifest says. sha256: of the file; None: not compared.
 
-    limit: how many samples were asked for, 0 = all.
+    size: height and width of its images. limit: how many samples were asked for, 0 = all.
     """
     if sha256 is not None and sha256 != manifest.sha256:
         raise InputError(f"{path} does not have the sha256 of its manifest (a byte changed): {REWRITE}")
+    if size != manifest.size:
+        found, said = ("x".join(map(str, pair[::-1])) for pair in (size, manifest.size))
+        raise InputError(f"{path} holds images of {found} pixels, its manifest says {said}: {REWRITE}")
     if len(labels) != manifest.count:
         said = shortened(manifest.count)
         raise InputError(f"{path} holds {len(labels)} images, its manifest says {said}: {REWRITE}")
@@ -219,17 +241,17 @@ def check_content(path: Path, manifest: Manifest, labels: np.ndarray, sha256: st
 
 
 def parse(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return images [N, 32, 32, 3] uint8, labels [N] and index [N] int64 of a beton's bytes, every bound checked.
+    """Return images [N, H, W, 3] uint8, labels [N] and index [N] int64 of a beton's bytes, every bound checked.
 
     path: named in errors only. Raises InputError.
     """
     view = memoryview(content)
-    pointers, labels, index = layout(lambda start, length: view[start : start + length], len(content), path)
-    return _gather_images(content, pointers), labels, index
+    pointers, labels, index, size = layout(lambda start, length: view[start : start + length], len(content), path)
+    return _gather_images(content, pointers, size), labels, index
 
 
-def layout(read: Callable[[int, int], Any], size: int, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each image begins [N], labels [N] and index [N], int64, of a beton, every bound checked.
+def layout(read: Callable[[int, int], Any], size: int, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, Size]:
+    """Where each image begins [N], labels [N] and index [N], int64, and the images' size, of a beton, every bound checked.
 
     read: (start, length) -> those bytes. size: of the file, in bytes. path: named in errors only. Raises InputError.
     """
@@ -262,27 +284,32 @@ def layout(read: Callable[[int, int], Any], size: int, path: Path) -> tuple[np.n
 
     image = metadata["image"]
     demand(bool(np.all(image["mode"] == MODE_RAW)), "an image is not stored raw")
-    demand(bool(np.all((image["width"] == SIDE) & (image["height"] == SIDE))), f"an image is not {SIDE}x{SIDE}")
-    pointers = image["data_ptr"]
-    in_bounds = (pointers >= metadata_end) & (pointers <= table_start - IMAGE_BYTES)
+    height, width = int(image["height"][0]), int(image["width"][0])
+    demand(min(height, width) >= SMALLEST and max(height, width) <= LARGEST, f"an image is {width}x{height}")
+    alike = (image["width"] == width) & (image["height"] == height)
+    demand(bool(np.all(alike)), f"an image is not {width}x{height} as the first one is")
+    pointers, image_bytes = image["data_ptr"], height * width * 3
+    demand(image_bytes <= table_start, "no room for an image")
+    in_bounds = (pointers >= metadata_end) & (pointers <= table_start - image_bytes)
     demand(bool(np.all(in_bounds)), "an image pointer leaves the file's data region")
-    demand(bool(np.all(np.diff(np.sort(pointers)) >= IMAGE_BYTES)), "two images overlap")
+    demand(bool(np.all(np.diff(np.sort(pointers)) >= image_bytes)), "two images overlap")
     by_sample = table[np.argsort(table["sample_id"], kind="stable")]
     agree = (by_sample["sample_id"] == np.arange(count)) & (by_sample["ptr"] == pointers)
-    demand(bool(np.all(agree & (by_sample["size"] == IMAGE_BYTES))), "allocation table and image pointers disagree")
+    demand(bool(np.all(agree & (by_sample["size"] == image_bytes))), "allocation table and image pointers disagree")
 
     labels, index = metadata["label"].copy(), metadata["index"].copy()
     demand(bool(labels.min() >= 0), f"label {labels.min()}")
     demand(bool(np.array_equal(np.sort(index), np.arange(count))), "the sample indices are not 0..N-1")
-    return pointers.astype(np.int64), labels, index
+    return pointers.astype(np.int64), labels, index, (height, width)
 
 
-def _gather_images(content: bytes, pointers: np.ndarray) -> np.ndarray:
-    """Copy images [N, 32, 32, 3] out of `content`: pages hold them back to back, so a few long slices fetch them all."""
-    images = np.empty((len(pointers), IMAGE_BYTES), np.uint8)
+def _gather_images(content: bytes, pointers: np.ndarray, size: Size) -> np.ndarray:
+    """Copy images [N, H, W, 3] out of `content`: pages hold them back to back, so a few long slices fetch them all."""
+    image_bytes = size[0] * size[1] * 3
+    images = np.empty((len(pointers), image_bytes), np.uint8)
     source = np.frombuffer(content, np.uint8)
-    breaks = np.flatnonzero(np.diff(pointers) != IMAGE_BYTES) + 1
+    breaks = np.flatnonzero(np.diff(pointers) != image_bytes) + 1
     for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pointers)], strict=True):
         start = int(pointers[first])
-        images[first:last] = source[start : start + (last - first) * IMAGE_BYTES].reshape(-1, IMAGE_BYTES)
-    return images.reshape(-1, SIDE, SIDE, 3)
+        images[first:last] = source[start : start + (last - first) * image_bytes].reshape(-1, image_bytes)
+    return images.reshape(-1, *size, 3)

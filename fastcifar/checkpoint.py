@@ -9,7 +9,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fastcifar import files
-from fastcifar.beton import SIDE
+from fastcifar.beton import SMALLEST
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES, REVISED, build_model, count_parameters, place
 from fastcifar.models.layers import Kernels
 from fastcifar.models.resnet import PixelClassifier, ResNet
+from kernels.augment.operations import CIFAR
 
 FORMAT = 2  # 1, version 0.1's, had neither hash nor `within`
 REMEDY = "use another checkpoint, or train again"
@@ -48,6 +49,8 @@ class Checkpoint:
     best_accuracy: float  # 0..1
     best_epoch: int
     within: dict[str, Any] | None = None  # an interrupted epoch's EpochState; None: between two epochs
+    size: list[int] = field(default_factory=lambda: list(CIFAR))  # height and width of the data's images
+    stem_stride: int = 1  # of the network; like `size` not written where it is CIFAR's
 
 
 def _texts(value: Any) -> bool:
@@ -81,12 +84,18 @@ VALID: dict[str, Callable[[Any], bool]] = {
     "best_accuracy": lambda value: isinstance(value, float) and -1 <= value <= 1,
     "best_epoch": lambda value: type(value) is int and value >= 0,
     "within": lambda value: value is None or isinstance(value, dict),
+    "size": lambda value: isinstance(value, list) and len(value) == 2 and all(type(v) is int and v >= SMALLEST for v in value),
+    "stem_stride": lambda value: value in (1, 2, 4),
 }
+
+
+USUAL = (("size", list(CIFAR)), ("stem_stride", 1))  # what checkpoints of CIFAR do not write, so that version 0.2 reads them
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a full disk or a kill leaves the previous file as it was. Raises OSError."""
-    files.write_bytes(path, sealed(serialised({"format": FORMAT, **vars(checkpoint)})))
+    values = {name: value for name, value in vars(checkpoint).items() if (name, value) not in USUAL}
+    files.write_bytes(path, sealed(serialised({"format": FORMAT, **values})))
 
 
 def serialised(values: dict[str, Any]) -> bytes:
@@ -170,20 +179,21 @@ class Preprocessing:
 
 
 class Trained(PixelClassifier):
-    """A checkpoint's network in eval mode: uint8 images [N, 32, 32, 3] to logits [N, classes]."""
+    """A checkpoint's network in eval mode: uint8 images [N, H, W, 3] to logits [N, classes]."""
 
     def __init__(self, network: ResNet, checkpoint: Checkpoint, device: torch.device) -> None:
         mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
         super().__init__(network, mean, std)
         self.arch, self.squeeze_excitation, self.epoch = checkpoint.arch, checkpoint.squeeze_excitation, checkpoint.epoch
         self.class_names = checkpoint.class_names  # in the order of the logits
-        self.preprocessing = Preprocessing(tuple(checkpoint.mean), tuple(checkpoint.std), (SIDE, SIDE))
+        height, width = checkpoint.size
+        self.preprocessing = Preprocessing(tuple(checkpoint.mean), tuple(checkpoint.std), (height, width))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", *, kernels: Kernels = "auto") -> Trained:
     """Return the model of a checkpoint (`best.pt` or `last.pt` of a run folder), its averaged weights where it has them.
 
-    It takes uint8 images [N, 32, 32, 3], R G B as Pillow and NumPy have them, and gives logits [N, classes]; it is in eval mode
+    It takes uint8 images [N, H, W, 3], R G B as Pillow and NumPy have them, and gives logits [N, classes]; it is in eval mode
     and has `class_names` and `preprocessing`. Loading runs no code from the file. kernels: as in `fastcifar.create_model`;
     torch, PyTorch's operations alone, is what tracing needs. Raises InputError when the file is missing, damaged or not ours.
 
@@ -193,7 +203,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, kernels: Kerne
     path, device = Path(path), torch.device(device)
     checkpoint = load_checkpoint(path, device)
     model = build_model(
-        checkpoint.arch, len(checkpoint.class_names), squeeze_excitation=checkpoint.squeeze_excitation, kernels=kernels
+        checkpoint.arch,
+        len(checkpoint.class_names),
+        squeeze_excitation=checkpoint.squeeze_excitation,
+        stem_stride=checkpoint.stem_stride,
+        kernels=kernels,
     )
     try:
         require_fits(path, checkpoint, model)

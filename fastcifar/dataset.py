@@ -1,6 +1,7 @@
 """Betons as sets that live on the device as uint8, each epoch's order, and what is held out from training."""
 
 import hashlib
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,7 @@ from torch import Tensor
 
 from fastcifar import ahead, subsets
 from fastcifar.beton import (
-    IMAGE_BYTES,
     REWRITE,
-    SIDE,
     Manifest,
     check_content,
     check_statistics,
@@ -24,6 +23,7 @@ from fastcifar.beton import (
     load_manifest,
 )
 from fastcifar.errors import InputError
+from kernels.augment.operations import Size
 from kernels.philox import Purpose, philox
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -38,12 +38,17 @@ Channels = tuple[float, ...]  # R, G, B in 0..1
 class ResidentSet:
     """Images on the device, stored once; batches are positions into it."""
 
-    images: Tensor  # [N, 32, 32, 3] uint8
+    images: Tensor  # [N, H, W, 3] uint8
     labels: Tensor  # [N] int64
     index: Tensor  # [N] int64, each sample's number in its source: the key of its randomness
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the images."""
+        return self.images.shape[1], self.images.shape[2]
 
     def subset(self, positions: Tensor) -> "ResidentSet":
         """The samples at `positions`, which keep their numbers and so their randomness."""
@@ -56,6 +61,10 @@ class ResidentSet:
     def fetch(self, positions: Tensor) -> "ResidentSet":
         """The same, under the name that reads them from a streamed set."""
         return self.subset(positions)
+
+    def part(self, number: int, count: int) -> "ResidentSet":
+        """Part `number` of `count` parts that differ by one sample at most; its tensors are views."""
+        return ResidentSet(*(values.tensor_split(count)[number] for values in (self.images, self.labels, self.index)))
 
 
 class OpenFile:
@@ -106,26 +115,27 @@ class StreamedSet:
     number, so a streamed run sees the resident run's pixels.
     """
 
-    def __init__(self, file: OpenFile, pointers: np.ndarray[Any, Any], labels: Tensor, index: Tensor) -> None:
-        """pointers: [N] int64, where each image begins in the file. labels, index: [N] int64."""
-        self.file, self.pointers, self.labels, self.index = file, pointers, labels, index
+    def __init__(self, file: OpenFile, pointers: np.ndarray[Any, Any], labels: Tensor, index: Tensor, size: Size) -> None:
+        """pointers: [N] int64, where each image begins in the file. labels, index: [N] int64. size: of the images."""
+        self.file, self.pointers, self.labels, self.index, self.size = file, pointers, labels, index, size
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, positions: Tensor) -> "StreamedSet":
         """The samples at `positions`, which keep their numbers and so their randomness."""
-        return StreamedSet(self.file, self.pointers[positions.cpu().numpy()], self.labels[positions], self.index[positions])
+        pointers = self.pointers[positions.cpu().numpy()]
+        return StreamedSet(self.file, pointers, self.labels[positions], self.index[positions], self.size)
 
     def relabelled(self, labels: Tensor) -> "StreamedSet":
         """The same samples with other labels [N]."""
-        return StreamedSet(self.file, self.pointers, labels, self.index)
+        return StreamedSet(self.file, self.pointers, labels, self.index, self.size)
 
     def fetch(self, positions: Tensor) -> ResidentSet:
         """Read the samples at `positions` [B] onto the device; on a GPU the host waits for the positions."""
-        images = torch.empty(len(positions), IMAGE_BYTES, dtype=torch.uint8, pin_memory=positions.is_cuda)
-        self.file.read_into(images.numpy(), self.pointers[positions.cpu().numpy()].tolist())
-        pixels = images.to(self.labels.device, non_blocking=True).view(-1, SIDE, SIDE, 3)
+        images = torch.empty(len(positions), *self.size, 3, dtype=torch.uint8, pin_memory=positions.is_cuda)
+        self.file.read_into(images.flatten(1).numpy(), self.pointers[positions.cpu().numpy()].tolist())
+        pixels = images.to(self.labels.device, non_blocking=True)
         return ResidentSet(pixels, self.labels[positions], self.index[positions])
 
 
@@ -183,7 +193,8 @@ def load_splits(
     test, test_manifest = load_resident(folder / "test.beton", device, limit=limit_test, verify=verify)
     if manifest.sha256 == test_manifest.sha256:
         raise InputError(f"{folder}: train.beton and test.beton are the same file: {REWRITE}")
-    if (manifest.dataset, manifest.class_names) != (test_manifest.dataset, test_manifest.class_names):
+    kinds = ((part.dataset, part.class_names, part.size, part.channels) for part in (manifest, test_manifest))
+    if operator.ne(*kinds):
         raise InputError(f"{folder}: train.beton and test.beton are of different data: write them again with --force")
     sha256 = [manifest.sha256, test_manifest.sha256]
     if indices is not None:
@@ -210,7 +221,7 @@ def load_splits(
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:
     """Read a beton onto `device`. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
     beton = ahead.beton(path, verify=verify)
-    check_content(path, beton.manifest, beton.labels, None, limit)
+    check_content(path, beton.manifest, beton.images.shape[1:3], beton.labels, None, limit)
     part = slice(limit or None)
     tensors = (torch.from_numpy(array[part]).to(device) for array in (beton.images, beton.labels, beton.index))
     return ResidentSet(*tensors), beton.manifest
@@ -220,22 +231,19 @@ def load_streamed(path: Path, device: torch.device, *, limit: int = 0, verify: b
     """Open a beton. limit: only the first so many samples, 0 = all. Raises InputError for anything unsound."""
     manifest = load_manifest(path)
     file = OpenFile(path)
-    pointers, labels, index = layout(file.read, file.size, path)
+    pointers, labels, index, size = layout(file.read, file.size, path)
     digest = hashlib.sha256()
     for start in range(0, file.size if verify else 0, 1 << 20):
         digest.update(file.read(start, min(1 << 20, file.size - start)).data)
-    check_content(path, manifest, labels, digest.hexdigest() if verify else None, limit)
+    check_content(path, manifest, size, labels, digest.hexdigest() if verify else None, limit)
     part = slice(limit or None)
-    tensors = (torch.from_numpy(array[part]).to(device) for array in (labels, index))
-    streamed = StreamedSet(file, pointers[part], *tensors)
+    on_device = [torch.from_numpy(array[part]).to(device) for array in (labels, index)]
+    streamed = StreamedSet(file, pointers[part], on_device[0], on_device[1], size)
     if verify and not manifest.source_sha256:
-        whole = StreamedSet(file, pointers, torch.from_numpy(labels), torch.from_numpy(index))
+        whole = StreamedSet(file, pointers, torch.from_numpy(labels), torch.from_numpy(index), size)
         parts = (whole.fetch(positions).images.numpy() for positions in torch.arange(len(labels)).split(1000))
         check_statistics(path, manifest, parts)
     return streamed, manifest
-
-
-KEY = slice(16 * 96, 16 * 96 + 64)  # bytes of an image: two thirds of its middle row, which few pairs of images share
 
 
 def count_shared(train: AnySet, test: ResidentSet) -> int:
@@ -255,18 +263,20 @@ def count_shared(train: AnySet, test: ResidentSet) -> int:
 
 
 def _middles(part: AnySet) -> list[bytes]:
-    """Each image's key."""
+    """Each image's key: two thirds of its middle row, which few pairs of images share."""
+    height, width = part.size
+    start, length = height // 2 * width * 3, width * 2
     if isinstance(part, StreamedSet):
-        keys = np.empty((len(part), KEY.stop - KEY.start), np.uint8)
-        part.file.read_into(keys, (part.pointers + KEY.start).tolist())
+        keys = np.empty((len(part), length), np.uint8)
+        part.file.read_into(keys, (part.pointers + start).tolist())
     else:
-        keys = part.images.view(-1, IMAGE_BYTES)[:, KEY].contiguous().cpu().numpy()
+        keys = part.images.flatten(1)[:, start : start + length].contiguous().cpu().numpy()
     return keys.view(f"V{keys.shape[1]}")[:, 0].tolist()
 
 
 def is_cifar10(manifest: Manifest) -> bool:
-    """Whether the data has CIFAR-10's ten classes, for which the reports' statistics hold."""
-    return tuple(manifest.class_names) == CIFAR10_CLASSES
+    """Whether the data has CIFAR-10's layout and ten classes, for which the reports' statistics hold."""
+    return manifest.dataset == "cifar10" and tuple(manifest.class_names) == CIFAR10_CLASSES
 
 
 def normalisation(manifest: Manifest, std: Channels | None = None, *, everywhere: bool = False) -> tuple[Channels, Channels]:

@@ -18,14 +18,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastcifar.arguments import parse_arguments
-from fastcifar.beton import SIDE
 from fastcifar.capture import Captured, Recorder
 from fastcifar.checkpoint import load
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.distributed import ALONE, World
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.step import autocast
+from kernels.augment.reference import reflected
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ class EvaluationTally:
         for count in (self.confusion, self.loss, self.top5):
             count.zero_()
 
-    def read(self) -> Evaluation:
-        """Wait for the device, once, and return the figures."""
+    def read(self, world: World = ALONE) -> Evaluation:
+        """Wait for the device, once, and return the figures of what all ranks of `world` counted."""
         parts = (self.confusion.double(), self.top5.double()[None], self.loss[None])  # counts are exact up to 2^53
-        *counts, loss = torch.cat(parts).tolist()
+        values = torch.cat(parts)
+        world.add([values])
+        *counts, loss = values.tolist()
         *entries, top5 = map(int, counts)
         confusion = [entries[row : row + self.classes] for row in range(0, len(entries), self.classes)]
         images = sum(entries)
@@ -100,17 +103,17 @@ SHIFT = 1  # pixels; the two translated views look up-left and down-right of the
 
 
 def views(images: Tensor, tta: TTA) -> list[Tensor]:
-    """The views of images [B, 32, 32, 3] whose softmax outputs are averaged.
+    """The views of images [B, H, W, 3] whose softmax outputs are averaged.
 
     none: the image. flip: and its horizontal flip (report C). flip_translate: both of these, in place and moved one pixel along
     the diagonal either way with reflected edges, six views (Jordan, "94% on CIFAR-10 in 3.29 seconds", 2024).
     """
     shown = [images]
     if tta == "flip_translate":
-        place = torch.arange(SIDE, device=images.device)
+        places = [torch.arange(side, device=images.device) for side in images.shape[1:3]]
         for offset in (-SHIFT, SHIFT):
-            reflected = SIDE - 1 - (SIDE - 1 - (place + offset).abs()).abs()
-            shown.append(images[:, reflected][:, :, reflected])
+            rows, columns = (reflected(place + offset, len(place)) for place in places)
+            shown.append(images[:, rows][:, :, columns])
     if tta != "none":
         shown += [view.flip(2) for view in shown]
     return shown
@@ -131,7 +134,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def mean_probabilities(
     model: PixelClassifier, images: Tensor, tta: TTA, autocast_dtype: torch.dtype | None, centre_weight: float = ALIKE
 ) -> Tensor:
-    """Float32 probabilities [B, C] for uint8 images [B, 32, 32, 3], averaged over the views.
+    """Float32 probabilities [B, C] for uint8 images [B, H, W, 3], averaged over the views.
 
     centre_weight: of flip_translate's two views in place together, 0..1; the four moved ones have the rest.
     """
@@ -152,7 +155,7 @@ def class_probabilities(
     tta: TTA,
     autocast_dtype: torch.dtype | None,
 ) -> Iterator[Tensor]:
-    """Yield float32 probabilities [B, C] for uint8 images [N, 32, 32, 3], batch by batch, in eval mode."""
+    """Yield float32 probabilities [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
     for batch in images.split(batch_size):
         with evaluating(model):
             probabilities = mean_probabilities(model, batch, tta, autocast_dtype)
@@ -162,7 +165,8 @@ def class_probabilities(
 class Evaluator:
     """Measures a model on a labelled set, as its weights are when called; waits for the device once a call, at the end.
 
-    record: what records the evaluation of a batch, so that later ones replay it. say: told where that fails.
+    record: what records the evaluation of a batch, so that later ones replay it. say: told where that fails. world: the
+    processes that share the set, all of which call it.
     """
 
     def __init__(
@@ -176,8 +180,9 @@ class Evaluator:
         autocast_dtype: torch.dtype | None = None,
         record: Recorder | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.data, self.batch_size = model, data, batch_size
+        self.model, self.data, self.batch_size, self.world = model, data.part(world.rank, world.size), batch_size, world
         self._probabilities = partial(
             mean_probabilities, model, tta=tta, autocast_dtype=autocast_dtype, centre_weight=centre_weight
         )
@@ -196,7 +201,7 @@ class Evaluator:
                 self._batch()
             if rest:
                 self._count(self.data.images[-rest:], self.data.labels[-rest:])
-        return self._tally.read()
+        return self._tally.read(self.world)
 
     def _next_batch(self) -> None:
         self._count(self.data.images.index_select(0, self._positions), self.data.labels.index_select(0, self._positions))
@@ -214,9 +219,11 @@ def evaluate(
     tta: TTA = "none",
     centre_weight: float = ALIKE,
     autocast_dtype: torch.dtype | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measure `model` on a labelled set; waits for the device once, at the end."""
-    return Evaluator(model, data, batch_size=batch_size, tta=tta, centre_weight=centre_weight, autocast_dtype=autocast_dtype)()
+    how: dict[str, Any] = {"tta": tta, "centre_weight": centre_weight, "autocast_dtype": autocast_dtype, "world": world}
+    return Evaluator(model, data, batch_size=batch_size, **how)()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from fastcifar.beton import SIDE
+from fastcifar.beton import SIDE, Size
 from fastcifar.errors import InputError, require, unknown
 
 SMALLEST, LARGEST = 16, 48  # pixels: what every architecture takes
@@ -21,8 +21,13 @@ MOST = 6  # sizes: each has a step of its own, compiled and recorded
 class Phase:
     """What holds for whole epochs, and for which a step is compiled and recorded anew."""
 
-    size: int = SIDE  # of an image's side, in pixels
+    size: int = SIDE  # of a CIFAR image's side, in pixels; other images have the same share of theirs
     frozen: bool = False  # whether the parameters that the recipe freezes are
+
+    def of(self, whole: Size) -> Size:
+        """The height and width to which images of `whole` are brought, a half upwards."""
+        height, width = ((2 * side * self.size + SIDE) // (2 * SIDE) for side in whole)
+        return height, width
 
 
 PLAIN = Phase()
@@ -32,7 +37,8 @@ PLAIN = Phase()
 class Phases:
     """What a recipe changes by epochs."""
 
-    # sides of the training images in pixels, one size after another, 16..48; (): as they are, and as evaluation sees them
+    # sides of the training images in pixels where the data's have 32, else the same shares of theirs: one size after another,
+    # 16..48; (): as they are, and as evaluation sees them
     sizes: tuple[int, ...] = ()
     size_epochs: tuple[float, ...] = ()  # epochs of schedule_epochs at which the second of `sizes` begins, the third, ...
     # parameters not trained from frozen_from on: names, or patterns such as 'stem.*'; no gradient is computed for them then
@@ -47,6 +53,10 @@ class Phases:
         require(self, all(0 < start < math.inf for start in starts), "size_epochs", "above 0")
         require(self, list(starts) == sorted(set(starts)), "size_epochs", "in rising order")
         require(self, 0 <= self.frozen_from < math.inf, "frozen_from", "0 or more")
+
+    def smallest(self, whole: Size) -> Size:
+        """The height and width of the smallest training images, where the data's are `whole`."""
+        return Phase(min(self.sizes, default=SIDE)).of(whole)
 
     def at(self, epoch: int, stretch: float) -> Phase:
         """The phase of epoch `epoch` (from 0) of a run `stretch` times as long as its schedule."""

@@ -45,6 +45,9 @@ class Recipe:
     # in stage s of S with p s/S i/n (report C)
     stochastic_depth_mode: StochasticDepthMode = "sample"
     squeeze_excitation: bool = True  # where the architecture has it; off for ablations
+    # how much smaller the stem makes an image: 1, 2 (its convolution steps by two) or 4 (max pooling follows); 0: by the
+    # shorter side, 1 below 64 pixels, 2 from 64, 4 from 128 on
+    stem_stride: int = 0
     ema_decay: float = 0.0  # per step, of averaged weights used in evaluation, 0 = off, e.g. 0.999
     # epoch of schedule_epochs from which evaluation uses the mean of the weights after every step since, 0 = off
     average_from: float = 0.0
@@ -91,6 +94,7 @@ class Recipe:
         require(self, self.weight_decay >= 0, "weight_decay", "0 or more")
         for name in ("clip_gradient_norm", "clip_gradient_value"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.stem_stride in (0, 1, 2, 4), "stem_stride", "0, 1, 2 or 4")
         modes = get_args(StochasticDepthMode)
         require(self, self.stochastic_depth_mode in modes, "stochastic_depth_mode", f"one of {', '.join(modes)}")
         require(self, self.std is None or all(0 < x < math.inf for x in self.std), "std", "above 0 in every channel")
@@ -138,6 +142,7 @@ class RunOptions:
     train_indices: Path | None = None  # .npy or text file with the numbers in their source (from 0) of the images to train on
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
+    sync_bn: bool = False  # torchrun: batch norm by the whole batch, not each process's part; uncompiled, its own operations
     stream: bool = False  # leave the training images on the disk: for sets larger than the memory; the same pixels
     val_fraction: float = 0.0  # share of the training set held out to choose best.pt; 0: as the recipe says (held_out)
     stop_after: int = 0  # train only the first so many epochs of the whole schedule, 0 = all; --resume goes on
@@ -162,6 +167,7 @@ class RunOptions:
         forms = self.kernels.values() if isinstance(self.kernels, dict) else [self.kernels]
         compiles = torch.cuda.is_available() if self.compile is None else self.compile
         require(self, compiles or self.compile_mode in (None, "default"), "compile_mode", "default without --compile")
+        require(self, not (self.sync_bn and self.compile), "compile", "off with --sync-bn")
         require(self, compiles or "fusable" not in forms, "kernels", "auto, torch or triton without --compile")
         require(self, self.plan_seconds is None or self.plan_seconds >= 0, "plan_seconds", "0 or more")
         for name in ("eval_every", "eval_batch_size"):

@@ -6,23 +6,22 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastcifar.augmentation import Augmentation, augment, draw, numba_serves, triton_serves
-from fastcifar.augmentation.draws import Draws
-from fastcifar.augmentation.mixing import MixPlan, mix, partner
-from fastcifar.augmentation.resize import Weights, resize, resize_weights
-from fastcifar.beton import SIDE
+from fastcifar.augmentation import Augmentation
+from fastcifar.augmentation.resize import resize_weights
+from fastcifar.batches import Batches
 from fastcifar.capture import Captured, Recorder
 from fastcifar.compiling import CompileMode, compiled
-from fastcifar.dataset import ResidentSet, StreamedSet, epoch_order
+from fastcifar.dataset import ResidentSet, StreamedSet
 from fastcifar.device import upload
+from fastcifar.distributed import ALONE, World
 from fastcifar.epoch_tables import EpochPlan, EpochTables, EpochTally
-from fastcifar.models.layers import Kernels, form_of, share_keys
+from fastcifar.models.layers import Kernels, share_keys
 from fastcifar.optimization import (
     LossReduction,
     copies,
@@ -43,7 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class StepSettings:
     """The scalars of a training step."""
 
-    batch_size: int  # images
+    batch_size: int  # images, of all ranks together
     label_smoothing: float
     clip_gradient_norm: float  # 0 = off
     seed: int
@@ -60,12 +59,13 @@ class StepSettings:
     augmentation_seed: int | None = None  # None: seed
 
 
-class TrainStep:
+class TrainStep(Batches):
     """Augment, mix, forward, loss, backward, update, average and count, for one batch. `begin` an epoch, then call.
 
     model: on the device, channels_last. mean, std: [3] in 0..1. average: the averaged copy of the model, or None. record: what
     records the whole step at the first call, so that later ones replay it; None: every call launches all operations. say: told
-    in a line when recording fails, after which every call launches them too.
+    in a line when recording fails, after which every call launches them too. world: the processes that share each batch; a step
+    of more than one cannot be recorded.
     """
 
     def __init__(
@@ -80,30 +80,32 @@ class TrainStep:
         average: "AveragedModel[Any] | None" = None,
         record: Recorder | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.optimizer, self.data, self.average = model, optimizer, data, average
-        self.augmentation, self.settings = augmentation, settings
-        self.mean, self.std = mean, std
+        # A GPU's images are rounded at once: autocast would round them before the first convolution.
+        dtype = (settings.autocast_dtype if mean.is_cuda else None) or torch.float32
         own = settings.order_seed, settings.augmentation_seed
-        self._order_seed, self._augmentation_seed = (settings.seed if seed is None else seed for seed in own)
-        self._ring = BatchRing(data, settings.batch_size) if isinstance(data, StreamedSet) else None
+        order_seed, augmentation_seed = (settings.seed if seed is None else seed for seed in own)
+        super().__init__(
+            data, augmentation, mean, std,
+            seed=augmentation_seed, order_seed=order_seed, dtype=dtype, kernels=settings.kernels, reuses=True,
+        )  # fmt: skip
+        self.model, self.optimizer, self.average, self.settings, self.world = model, optimizer, average, settings, world
+        self._own = settings.batch_size // world.size  # images trained on here
+        self._with_successor = world.size > 1 and augmentation.mixes  # which the last of them is mixed with
+        images = self._own + self._with_successor
+        self._ring = BatchRing(data, images) if isinstance(data, StreamedSet) else None
         self.number = 0  # of the step that comes next: the cursor, as the host knows it
         self._captured = partial(Captured, self.run, self._changes, mean.device, record, "the step", say)
         self._steps: dict[Phase, Captured] = {}  # all of them read the same tables
-        self._resizing: Weights | None = None
         self._freezable = freezable(model, settings.frozen)
         self._epoch = torch.zeros((), dtype=torch.int64, device=mean.device)
         self._draw = Captured(self._draw_epoch, list, mean.device, record, "drawing an epoch", say)
-        sums = settings.loss_reduction == "sum"
-        self._loss_gradient = torch.full((), float(settings.batch_size), device=mean.device) if sums else None
+        scale = (settings.batch_size if settings.loss_reduction == "sum" else 1) / world.size  # of the mean over its own images
+        self._loss_gradient = torch.full((), scale, device=mean.device) if scale != 1 else None
         self.rounded = RoundedWeights(model, settings.autocast_dtype)
         self._counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
-        self._last_images: Tensor | None = None
         self._keys = share_keys(model) if mean.device.type == "cpu" else None
-        # A GPU's images are rounded at once: autocast would round them before the first convolution.
-        dtype = settings.autocast_dtype if mean.is_cuda else None
-        self._image_dtype = dtype or torch.float32
-        self.augments_by = choose_augmentation(augmentation, settings.kernels, mean.device)
         self._prepare, self._loss = self.prepare, self.loss
         if settings.compile:  # the loss with the network, so that the head's small operations fuse
             self._loss = compiled(self.loss, settings.compile_mode)
@@ -133,7 +135,7 @@ class TrainStep:
         self._epoch.fill_(epoch)
         self._draw()
         order, draws = self._drawn
-        plan = EpochPlan(draws, self._plan_mixing(epoch, steps, progress))
+        plan = EpochPlan(draws, self.plan_mixing(epoch, steps, progress))
         kind = torch.float32 if device.type == "cuda" else torch.float64  # what the optimizer's fused kernel reads
         factors = [(1.0, 1.0, 1.0)] * steps
         if momenta is not None and self.settings.table_momentum:
@@ -144,7 +146,7 @@ class TrainStep:
         columns = (values[:, :1], mixing.lam[:, None], mixing.blend[:, None], mixing.box, values[:, 1:])
         fresh = EpochTables(
             cursor=torch.full((1,), first, device=device),
-            order=order[: steps * size].view(steps, size),
+            order=self.world.share(order[: steps * size].view(steps, size), successor=self._with_successor),
             scalars=torch.cat(columns, 1),
             plan=plan,
             tally=tally or EpochTally.begin(steps, device),
@@ -165,26 +167,12 @@ class TrainStep:
         self._step = self._steps[phase]
         for parameter in self._freezable:
             parameter.requires_grad_(not phase.frozen)
-        resizes = phase.size != SIDE
-        self._resizing = resize_weights(phase.size, self._image_dtype, self.mean.device) if resizes else None
-
-    def plan(self, epoch: int, steps: int, progress: float) -> EpochPlan:
-        """Draw an epoch's augmentation and mixing; `progress` is the share of training done, 0..1."""
-        return EpochPlan(self._draws(epoch), self._plan_mixing(epoch, steps, progress))
-
-    def _plan_mixing(self, epoch: int, steps: int, progress: float) -> MixPlan:
-        seed, device = self._augmentation_seed, self.mean.device
-        return self.augmentation.plan_mixing(seed=seed, epoch=epoch, steps=steps, progress=progress, device=device)
-
-    def _draws(self, epoch: int | Tensor) -> Draws:
-        draws = draw(self.augmentation, self.data.index, self._augmentation_seed, epoch)
-        if self.augments_by == "numba":
-            _ = draws.moves, draws.rotations  # computed here, not in the first step
-        return draws
+        size, whole = phase.of(self.data.size), self.data.size
+        self.resizing = None if size == whole else resize_weights(size, self.dtype, self.mean.device, whole)
 
     def _draw_epoch(self) -> None:
         """Draw the order and the augmentation of the epoch that stands on the device."""
-        self._drawn = epoch_order(self.data.index, self._order_seed, self._epoch), self._draws(self._epoch)
+        self._drawn = self.order(self._epoch), self.draws(self._epoch)
 
     def __call__(self) -> None:
         """Train on the next batch."""
@@ -211,21 +199,22 @@ class TrainStep:
         cursor, tally = tables.cursor, tables.tally
         positions, scalars = tables.order.index_select(0, cursor)[0], tables.scalars.index_select(0, cursor)[0]
         rate, (lam, blend), box, rest = scalars[0], scalars[1:3].float(), scalars[3:7], scalars[7:]
-        samples = None if self._keys is None else data.index[positions]
+        samples = None if self._keys is None else data.index[positions[: self._own]]
         if isinstance(data, StreamedSet):
             assert self._ring is not None
             data, plan = self._ring.batch(cursor, positions), replace(plan, draws=plan.draws.at(positions))
             positions = torch.arange(len(positions), device=positions.device)
-        images, labels, partner_labels = self._prepare(data, positions, plan, blend, box)
+        prepared = self._prepare(data, positions, plan, blend, box)
+        images, labels, partner_labels = (values[: self._own] for values in prepared)
         before = copies(self._trained()) if self.settings.skip_nonfinite else {}
         with self._keys.given(self.settings.seed, self._epoch, samples, cursor) if self._keys is not None else nullcontext():
             loss, hits = self._loss(images, labels, partner_labels, lam)
         loss.backward(self._loss_gradient)
         self.rounded.widen()
+        loss, hits = self._add_ranks(loss.detach(), hits)
         finite = self._is_finite(loss) if self.settings.skip_nonfinite else None
         self._update(rate, *rest)
         tally.hits += hits
-        loss = loss.detach()
         if finite is not None:  # the forward pass, too, has let the values into batch norm's averages
             take_back(self._trained(), before, ~finite)
             loss = torch.where(finite, loss, torch.nan)
@@ -245,25 +234,18 @@ class TrainStep:
         if self.average is not None:
             self.average.update(self.model, mean_weight)
 
-    def _is_finite(self, loss: Tensor) -> Tensor:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all()
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
-    def prepare(
-        self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images [B, 3, S, S] channels_last of the phase's size S, labels [B] and the mixing partners' labels [B]."""
-        images, labels = augment(
-            self.augmentation, data, positions, plan.draws, self.mean, self.std,
-            backend=self.augments_by, dtype=self._image_dtype, reuse=self._last_images,
-        )  # fmt: skip
-        if self.augments_by == "numba":
-            self._last_images = images  # nothing needs it after this step: its memory serves the next
-        if self._resizing is not None:
-            images = resize(images, *self._resizing)
-        if self.augmentation.mixes:
-            images = mix(images, blend, box)
-        return images, labels, partner(labels)
+    def _add_ranks(self, loss: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up all ranks' gradients; return the mean loss and the hits of the whole batch."""
+        if self.world.size > 1:
+            loss = loss / self.world.size
+            self.world.add([*self._gradients(), loss, hits])
+        return loss, hits
+
+    def _is_finite(self, loss: Tensor) -> Tensor:
+        return torch.stack([loss, *torch._foreach_norm(self._gradients())]).isfinite().all()
 
     def loss(self, images: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's mean loss and its hits; of a mixed image each label counts by its weight."""
@@ -272,16 +254,6 @@ class TrainStep:
         predicted = logits.detach().argmax(1)
         hits = lam * (predicted == labels).sum() + (1 - lam) * (predicted == partner_labels).sum()
         return mixed_cross_entropy(logits, labels, partner_labels, lam, self.settings.label_smoothing), hits
-
-
-def choose_augmentation(
-    augmentation: Augmentation, kernels: Kernels, device: torch.device
-) -> Literal["torch", "numba", "triton"]:
-    """What applies a recipe's augmentation. Numba on a CPU unless PyTorch is asked for; Triton where asked for and able."""
-    form = form_of(kernels, "augment")
-    if form not in ("torch", "triton") and numba_serves(augmentation, device):  # fusable is said of the network
-        return "numba"
-    return "triton" if form == "triton" and device.type == "cuda" and triton_serves(augmentation) else "torch"
 
 
 class AveragedModel(Generic[Model]):

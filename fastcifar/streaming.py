@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastcifar.beton import SIDE
 from fastcifar.dataset import ResidentSet, StreamedSet
 
 
@@ -17,7 +16,7 @@ class BatchRing:
 
     def __init__(self, data: StreamedSet, batch_size: int) -> None:
         self.data, device = data, data.labels.device
-        self._pixels = torch.empty(2, batch_size, SIDE, SIDE, 3, dtype=torch.uint8, device=device)
+        self._pixels = torch.empty(2, batch_size, *data.size, 3, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host = self._pixels if self._stream is None else torch.empty_like(self._pixels, device="cpu", pin_memory=True)
         if self._stream is not None:

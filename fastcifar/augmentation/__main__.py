@@ -58,11 +58,11 @@ def main() -> None:
 def seen(
     settings: Augmentation, data: ResidentSet, mean: torch.Tensor, std: torch.Tensor, seed: int, epoch: int, epochs: int
 ) -> np.ndarray:
-    """What the network is shown of `data` in an epoch, as pixels again: uint8 [N, 32, 32, 3]. The images make one batch."""
-    x, _ = augment(settings, data, torch.arange(len(data)), draw(settings, data.index, seed, epoch), mean, std)
+    """What the network is shown of `data` in an epoch, as pixels again: uint8 [N, H, W, 3]. The images make one batch."""
+    x, _ = augment(settings, data, torch.arange(len(data)), draw(settings, data.index, seed, epoch, data.size), mean, std)
     if settings.mixes:
-        plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=epoch / epochs, device=x.device)
-        x = mix(x, plan.blend[0], plan.box[0])
+        plan = settings.plan_mixing(seed=seed, epoch=epoch, steps=1, progress=epoch / epochs, device=x.device, size=data.size)
+        x = mix(x, plan.blend[0], plan.box[0], data.size)
     values = x.permute(0, 2, 3, 1) * (255 * std) + 255 * mean
     return values.round().clamp(0, 255).to(torch.uint8).numpy()
 

@@ -1,4 +1,4 @@
-"""Colour operations on pixel values [B, 3, 32, 32], each image with strengths of its own.
+"""Colour operations on pixel values [B, 3, H, W], each image with strengths of its own.
 
 Pixel values are float32 that hold whole numbers 0..255, rounded after every operation as torchvision rounds its uint8
 images, so that each operation equals torchvision's on the same strength. Strengths are [B] float32.
@@ -14,7 +14,7 @@ from kernels.augment.operations import CONTRAST, HUE, LUMA, SATURATION, TOP
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """The grey image [B, 1, 32, 32] of a colour image.
+    """The grey image [B, 1, H, W] of a colour image.
 
     Sums of whole numbers below 2^24 are exact, and half a unit keeps the product away from every whole number: the value
     comes out the same whether a compiler fuses the operations or not.
@@ -39,7 +39,12 @@ def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
 
 def contrast(pixels: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean of the grey image."""
-    return blend(pixels, grey(pixels).mean((1, 2, 3), keepdim=True), factor)
+    return blend(pixels, mean(grey(pixels)), factor)
+
+
+def mean(greys: Tensor) -> Tensor:
+    """The mean [B, 1, 1, 1] of grey images; its sum is exact, and no device divides in a way of its own."""
+    return greys.sum((1, 2, 3), keepdim=True) * (1 / greys[0].numel())
 
 
 def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -110,10 +115,10 @@ def _blends_and_hue(hue_at: int, turns_hue: bool, pixels: Tensor, kinds: Tensor,
             pixels = hue(pixels, turn)
         if at < 3:
             greys = grey(pixels)
+            average = mean(greys)
             kind = kinds[:, at, None, None, None]
-            mean = greys.mean((1, 2, 3), keepdim=True)
             # The image's grey, its mean, or black; weights of 0 and 1, since `torch.where` is slow.
-            other = greys.mul_((kind == SATURATION).to(greys.dtype)).add_(mean * (kind == CONTRAST))
+            other = greys.mul_((kind == SATURATION).to(greys.dtype)).add_(average * (kind == CONTRAST))
             pixels = blend(pixels, other, shares[:, at])
     return pixels
 
@@ -143,7 +148,7 @@ def equalize(pixels: Tensor) -> Tensor:
     With the cumulative histogram H and step = (pixels below the channel's maximum) // 255: value k becomes (H[k-1] + step
     // 2) // step; a channel whose step is 0 stays.
     """
-    flat = pixels.flatten(2).to(torch.int64)  # [B, 3, 1024]
+    flat = pixels.flatten(2).to(torch.int64)  # [B, 3, H W]
     histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=pixels.device)
     histogram.scatter_add_(2, flat, torch.ones_like(flat))
     brightest = flat.amax(2, keepdim=True)
@@ -170,7 +175,8 @@ def apply_where(pixels: Tensor, chosen: Tensor, operation: Callable[..., Tensor]
         if len(rows):
             some = operation(pixels.index_select(0, rows), *(parameter[rows] for parameter in parameters))
             # index_copy_ moves an element at a time: sixteen bytes are six times as fast as four.
-            wide, some_wide = (x.view(len(x), -1).view(torch.complex128) for x in (pixels, some.contiguous()))
+            width = torch.complex128 if pixels[0].numel() % 4 == 0 else pixels.dtype
+            wide, some_wide = (x.view(len(x), -1).view(width) for x in (pixels, some.contiguous()))
             wide.index_copy_(0, rows, some_wide)
         return pixels
     return torch.where(chosen.view(-1, *[1] * (pixels.ndim - 1)), operation(pixels, *parameters), pixels)

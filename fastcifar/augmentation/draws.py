@@ -26,7 +26,7 @@ from fastcifar.augmentation.policies import (
     magnitude_table,
     move_matrices,
 )
-from kernels.augment.operations import NUMBER, SIDE
+from kernels.augment.operations import CIFAR, NUMBER, Size
 from kernels.backends import describe
 from kernels.philox import Purpose, below, philox, uniform
 
@@ -59,6 +59,7 @@ class Draws:
     erased: Tensor | None = None  # [N, 4] int64: the same of random erasing, empty where nothing is erased
     noise_seed: Tensor | None = None  # [N] int64: seed of the noise that erases
     quantiles: Tensor | None = None  # [65536] float32, what the noise is looked up in: shared by all samples
+    size: Size = CIFAR  # of the images that all this is drawn for
 
     @cached_property
     def rows(self) -> int:
@@ -81,7 +82,7 @@ class Draws:
         """Inverse matrices [N, K, 2, 3] of a policy's operations that move pixels; of the others the identity."""
         if self.operations is None or self.magnitudes is None:
             return None
-        return move_matrices(self.operations.flatten(), self.magnitudes.flatten()).view(*self.operations.shape, 2, 3)
+        return move_matrices(self.operations.flatten(), self.magnitudes.flatten(), self.size).view(*self.operations.shape, 2, 3)
 
     @cached_property
     def rotations(self) -> Tensor | None:
@@ -133,20 +134,20 @@ def draw_rotation(samples: Tensor, seed: int, epoch: int | Tensor, largest: floa
 
 
 def draw_policy(
-    samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName, operations: int, magnitude: int
+    samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName, operations: int, magnitude: int, size: Size = CIFAR
 ) -> tuple[Tensor, Tensor]:
     """Operations [N, K] and signed magnitudes [N, K] of a policy's sequence.
 
     operations, magnitude: RandAugment's N and its bin 0..30. AutoAugment applies two, TrivialAugment one.
     """
     if policy in AUTO_AUGMENT:
-        return _draw_auto_augment(samples, seed, epoch, policy)
-    table = constant(magnitude_table, samples.device, WIDE if policy == "trivial_augment" else USUAL, BINS)
+        return _draw_auto_augment(samples, seed, epoch, policy, size)
+    table = constant(magnitude_table, samples.device, WIDE if policy == "trivial_augment" else USUAL, BINS, size)
     drawn, magnitudes = [], []
     for place in range(1 if policy == "trivial_augment" else operations):
-        which, sign, size, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
+        which, sign, strength, _ = philox(seed, samples, epoch, Purpose.POLICY, block=place)
         operation = below(which, DRAWN)
-        chosen = below(size, BINS) if policy == "trivial_augment" else torch.full_like(operation, magnitude)
+        chosen = below(strength, BINS) if policy == "trivial_augment" else torch.full_like(operation, magnitude)
         drawn.append(operation)
         magnitudes.append(_signed(table[operation, chosen], operation, sign))
     return torch.stack(drawn, 1), torch.stack(magnitudes, 1)
@@ -157,10 +158,12 @@ def pair_column(policy: PolicyName, column: int) -> Tensor:
     return torch.tensor([[(NUMBER[part[0]], *part[1:])[column] for part in pair] for pair in AUTO_AUGMENT[policy]])
 
 
-def _draw_auto_augment(samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName) -> tuple[Tensor, Tensor]:
+def _draw_auto_augment(
+    samples: Tensor, seed: int, epoch: int | Tensor, policy: PolicyName, size: Size
+) -> tuple[Tensor, Tensor]:
     """One of the 25 pairs for each image; each operation of the pair is applied with its own probability."""
     numbers, chances, bins = (constant(pair_column, samples.device, policy, column) for column in range(3))
-    table = constant(magnitude_table, samples.device, USUAL, 10)
+    table = constant(magnitude_table, samples.device, USUAL, 10, size)
     pair = below(philox(seed, samples, epoch, Purpose.POLICY)[0], len(numbers))
     drawn, magnitudes = [], []
     for place in range(2):
@@ -178,23 +181,25 @@ def _signed(magnitude: Tensor, operation: Tensor, word: Tensor) -> Tensor:
 
 
 def draw_erasing(
-    samples: Tensor, seed: int, epoch: int | Tensor, probability: float, areas: tuple[float, float] = (0.02, 0.33)
-) -> Tensor:
+    samples: Tensor, seed: int, epoch: int | Tensor, probability: float, areas: tuple[float, float] = (0.02, 0.33),
+    size: Size = CIFAR,
+) -> Tensor:  # fmt: skip
     """Boxes [N, 4] of random erasing: area and ratio are tried until the box is smaller than the image, then placed in it.
 
-    areas: least and most, as shares of the image, uniform between them.
+    areas: least and most, as shares of the image of `size`, uniform between them.
     """
+    tall, wide = size
     chosen = uniform(philox(seed, samples, epoch, Purpose.ERASING)[0]) < probability
     box = torch.zeros(len(samples), 4, dtype=torch.int64, device=samples.device)
     found = ~chosen
     for attempt in range(1, ERASING_TRIES + 1):
         area_word, ratio_word, row, column = philox(seed, samples, epoch, Purpose.ERASING, block=attempt)
-        area = SIDE**2 * (areas[0] + (areas[1] - areas[0]) * uniform(area_word))
+        area = tall * wide * (areas[0] + (areas[1] - areas[0]) * uniform(area_word))
         low, high = (math.log(ratio) for ratio in ERASED_RATIO)
         ratio = torch.exp(low + (high - low) * uniform(ratio_word))
         height, width = torch.sqrt(area * ratio).round().long(), torch.sqrt(area / ratio).round().long()
-        top, left = row * (SIDE - height + 1) >> 32, column * (SIDE - width + 1) >> 32
-        fits = (height < SIDE) & (width < SIDE) & ~found
+        top, left = row * (tall - height + 1) >> 32, column * (wide - width + 1) >> 32
+        fits = (height < tall) & (width < wide) & ~found
         box = torch.where(fits[:, None], torch.stack([top, top + height, left, left + width], 1), box)
         found = found | fits
     return box

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.device import upload
-from kernels.augment.operations import SIDE
+from kernels.augment.operations import CIFAR, Size
 from kernels.philox import Purpose, below, philox, uniform
 
 Batches = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -24,14 +24,15 @@ class MixPlan:
 
 
 def mix_plan(
-    mixup_alpha: float, cutmix_alpha: float, probability: float, *, seed: int, epoch: int, steps: int, device: torch.device
-) -> MixPlan:
+    mixup_alpha: float, cutmix_alpha: float, probability: float, *, seed: int, epoch: int, steps: int, device: torch.device,
+    size: Size = CIFAR,
+) -> MixPlan:  # fmt: skip
     """Draw the mixing of `steps` batches of epoch `epoch` from Philox at (batch number, epoch, MIX).
 
     mixup_alpha, cutmix_alpha: Beta(alpha, alpha) of the lam, 0 = never; with both, each is equally likely. probability: that
-    a batch is mixed at all.
+    a batch is mixed at all. size: of the images.
     """
-    batch = np.arange(steps, dtype=np.int64)
+    batch, (height, width) = np.arange(steps, dtype=np.int64), size
     chosen, which, row, column = philox(seed, batch, epoch, Purpose.MIX)
     mixed = (uniform(chosen) < probability) & (mixup_alpha > 0 or cutmix_alpha > 0)
     both = mixup_alpha > 0 and cutmix_alpha > 0
@@ -40,27 +41,30 @@ def mix_plan(
     lam = np.where(mixed, beta(seed, batch, epoch, np.maximum(alpha, 1e-3)), 1.0)
 
     # CutMix (Yun et al., ICCV 2019): a box of relative area 1 - lam around a uniform centre, clipped at the edges.
-    half = np.where(mixed & use_cutmix, (SIDE * np.sqrt(1 - lam) / 2).astype(np.int64), 0)
-    top, left = below(row, SIDE), below(column, SIDE)
-    box = np.stack([top - half, top + half, left - half, left + half], axis=1).clip(0, SIDE)
+    cut = np.where(mixed & use_cutmix, np.sqrt(1 - lam), 0.0)
+    tall, wide = ((side * cut / 2).astype(np.int64) for side in size)
+    top, left = below(row, height), below(column, width)
+    box = np.stack([top - tall, top + tall, left - wide, left + wide], axis=1).clip(0, [height, height, width, width])
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
     blend = np.where(use_cutmix, 1.0, lam)
-    lam = np.where(use_cutmix, 1 - area / SIDE**2, lam)
+    lam = np.where(use_cutmix, 1 - area / (height * width), lam)
     values = upload(torch.tensor(np.column_stack([lam, blend, box]), dtype=torch.float32), device)  # one copy
     return MixPlan(lam=values[:, 0], blend=values[:, 1], box=values[:, 2:])
 
 
-def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
-    """Mix every image of [B, 3, S, S], channels_last, with its successor in the batch, which the epoch's permutation made a
+def mix(x: Tensor, blend: Tensor, box: Tensor, size: Size = CIFAR) -> Tensor:
+    """Mix every image of [B, 3, H, W], channels_last, with its successor in the batch, which the epoch's permutation made a
     random partner.
 
         y = w x + (1 - w) partner,   w = 0 inside the box, `blend` outside
 
     One expression for mixup (empty box), CutMix (blend 1) and no mixing (both), so that the step has no branch. Computed in
-    float32, returned in x's dtype and layout. box: [4], in pixels of 32 a side; inside are the pixels whose centres are.
+    float32, returned in x's dtype and layout. box: [4], in pixels of images of `size`; inside are the pixels whose centres are.
     """
-    place = (torch.arange(x.shape[-1], device=x.device) + 0.5) * (SIDE / x.shape[-1])
-    inside = ((place >= box[0]) & (place < box[1]))[:, None] & ((place >= box[2]) & (place < box[3]))
+    rows, columns = (
+        (torch.arange(side, device=x.device) + 0.5) * (whole / side) for side, whole in zip(x.shape[2:], size, strict=True)
+    )
+    inside = ((rows >= box[0]) & (rows < box[1]))[:, None] & ((columns >= box[2]) & (columns < box[3]))
     own = x.permute(0, 2, 3, 1)  # rolling the dense view keeps it dense
     mixed = torch.lerp(partner(own).float(), own.float(), torch.where(inside, 0.0, blend)[:, :, None])
     return mixed.to(x.dtype).permute(0, 3, 1, 2)

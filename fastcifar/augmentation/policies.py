@@ -1,7 +1,7 @@
 """RandAugment, AutoAugment and TrivialAugment: their tables, and their operations on batches of pixel values.
 
 All three reduce to the same thing: for each image a short sequence of (operation, signed magnitude). What differs is the
-table they draw from. Operations and tables are torchvision's, sized for 32 pixels where they count pixels.
+table they draw from. Operations and tables are torchvision's.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcifar.augmentation import colour, geometry
 from fastcifar.augmentation.colour import apply_where
-from kernels.augment.operations import NUMBER, OPERATIONS, SIDE
+from kernels.augment.operations import CIFAR, NUMBER, OPERATIONS, Size
 
 PolicyName = Literal["none", "rand_augment", "auto_augment", "auto_augment_imagenet", "trivial_augment"]
 Pairs = tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...]  # two of (operation, probability, magnitude 0..9)
@@ -86,22 +86,25 @@ class Strengths:
     """The largest magnitudes of a table; the smallest is 0 but for Posterize and Solarize, which run the other way."""
 
     shear: float  # tangent of the angle
-    translate: float  # pixels
+    translate: float  # share of the side
     rotate: float  # degrees
     enhance: float  # Brightness, Color, Contrast, Sharpness: factor 1 - x or 1 + x
     posterize: int  # bits lost
+    translate_pixels: float = 0.0  # this many pixels, whatever the side
 
 
-USUAL = Strengths(shear=0.3, translate=150 / 331 * SIDE, rotate=30, enhance=0.9, posterize=4)  # RandAugment and AutoAugment
-WIDE = Strengths(shear=0.99, translate=32, rotate=135, enhance=0.99, posterize=6)  # TrivialAugment
+USUAL = Strengths(shear=0.3, translate=150 / 331, rotate=30, enhance=0.9, posterize=4)  # RandAugment and AutoAugment
+WIDE = Strengths(shear=0.99, translate=0, rotate=135, enhance=0.99, posterize=6, translate_pixels=32)  # TrivialAugment
 
 
-def magnitude_table(strengths: Strengths, bins: int) -> Tensor:
-    """Magnitudes [15 operations, bins] float32: strength rises with the bin, evenly."""
+def magnitude_table(strengths: Strengths, bins: int, size: Size = CIFAR) -> Tensor:
+    """Magnitudes [15 operations, bins] float32 for images of `size`: strength rises with the bin, evenly."""
     table = torch.zeros(len(OPERATIONS), bins)
+    height, width = size
     for strength, names in (
         (strengths.shear, ("ShearX", "ShearY")),
-        (strengths.translate, ("TranslateX", "TranslateY")),
+        (strengths.translate * width + strengths.translate_pixels, ("TranslateX",)),
+        (strengths.translate * height + strengths.translate_pixels, ("TranslateY",)),
         (strengths.rotate, ("Rotate",)),
         (strengths.enhance, ("Brightness", "Color", "Contrast", "Sharpness")),
     ):
@@ -113,7 +116,7 @@ def magnitude_table(strengths: Strengths, bins: int) -> Tensor:
 
 
 def apply_operation(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
-    """Apply to each image of [B, 3, 32, 32] its own operation [B] with its magnitude [B]. May overwrite `pixels`."""
+    """Apply to each image of [B, 3, H, W] its own operation [B] with its magnitude [B]. May overwrite `pixels`."""
 
     def chosen(*names: str) -> Tensor:
         return sum((operation == NUMBER[name] for name in names), torch.zeros_like(operation, dtype=torch.bool))
@@ -132,15 +135,16 @@ def apply_operation(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Ten
 
 def _move(pixels: Tensor, operation: Tensor, magnitude: Tensor) -> Tensor:
     """The five operations that move pixels are one gather with a matrix each."""
-    return geometry.affine(pixels, move_matrices(operation, magnitude), "nearest")
+    return geometry.affine(pixels, move_matrices(operation, magnitude, (pixels.shape[2], pixels.shape[3])), "nearest")
 
 
-def move_matrices(operation: Tensor, magnitude: Tensor) -> Tensor:
-    """Inverse matrices [B, 2, 3] of the operations that move pixels; for the others the identity."""
+def move_matrices(operation: Tensor, magnitude: Tensor, size: Size) -> Tensor:
+    """Inverse matrices [B, 2, 3] of the operations that move pixels of images of `size`; for the others the identity."""
 
     def of(name: str) -> Tensor:
         return torch.where(operation == NUMBER[name], magnitude, 0.0)
 
-    sheared = geometry.shear_translate_matrix(of("ShearX"), of("ShearY"), of("TranslateX").trunc(), of("TranslateY").trunc())
+    right, down = of("TranslateX").trunc(), of("TranslateY").trunc()
+    sheared = geometry.shear_translate_matrix(of("ShearX"), of("ShearY"), right, down, size)
     rotates = (operation == NUMBER["Rotate"])[:, None, None]
     return torch.where(rotates, geometry.rotation_matrix(magnitude), sheared)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastcifar.beton import SMALLEST
 from fastcifar.errors import InputError, unknown
 from fastcifar.models.blocks import BasicBlock, Block, ConvBlock, PreActivationBlock
 from fastcifar.models.layers import PYTORCHS, Kernels, Norm, StochasticDepthMode, require_known
-from fastcifar.models.resnet import Downsampling, Initialisation, Pooling, ResNet, Stem
+from fastcifar.models.resnet import Downsampling, Initialisation, Pooling, ResNet, Stem, StemStride
 
 BUDGET = 5_000_000  # trainable parameters a report was allowed
 
@@ -111,15 +112,16 @@ def build_model(
     stochastic_depth: float = 0.0,
     stochastic_depth_mode: StochasticDepthMode = "sample",
     squeeze_excitation: bool = True,
+    stem_stride: int = 1,
     kernels: Kernels = "auto",
 ) -> ResNet:
-    """Build an architecture by name; input [N, 3, H, W], H and W at least 16, output logits [N, num_classes].
+    """Build an architecture by name; input [N, 3, H, W], of sizes as `ResNet` says, output logits [N, num_classes].
 
     block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
     dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
-    ablations. kernels: who computes what stands between convolutions: torch, numba (auto on a CPU), triton or fusable (our
-    algebra in PyTorch operations), or {kind: form}. The probabilities and `kernels` change neither parameters nor `state_dict`
-    names.
+    ablations. stem_stride: 1, 2 or 4, how much smaller the stem makes an image. kernels: who computes what stands between
+    convolutions: torch, numba (auto on a CPU), triton or fusable (our algebra in PyTorch operations), or {kind: form}. The
+    probabilities, stem_stride and `kernels` change neither parameters nor `state_dict` names.
     """
     row = architecture(name)
     require_known(kernels)
@@ -142,12 +144,28 @@ def build_model(
         stochastic_depth_mode=stochastic_depth_mode,
         kernels=kernels,
         stem=row.stem,
+        stem_stride=stem_stride,
         downsampling=row.downsampling,
         pooling=row.pooling,
         head_bias=row.head_bias,
         logit_scale=row.logit_scale,
         norm=row.norm,
     )
+
+
+def suited_stride(size: tuple[int, int]) -> StemStride:
+    """The stem_stride with which images of `size` (height, width) become maps of 32 to 64 rows and columns; below 64, 1."""
+    return 4 if min(size) >= 128 else 2 if min(size) >= 64 else 1
+
+
+def require_size(name: str, size: tuple[int, int], stem_stride: int) -> None:
+    """Raise InputError where images of `size` (height, width) vanish in an architecture's downsampling."""
+    least = (16 if architecture(name).downsampling == "pooled_conv" else SMALLEST) * stem_stride
+    if min(size) < least:
+        raise InputError(
+            f"{name} needs images of at least {least} pixels a side with stem_stride {stem_stride}, got {size[1]}x{size[0]}: "
+            "choose another --arch, or a lower --stem-stride"
+        )
 
 
 def place(model: ResNet, device: torch.device) -> ResNet:

@@ -23,11 +23,15 @@ Stem = Literal["conv3x3", "whitening"]
 Downsampling = Literal["stride", "pooled_conv"]
 Pooling = Literal["mean", "max"]  # over the last map
 
+# How much smaller the stem makes an image: 1 leaves it; 2, its convolution steps by two pixels; 4, a 3x3 max pooling of stride
+# 2 follows, as for ImageNet (He et al., CVPR 2016). It changes neither parameters nor their names.
+StemStride = Literal[1, 2, 4]
+
 WHITENED = 24  # filters of a whitening stem: two for each of the 12 values of a 2x2 patch
 
 
 class ResNet(nn.Module):
-    """Normalised images [N, 3, H, W], H and W at least 16, to logits [N, num_classes].
+    """Normalised images [N, 3, H, W] to logits [N, num_classes]. H and W: at least 8, with pooled_conv 16, times stem_stride.
 
     The arguments are a row's fields and a recipe's probabilities.
 
@@ -54,6 +58,7 @@ class ResNet(nn.Module):
         stochastic_depth_mode: StochasticDepthMode = "sample",
         kernels: Kernels = "torch",
         stem: Stem = "conv3x3",
+        stem_stride: int = 1,
         downsampling: Downsampling = "stride",
         pooling: Pooling = "mean",
         head_bias: bool = True,
@@ -61,17 +66,19 @@ class ResNet(nn.Module):
         norm: Norm = PYTORCHS,
     ) -> None:
         super().__init__()
-        self.kernels, self.pooling, self.logit_scale = kernels, pooling, logit_scale
+        self.kernels, self.pooling, self.logit_scale, self.stem_stride = kernels, pooling, logit_scale, stem_stride
         # Then the blocks begin with BN and activation, and the trunk ends with them.
         pre_activation = block is PreActivationBlock
         inputs = WHITENED if stem == "whitening" else widths[0]
         if stem == "whitening":
-            self.stem = nn.Sequential(nn.Conv2d(3, inputs, 2), activation())
+            self.stem = nn.Sequential(nn.Conv2d(3, inputs, 2, stride=min(stem_stride, 2)), activation())
             self.stem[0].weight.requires_grad_(False)
         else:
-            self.stem = nn.Sequential(conv(3, inputs, 3, bias=stem_bias))
+            self.stem = nn.Sequential(conv(3, inputs, 3, min(stem_stride, 2), bias=stem_bias))
             if not pre_activation:
                 self.stem.extend([BatchNorm2d(inputs, norm), activation()])
+        if stem_stride == 4:
+            self.stem.append(nn.MaxPool2d(3, 2, padding=1))
 
         self.stages = nn.ModuleList()
         depth, total = 0, sum(blocks)
@@ -109,8 +116,9 @@ class ResNet(nn.Module):
         self._initialise(initialisation)
 
     def forward(self, images: Tensor) -> Tensor:
-        if len(self.stem) == 3:
+        if len(self.stem) > 1 and isinstance(self.stem[1], BatchNorm2d):
             x = norm_act(self.stem[0](images), self.stem[1], self.stem[2], self.kernels)
+            x = self.stem[3](x) if len(self.stem) > 3 else x
         else:
             x = self.stem(images)
         for stage in self.stages:
@@ -137,7 +145,7 @@ class ResNet(nn.Module):
 
 
 class PixelClassifier(nn.Module):
-    """A network with its normalisation in front: uint8 images [N, 32, 32, 3] to logits [N, classes].
+    """A network with its normalisation in front: uint8 images [N, H, W, 3] to logits [N, classes].
 
     mean, std: [3] float32 in 0..1, R G B. They are no part of its state_dict, which is the network's own under `network.`.
     """

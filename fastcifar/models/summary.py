@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastcifar.models import build_model, count_parameters
 from fastcifar.models.resnet import ResNet
+from kernels.augment.operations import CIFAR, Size
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class LayerRow:
 
 
 @torch.no_grad()
-def trace_layers(model: ResNet, size: int = 32) -> list[LayerRow]:
-    """Trace images of size x size pixels through a copy of `model`; return a row for each layer that has no layers inside.
+def trace_layers(model: ResNet, size: Size = CIFAR) -> list[LayerRow]:
+    """Trace images of `size` (height, width) through a copy of `model`; return a row for each layer that has no layers inside.
 
     A batch of no images, which computes nothing: PyTorch's meta device would import for a second first.
     """
@@ -47,7 +48,7 @@ def trace_layers(model: ResNet, size: int = 32) -> list[LayerRow]:
             vars(layer)["kernels"] = "torch"  # no kernel of ours stands for several layers
         if not list(layer.children()) and not isinstance(layer, nn.Identity):
             layer.register_forward_hook(partial(note, name))
-    model(torch.zeros(0, 3, size, size, device=model.classifier.weight.device))
+    model(torch.zeros(0, 3, *size, device=model.classifier.weight.device))
     return rows
 
 
@@ -57,7 +58,7 @@ def flops_per_image(model: ResNet) -> int:
 
 
 @cache
-def training_flops(arch: str, size: int = 32) -> int:
-    """Forward and backward FLOPs of convolutions and linear layers for one image [3, size, size], 2 per multiply-add."""
+def training_flops(arch: str, size: Size = CIFAR, stem_stride: int = 1) -> int:
+    """Forward and backward FLOPs of convolutions and linear layers for one image [3, *size], 2 per multiply-add."""
     with torch.random.fork_rng(devices=()):
-        return sum(row.training_flops for row in trace_layers(build_model(arch), size))
+        return sum(row.training_flops for row in trace_layers(build_model(arch, stem_stride=stem_stride), size))

@@ -17,11 +17,11 @@ EPS = 5e-4  # keeps directions that hardly vary from being blown up
 
 @torch.no_grad()
 def whitening_filters(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The filters [24, 3, 2, 2] float32 for images [N, 32, 32, 3] uint8, which are normalised by mean and std, [3] in 0..1."""
+    """The filters [24, 3, 2, 2] float32 for images [N, H, W, 3] uint8, which are normalised by mean and std, [3] in 0..1."""
     # In float32 the filters of the smallest values were 1 % off.
     sums, patches = torch.zeros(12, 12, dtype=torch.float64, device=images.device), 0
     for part in images.split(100):  # as many as a CPU's cache holds
-        windows = normalise(part, mean, std).double().unfold(2, 2, 1).unfold(3, 2, 1)  # [N, 3, 31, 31, 2, 2]
+        windows = normalise(part, mean, std).double().unfold(2, 2, 1).unfold(3, 2, 1)  # [N, 3, H - 1, W - 1, 2, 2]
         rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
         sums += rows.T @ rows
         patches += len(rows)

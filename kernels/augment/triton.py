@@ -1,7 +1,8 @@
 """The augmentation in one CUDA launch.
 
-One program an image; its 3,072 output values are contiguous, so stores are wide, and its reads fall into 3 KB of the set.
-Bytes per image: 3,072 read, 6,144 written in bf16: 0.46 GB an epoch of 50,000, 0.11 ms at 4.3 TB/s.
+One program an image, or some rows of one that is larger than CIFAR's; its output values are contiguous, so stores are wide,
+and its reads fall into a few KB of the set. Bytes per CIFAR image: 3,072 read, 6,144 written in bf16: 0.46 GB an epoch of
+50,000, 0.11 ms at 4.3 TB/s.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -17,6 +18,7 @@ CROP_FLIP, CUTOUT, FIRST_FLIP = (
     tl.constexpr(int(purpose)) for purpose in (Purpose.CROP_FLIP, Purpose.CUTOUT, Purpose.FIRST_FLIP)
 )
 WARPS = 4
+VALUES = 4096  # of a program, as of a CIFAR image: 32 rows of 96 values and an idle quarter
 
 
 @triton.jit
@@ -26,15 +28,16 @@ def below(word, bound):
 
 
 @triton.jit
-def reflected(place):
-    """-1 shows 1, 32 shows 30."""
-    return 31 - tl.abs(31 - tl.abs(place))
+def reflected(place, length: tl.constexpr):
+    """-1 shows 1, `length` shows length - 2."""
+    return length - 1 - tl.abs(length - 1 - tl.abs(place))
 
 
 @triton.jit
 def augment_kernel(
     images, labels, index, permutation, cursor, epoch, seed, mean, std, out, out_labels,
     padding: tl.constexpr, reflect: tl.constexpr, flip: tl.constexpr, cutout: tl.constexpr,
+    height: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     position = tl.load(permutation + tl.load(cursor) + b)
@@ -53,29 +56,36 @@ def augment_kernel(
         flipped = (((own >> 31) + number) & 1) == 1
 
     # What depends on the row alone or on the column alone is computed once for all elements of a thread that share it.
-    y, in_row = tl.arange(0, 32)[:, None], tl.arange(0, 128)[None, :]  # 96 bytes a row; the last quarter is idle
+    y = tl.program_id(1) * rows + tl.arange(0, rows)[:, None]
+    in_row = tl.arange(0, columns)[None, :]  # the 3 width bytes of a row; the rest is idle
     x, channel = in_row // 3, in_row % 3
-    row, column = y + down, tl.where(flipped, 31 - x, x) + right
+    row, column = y + down, tl.where(flipped, width - 1 - x, x) + right
     if reflect:
-        row, column = reflected(row), reflected(column)
-    row_mask, column_mask = (row >= 0) & (row < 32), (column >= 0) & (column < 32) & (in_row < 96)
-    source = images + position * 3072
-    level = tl.load(source + (row * 96 + (column * 3 + channel)), mask=row_mask & column_mask, other=0).to(tl.float32)
+        row, column = reflected(row, height), reflected(column, width)
+    row_mask, column_mask = (row >= 0) & (row < height), (column >= 0) & (column < width) & (in_row < 3 * width)
+    source = images + position * (3 * height * width)
+    level = tl.load(source + (row * (3 * width) + (column * 3 + channel)), mask=row_mask & column_mask, other=0).to(tl.float32)
     offset = 255.0 * tl.load(mean + channel)
     scale = tl.div_rn(1.0, 255.0 * tl.load(std + channel))  # rounded as PyTorch rounds it
     value = (level - offset) * scale
     if cutout > 0:
         row_word, column_word, _, _ = tl.philox(key, sample, number, nothing + CUTOUT, nothing)
-        top, left = (row_word >> 27).to(tl.int32) - cutout // 2, (column_word >> 27).to(tl.int32) - cutout // 2
+        top = below(row_word, nothing + height) - cutout // 2
+        left = below(column_word, nothing + width) - cutout // 2
         cleared = ((y >= top) & (y < top + cutout)) & ((x >= left) & (x < left + cutout))
         value = tl.where(cleared, 0.0, value)
-    tl.store(out + b * 3072 + (y * 96 + in_row), value.to(out.dtype.element_ty), mask=in_row < 96)
+    place = out + b * (3 * height * width) + (y * (3 * width) + in_row)
+    tl.store(place, value.to(out.dtype.element_ty), mask=(in_row < 3 * width) & (y < height))
 
 
 def launch(*tensors: Tensor, padding: int, reflect: bool, flip: int, cutout: int) -> None:
-    """Fill out [B, 32, 32, 3] and out_labels [B], the last of the kernel's `tensors`. No host sync."""
+    """Fill out [B, H, W, 3] and out_labels [B], the last of the kernel's `tensors`. No host sync."""
+    height, width = tensors[0].shape[1:3]
+    columns = triton.next_power_of_2(3 * width)
+    rows = min(max(1, VALUES // columns), triton.next_power_of_2(height))
     with torch.cuda.device_of(tensors[0]):
-        augment_kernel[(len(tensors[-1]),)](
-            *tensors, padding=padding, reflect=reflect, flip=flip, cutout=cutout, num_warps=WARPS,
+        augment_kernel[(len(tensors[-1]), triton.cdiv(height, rows))](
+            *tensors, padding=padding, reflect=reflect, flip=flip, cutout=cutout, height=height, width=width, rows=rows,
+            columns=columns, num_warps=WARPS,
             enable_fp_fusion=False,  # level - 255 mean in one rounding would not be NumPy's pixel
         )  # fmt: skip

@@ -1,0 +1,152 @@
+"""Pictures of any kind as arrays: one file, or a folder with a folder for each class. What cannot be used is said of each file.
+
+EXIF orientation is applied, CMYK becomes RGB, transparent pixels are put on white. Refused are damaged and truncated files,
+animations and several pages, and more than 8 bits a channel, which would have to be cut.
+"""
+
+import io
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastcifar.beton import LARGEST, MOST_CLASSES, SMALLEST, Size, printable
+from fastcifar.errors import InputError, shortened
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+GREY = ("1", "L", "LA")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MOST_BYTES = 1 << 28  # of a file
+
+
+@dataclass
+class Labelled:
+    """Pictures with their classes."""
+
+    images: np.ndarray[Any, Any]  # [N, H, W, 3] uint8
+    labels: np.ndarray[Any, Any]  # [N] int64
+    class_names: list[str]
+    names: list[str]  # of each picture, which decide what is held out for testing
+    channels: int = 3  # 1: all are grey
+    bad: list[str] = field(default_factory=list)  # one line for each that was left out
+
+
+def decode(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """A picture in mode L or RGB, upright. Raises ValueError saying what is wrong, or whatever else Pillow does."""
+    if not file.is_file() or file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"not a file of at most {MOST_BYTES:,} bytes")
+    content = file.read_bytes()
+    _require_whole_png(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{image.n_frames} frames or pages")  # type: ignore[attr-defined]
+            deep = any("16" in str(raw_mode) or "32" in str(raw_mode) for *_, raw_mode in image.tile)
+            if deep or image.mode.startswith(("I", "F")):  # which Pillow would cut to 8 without a word
+                raise ValueError("more than 8 bits a channel")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                clear = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+            return upright.convert("L" if image.mode in GREY else "RGB")
+
+
+def _require_whole_png(content: bytes) -> None:
+    """Raise ValueError where a block of a PNG has another checksum than it says: Pillow skips those of the pixels."""
+    start, kind = len(PNG_SIGNATURE), b""
+    while content.startswith(PNG_SIGNATURE) and kind != b"IEND":
+        end = start + 8 + int.from_bytes(content[start : start + 4])
+        kind = content[start + 4 : start + 8]
+        if len(content) < end + 4 or zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            raise ValueError("damaged or cut short")
+        start = end + 4
+
+
+def fitted(image: Image.Image, size: Size | None) -> Image.Image:
+    """Cropped about its centre to the shape of `size` (height, width), then resized; None: as it is.
+
+    Raises ValueError for a picture that cannot stay as it is.
+    """
+    if size is not None:
+        return image if image.size == size[::-1] else ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
+        raise ValueError(f"{image.width}x{image.height} pixels, not {SMALLEST}..{LARGEST} a side: give a size to bring all to")
+    return image
+
+
+def why(error: Exception) -> str:
+    """What was wrong with a picture, in a few words: decoders raise almost anything."""
+    return " ".join(shortened(error).split()) or type(error).__name__
+
+
+def read_folder(
+    folder: Path,
+    size: Size | None = None,
+    *,
+    class_names: list[str] | None = None,
+    skip_bad: bool = False,
+    advance: Callable[[int], object] = lambda total: None,
+) -> Labelled:
+    """Read a folder of class folders; classes are numbered by their names' order.
+
+    size: to which all are `fitted`. class_names: those of another split, which these must be among. skip_bad: leave out what
+    cannot be used. advance: called for every picture with how many there are. Raises InputError naming the file or folder.
+    """
+    folders = class_folders(folder, class_names)
+    names = class_names or [printable(path.name) for path in folders]
+    files = [(file, names.index(printable(path.name))) for path in folders for file in picture_files(path)]
+    shape, pixels, labels, kept, bad, grey = size, [], [], [], [], True
+    for file, label in files:
+        advance(len(files))
+        try:
+            image = fitted(decode(file), size)
+            shape = shape or (image.height, image.width)
+            if (image.height, image.width) != shape:
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels, others {shape[1]}x{shape[0]}: give a size to bring all to"
+                )
+        except Exception as error:  # Pillow's decoders raise almost anything
+            bad.append(f"{file}: {why(error)}")
+            if not skip_bad:
+                raise InputError(f"{bad[0]}; repair or remove it, or leave such pictures out with --skip-bad") from None
+            continue
+        grey = grey and image.mode == "L"
+        pixels.append(np.asarray(image.convert("RGB")))
+        labels.append(label)
+        kept.append(file.relative_to(folder).as_posix())
+    if not pixels:
+        raise InputError(f"{folder}: none of its {len(files):,} pictures can be used, e.g. {bad[0]}")
+    return Labelled(np.stack(pixels), np.array(labels, np.int64), names, kept, 1 if grey else 3, bad)
+
+
+def class_folders(folder: Path, class_names: list[str] | None = None) -> list[Path]:
+    """The class folders in `folder`, by name. Raises InputError unless there are two classes or more, all with pictures."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: name one that holds a folder of pictures for each class")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if class_names is None and len(folders) < 2:
+        found = f"only one, {folders[0].name}" if folders else "none"
+        raise InputError(f"{folder} must hold a folder of pictures for each of two classes or more, it has {found}")
+    if len(folders) > MOST_CLASSES:
+        raise InputError(f"{folder} holds {len(folders):,} class folders, more than {MOST_CLASSES:,}: put classes together")
+    for path in folders:
+        if class_names is not None and printable(path.name) not in class_names:
+            raise InputError(f"{path} is a class that the training pictures do not have: remove it, or add training pictures")
+        if class_names is None and not picture_files(path):
+            raise InputError(f"{path} holds no picture ({', '.join(SUFFIXES)}): remove it, or fill it")
+    return folders
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """All pictures in and below a folder, by name; hidden files are none."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in files if path.is_file())
