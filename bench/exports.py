@@ -22,7 +22,7 @@ from fastcifar.checkpoint import load
 from fastcifar.dataset import load_resident
 from fastcifar.device import device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command
-from fastcifar.evaluate import require_same_classes
+from fastcifar.evaluate import require_same_kind
 from fastcifar.export import CPU, LATENCY, Format, Options, Tried, quiet, tried, write
 from fastcifar.versions import installed
 
@@ -73,7 +73,7 @@ def main() -> None:
 def rows(command: Command, checkpoint: Path) -> Iterator[str]:
     """The table's rows of one run: the checkpoint itself, then its exports, all timed in turns."""
     original, (test, manifest) = load(checkpoint), load_resident(command.data / "test.beton", CPU, limit=command.limit_test)
-    require_same_classes(checkpoint, original.class_names, command.data, manifest.class_names)
+    require_same_kind(checkpoint, original, command.data, test, manifest.class_names)
     with tempfile.TemporaryDirectory() as folder, quiet():
         made: dict[str, tuple[Path, Format]] = {}
         for name, how in EXPORTS.items():

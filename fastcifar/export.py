@@ -34,7 +34,7 @@ from fastcifar.checkpoint import Trained, load
 from fastcifar.dataset import ResidentSet, epoch_order, load_resident
 from fastcifar.device import device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command
-from fastcifar.evaluate import require_same_classes, warn_synthetic
+from fastcifar.evaluate import require_same_kind, warn_synthetic
 from fastcifar.files import atomic_path
 from fastcifar.models import build_model, place
 from fastcifar.models.layers import BatchNorm2d
@@ -118,7 +118,7 @@ def export(options: Options) -> dict[str, Any]:
         raise InputError(f"{path} exists: choose another --out, or replace it with --force")
     original = load(options.checkpoint)
     test, manifest = load_resident(options.data / "test.beton", CPU, limit=options.limit_test)
-    require_same_classes(options.checkpoint, original.class_names, options.data, manifest.class_names)
+    require_same_kind(options.checkpoint, original, options.data, test, manifest.class_names)
     with atomic_path(path) as partial, quiet():
         write(partial, options, test)
         rows = list(tried(original, options.checkpoint.name, {path.name: (partial, options.to)}, test))
@@ -216,7 +216,7 @@ def safetensors_bytes(model: Trained) -> bytes:
     """The network's weights under its own names; as text beside them what `read_safetensors` and others need."""
     from safetensors.torch import save
 
-    facts = {name: getattr(model, name) for name in ("arch", "squeeze_excitation", "epoch", "class_names")}
+    facts = {name: getattr(model, name) for name in ("arch", "squeeze_excitation", "stem_stride", "epoch", "class_names")}
     facts |= asdict(model.preprocessing)
     weights = {name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}
     return save(weights, {"format": "pt"} | {name: json.dumps(value) for name, value in facts.items()})
@@ -229,7 +229,8 @@ def read_safetensors(path: Path) -> PixelClassifier:
     with safe_open(path, "pt") as file:
         facts = {name: json.loads(text) for name, text in file.metadata().items() if name != "format"}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    network = build_model(facts["arch"], len(facts["class_names"]), squeeze_excitation=facts["squeeze_excitation"])
+    shape = {name: facts[name] for name in ("squeeze_excitation", "stem_stride")}
+    network = build_model(facts["arch"], len(facts["class_names"]), **shape)
     network.load_state_dict(weights)
     return PixelClassifier(place(network, CPU).eval(), torch.tensor(facts["mean"]), torch.tensor(facts["std"]))
 
