@@ -279,7 +279,8 @@ def tried(original: Trained, name: str, files: dict[str, tuple[Path, Format]], t
     sizes = [weights, *(path.stat().st_size for path, _ in files.values())]
     with torch.inference_mode():
         outputs = [torch.cat([run(images) for images in test.images.split(BATCH)]) for run in runs.values()]
-        milliseconds = {count: latencies(runs.values(), test.images[:count], rounds) for count, rounds in LATENCY.items()}
+        batches = {count: test.images[torch.arange(count) % len(test)] for count in LATENCY}
+        milliseconds = {count: latencies(runs.values(), images, LATENCY[count]) for count, images in batches.items()}
     for number, (name, size, logits) in enumerate(zip(runs, sizes, outputs, strict=True)):
         yield Tried(
             name=name,
