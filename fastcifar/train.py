@@ -150,7 +150,7 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
                     if record["epoch"] % run.eval_every == 0 or record["epoch"] == recipe.epochs:  # wherever this stops
                         record |= select_best(state, evaluator, data.select_name, stop)
-                        if run.record_margins:
+                        if run.record_margins and world.leads:
                             record_margins(folder, state, data, run, dtype, stop)
                 except Stopped as end:
                     writer.flush()
