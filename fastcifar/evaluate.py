@@ -261,6 +261,9 @@ def measure(options: Options) -> dict[str, Any]:
             f"{options.checkpoint} knows other classes ({', '.join(checkpoint.class_names[:3])}, ...) than "
             f"{options.data} ({', '.join(manifest.class_names[:3])}, ...): name the data it was trained on"
         )
+    if data.size != tuple(checkpoint.size):
+        sizes = [f"{width}x{height}" for height, width in (data.size, checkpoint.size)]
+        raise InputError(f"{options.data} has images of {sizes[0]} pixels, {options.checkpoint} was trained on {sizes[1]}")
     evaluation = evaluate(
         model,
         data,
