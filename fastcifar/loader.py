@@ -3,8 +3,9 @@
 What is drawn and computed is `fastcifar.batches`, which training itself runs: the same seed gives the same pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from fastcifar.dataset import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     AnySet,
-    Channels,
     ResidentSet,
     StreamedSet,
     load_resident,
@@ -102,7 +102,8 @@ class Loader:
         _require(epochs >= 0 and not (moves and epochs == 0), "epochs", "at least 1 where mixup_alpha_end is set", epochs)
         data, names, own = _loaded(source, where, stream, verify)
         self.class_names = list(class_names or names)
-        self.mean, self.std = tuple(mean or own[0]), tuple(std or own[1])
+        measured = own() if mean is None or std is None else (mean, std)
+        self.mean, self.std = tuple(mean or measured[0]), tuple(std or measured[1])
         for name, values in (("mean", self.mean), ("std", self.std)):
             _require(len(values) == 3 and all(0 <= v <= 1 for v in values), name, "three numbers in 0..1", values)
         _require(min(self.std) > 0, "std", "above 0: a channel that is the same everywhere cannot be normalised", self.std)
@@ -268,20 +269,19 @@ def augment(
 
 def _loaded(
     source: str | Path | ResidentSet, device: torch.device, stream: bool | None, verify: bool
-) -> tuple[AnySet, list[str], tuple[Channels, Channels]]:
-    """The set on its device, its classes' names, and its mean and deviation."""
+) -> tuple[AnySet, list[str], Callable[[], Sequence[Sequence[float]]]]:
+    """The set on its device, its classes' names, and what finds its mean and deviation."""
     if isinstance(source, ResidentSet):
         _require(not stream, "stream", "None or False for images that are in memory already", stream)
-        mean, std = channel_statistics(in_parts(source.images.cpu().numpy()))
         names = [str(number) for number in range(int(source.labels.max()) + 1)]
         on_device = (values.to(device) for values in (source.images, source.labels, source.index))
-        return ResidentSet(*on_device), names, (tuple(mean), tuple(std))
+        return ResidentSet(*on_device), names, lambda: channel_statistics(in_parts(source.images.cpu().numpy()))
     path = Path(source)
     manifest = load_manifest(path)
     if stream is None:
         stream = 3 * manifest.height * manifest.width * manifest.count > SHARE * _free_memory(device)
     data, _ = (load_streamed if stream else load_resident)(path, device, verify=verify)
-    return data, manifest.class_names, normalisation(manifest)
+    return data, manifest.class_names, partial(normalisation, manifest)
 
 
 def _free_memory(device: torch.device) -> int:
