@@ -22,6 +22,7 @@ from fastcifar.capture import Captured, Recorder
 from fastcifar.checkpoint import load_model
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
+from fastcifar.distributed import ALONE, World
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.step import autocast
@@ -78,10 +79,12 @@ class EvaluationTally:
         for count in (self.confusion, self.loss, self.top5):
             count.zero_()
 
-    def read(self) -> Evaluation:
-        """Wait for the device, once, and return the figures."""
+    def read(self, world: World = ALONE) -> Evaluation:
+        """Wait for the device, once, and return the figures of what all ranks of `world` counted."""
         parts = (self.confusion.double(), self.top5.double()[None], self.loss[None])  # counts are exact up to 2^53
-        *counts, loss = torch.cat(parts).tolist()
+        values = torch.cat(parts)
+        world.add([values])
+        *counts, loss = values.tolist()
         *entries, top5 = map(int, counts)
         confusion = [entries[row : row + self.classes] for row in range(0, len(entries), self.classes)]
         images = sum(entries)
@@ -162,7 +165,8 @@ def class_probabilities(
 class Evaluator:
     """Measures a model on a labelled set, as its weights are when called; waits for the device once a call, at the end.
 
-    record: what records the evaluation of a batch, so that later ones replay it. say: told where that fails.
+    record: what records the evaluation of a batch, so that later ones replay it. say: told where that fails. world: the
+    processes that share the set, all of which call it.
     """
 
     def __init__(
@@ -176,8 +180,9 @@ class Evaluator:
         autocast_dtype: torch.dtype | None = None,
         record: Recorder | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.data, self.batch_size = model, data, batch_size
+        self.model, self.data, self.batch_size, self.world = model, data.part(world.rank, world.size), batch_size, world
         self._probabilities = partial(
             mean_probabilities, model, tta=tta, autocast_dtype=autocast_dtype, centre_weight=centre_weight
         )
@@ -196,7 +201,7 @@ class Evaluator:
                 self._batch()
             if rest:
                 self._count(self.data.images[-rest:], self.data.labels[-rest:])
-        return self._tally.read()
+        return self._tally.read(self.world)
 
     def _next_batch(self) -> None:
         self._count(self.data.images.index_select(0, self._positions), self.data.labels.index_select(0, self._positions))
@@ -214,9 +219,11 @@ def evaluate(
     tta: TTA = "none",
     centre_weight: float = ALIKE,
     autocast_dtype: torch.dtype | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Measure `model` on a labelled set; waits for the device once, at the end."""
-    return Evaluator(model, data, batch_size=batch_size, tta=tta, centre_weight=centre_weight, autocast_dtype=autocast_dtype)()
+    how: dict[str, Any] = {"tta": tta, "centre_weight": centre_weight, "autocast_dtype": autocast_dtype, "world": world}
+    return Evaluator(model, data, batch_size=batch_size, **how)()
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class Choice:
 def settled(run: RunOptions, device: torch.device, plan: Plan | None = None) -> RunOptions:
     """The run with what it leaves open as `plan` says; without one, as the device's default does."""
     plan = plan or next(iter(PLANS[device.type].values()))
+    if run.sync_bn:  # the compiler does not follow collectives
+        plan = replace(plan, compile=False, compile_mode="default")
     return replace(run, **{**vars(plan), **given(run)})
 
 
@@ -105,31 +107,33 @@ def candidates(run: RunOptions, device: torch.device, threads: int = 0) -> dict[
     rows = {name: replace(plan, **loose) for name, plan in PLANS[device.type].items()}
     default = replace(next(iter(rows.values())), **asked)
     name = next((name for name, plan in rows.items() if plan == default), "as given")
-    fewer = [1 << power for power in range(10) if 1 << power < (threads or torch.get_num_threads())]
+    limits = [1 << power for power in range(10) if 1 << power < (threads or torch.get_num_threads())]
+    fewer = {f"{name}, threads: {limit}": replace(default, threads=limit) for limit in limits}
     return {
         name: default,
-        **{f"{name}, {count} threads": replace(default, threads=count) for count in fewer if _leaves_threads_open(run, device)},
+        **(fewer if _leaves_threads_open(run, device) else {}),
         **{name: plan for name, plan in rows.items() if plan == replace(plan, **asked)},
     }
 
 
-def choose(command: Command, images: int, device: torch.device, say: Say) -> Choice:
+def choose(command: Command, images: int, device: torch.device, say: Say, *, measures: bool = True) -> Choice:
     """Choose how a new run's steps run, or take up what its folder has. Raises InputError.
 
-    images: in an epoch. say: told in a line what the user could not expect.
+    images: in an epoch. say: told in a line what the user could not expect. measures: whether auto may take what was or will be
+    measured; else it is the default.
     """
     run = command.run
     if run.resume is not None:
         return Choice(settled(run, device), {})
     if run.threads > (os.cpu_count() or 1):
         raise InputError(f"threads must be 0..{os.cpu_count()} on this machine, got {run.threads}")
-    if run.plan == "auto":
+    if run.plan == "auto" and measures:
         return _automatic(command, images, device, say)
     record = _named(command, device)
     plan = Plan(**record["plan"])
     for name in ("compile", "compile_mode", "kernels"):  # which make a plan what it is
         value, its = given(run).get(name, getattr(plan, name)), getattr(plan, name)
-        if run.plan != "default" and value != its:
+        if run.plan not in ("auto", "default") and value != its:
             raise InputError(f"plan {run.plan} has {name} {its}, {value} was given: leave one of the two out")
     return decided(run, record, device)
 
@@ -143,9 +147,9 @@ def decided(run: RunOptions, record: Record, device: torch.device) -> Choice:
 def _named(command: Command, device: torch.device) -> Record:
     """The record of the plan that --plan names: a built-in one, or a file's."""
     wanted, known = command.run.plan, PLANS[device.type]
-    name = next(iter(known)) if wanted == "default" else wanted
+    name = next(iter(known)) if wanted in ("auto", "default") else wanted
     if name in known:
-        return record_of(name, "default" if wanted == "default" else "given", known[name], device)
+        return record_of(name, "given" if wanted == name else "default", known[name], device)
     path = Path(wanted)
     if path.suffix != ".json" and not path.exists():
         raise unknown(f"plan for {device.type}", wanted, ["auto", "default", *known])

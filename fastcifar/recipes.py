@@ -136,6 +136,7 @@ class RunOptions:
     deterministic: bool = True  # only algorithms that give the same bits every time
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
+    sync_bn: bool = False  # torchrun: batch norm by the whole batch, not each process's part; uncompiled, its own operations
     stream: bool = False  # leave the training images on the disk: for sets larger than the memory; the same pixels
     val_fraction: float = 0.0  # share of the training set held out to choose best.pt; 0: as the recipe says (held_out)
     stop_after: int = 0  # train only the first so many epochs of the whole schedule, 0 = all; --resume goes on
@@ -156,6 +157,7 @@ class RunOptions:
         forms = self.kernels.values() if isinstance(self.kernels, dict) else [self.kernels]
         compiles = torch.cuda.is_available() if self.compile is None else self.compile
         require(self, compiles or self.compile_mode in (None, "default"), "compile_mode", "default without --compile")
+        require(self, not (self.sync_bn and self.compile), "compile", "off with --sync-bn")
         require(self, compiles or "fusable" not in forms, "kernels", "auto, torch or triton without --compile")
         require(self, self.plan_seconds is None or self.plan_seconds >= 0, "plan_seconds", "0 or more")
         for name in ("eval_every", "eval_batch_size"):

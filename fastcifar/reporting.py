@@ -37,6 +37,8 @@ def announce(
     how = [data.mean.device.type, "fp32" if dtype is None else "bf16 autocast", "channels_last"]
     modes = {"default": "compiled", "tuned": "compiled tuned", "combo": "compiled with combined kernels"}
     how += [modes[command.run.compile_mode or "default"]] if command.run.compile else []
+    how += [f"{state.world.size} processes"] if state.world.size > 1 else []
+    how += ["batch norm over all, by PyTorch's operations, uncompiled"] if command.run.sync_bn and state.world.size > 1 else []
     epochs = f"{recipe.epochs} epochs" if not command.run.stop_after else f"{command.run.stop_after} of {recipe.epochs} epochs"
     console.print(f"{', '.join(how)}; {epochs} of batch {recipe.batch_size}; into {folder.path}")
     if state.epoch or state.within:

@@ -1,17 +1,19 @@
 """What training moves: weights, average, optimizer, epoch, best so far; how it is built, saved and restored."""
 
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcifar.capture import cuda_graph
 from fastcifar.checkpoint import Checkpoint, load_checkpoint, require_fits
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.device import choose_precision, generator_states
+from fastcifar.distributed import ALONE, World
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
 from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
@@ -25,6 +27,7 @@ from fastcifar.models import (
     suited_stride,
     whitening,
 )
+from fastcifar.models.layers import synchronise
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from fastcifar.optimization import build_optimizer, load_optimizer
 from fastcifar.phases import freezable
@@ -90,17 +93,41 @@ class TrainingState:
     best_accuracy: float = -1.0
     best_epoch: int = 0
     within: EpochState | None = None  # the epoch after `epoch`, where it has begun
+    world: World = ALONE  # the processes that train it
 
     @property
     def evaluated(self) -> ResNet:
         """The weights that count: the averaged ones where there are any."""
         return self.average.model if self.average is not None else self.model
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All weights and statistics that are floating point, of the average too."""
+        models = [self.model] if self.average is None else [self.model, self.average.model]
+        return [tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def share_statistics(self) -> None:
+        """Give every rank the mean of the ranks' running statistics.
+
+        They are linear in those of the batches, so it does not matter how often; rank 0's alone would rest on fewer images.
+        """
+        if self.world.size > 1:
+            statistics = [tensor for tensor in self.tensors if not isinstance(tensor, nn.Parameter)]
+            torch._foreach_div_(statistics, self.world.size)
+            self.world.add(statistics)
+
+    def digest(self) -> str:
+        """A hash of where training stands and of all weights."""
+        values = b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in self.tensors)
+        where = f"epoch {self.epoch}, step {self.within.step if self.within else 0}"
+        return f"{where}, weights {hashlib.sha256(values).hexdigest()[:12]}"
+
     def measure(
         self, data: Splits, split: ResidentSet, batch_size: int, dtype: torch.dtype | None, tta: TTA = "none"
     ) -> Evaluation:
         """Evaluate the weights that count on a split; waits for the device once."""
-        return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype)
+        return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype, world=self.world)
 
     def evaluator(self, data: Splits, recipe: Recipe, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
         """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""
@@ -114,16 +141,19 @@ class TrainingState:
             autocast_dtype=choose_precision(run.precision, device),
             record=cuda_graph if captures(run, device) else None,
             say=say,
+            world=self.world,
         )
 
     def _classifier(self, data: Splits) -> PixelClassifier:
         return PixelClassifier(self.evaluated, data.mean, data.std)
 
 
-def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device) -> TrainingState:
+def build_state(
+    arch: str, recipe: Recipe, run: RunOptions, data: Splits, device: torch.device, world: World = ALONE
+) -> TrainingState:
     """Build model, average and optimizer; the weights depend on the seed alone, but a whitening stem on the images.
 
-    Raises InputError over the budget.
+    world: the processes that train it. Raises InputError over the budget.
     """
     torch.manual_seed(run.seed)
     size = data.train.size
@@ -149,6 +179,8 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
     require_budget(arch, count_parameters(model), run.max_parameters)
     freezable(model, recipe.phases.frozen)  # before anything is written
     model = place(model, device)
+    if run.sync_bn:
+        synchronise(model, world)
     if architecture(arch).stem == "whitening":
         first = data.train.fetch(torch.arange(min(len(data.train), whitening.IMAGES), device=device))
         model.stem[0].get_parameter("weight").data.copy_(whitening.whitening_filters(first.images, data.mean, data.std))
@@ -161,7 +193,7 @@ def build_state(arch: str, recipe: Recipe, run: RunOptions, data: Splits, device
         factors=recipe.factors,
     )
     average = AveragedModel(model, recipe.ema_decay) if recipe.ema_decay or recipe.average_from else None
-    return TrainingState(arch, model, average, optimizer)
+    return TrainingState(arch, model, average, optimizer, world=world)
 
 
 def build_step(
@@ -196,12 +228,14 @@ def build_step(
     )
     record = None
     if captures(run, data.mean.device):
-        if why := obstacle(recipe):
+        if why := obstacle(recipe, state.world):
             say(f"the step is not captured, and so slower: {why}")
         else:
             record = cuda_graph
-    tensors = (data.mean, data.std)
-    return kind(state.model, state.optimizer, data.train, recipe.augmentation, *tensors, settings, state.average, record, say)
+    return kind(
+        state.model, state.optimizer, data.train, recipe.augmentation, data.mean, data.std, settings,
+        state.average, record, say, state.world,
+    )  # fmt: skip
 
 
 def captures(run: RunOptions, device: torch.device) -> bool:
@@ -214,8 +248,10 @@ def moves_by_table(recipe: Recipe) -> bool:
     return recipe.schedule.min_momentum is not None and recipe.momentum > 0 and recipe.optimizer in ("sgd", "adam")
 
 
-def obstacle(recipe: Recipe) -> str:
+def obstacle(recipe: Recipe, world: World) -> str:
     """Why a training step cannot be captured, by the name of the setting; empty: it can."""
+    if world.size > 1:
+        return f"{world.size} processes sum its gradients"
     if recipe.schedule.min_momentum is not None and not moves_by_table(recipe):
         return f"min_momentum moves a momentum that {recipe.optimizer} takes as a number"
     return ""

@@ -2,6 +2,7 @@
 
 python -m fastcifar.train --arch se_resnet18 --epochs 200
 python -m fastcifar.train --resume runs/se_resnet18-seed0
+torchrun --nproc-per-node 8 -m fastcifar.train --arch se_resnet18
 """
 
 import errno
@@ -10,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -30,6 +32,7 @@ from fastcifar.device import (
     set_generators,
     set_up_process,
 )
+from fastcifar.distributed import ALONE, LostRankError, World, joined
 from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
@@ -57,42 +60,60 @@ RATES_PER_EPOCH = 20  # points of the learning rate kept in an epoch's metrics
 
 
 def main() -> None:
-    """Parse the command line and train."""
-    command = parse_command(sys.argv[1:])
+    """Parse the command line and train, together with the other processes where torchrun started some."""
+    with joined() as world:
+        train_as(world, sys.argv[1:])
+
+
+def train_as(world: World, arguments: list[str]) -> None:
+    """Train as one of `world`; what goes wrong says how to go on."""
+    command = parse_command(arguments)
     path = run_path(command)
-    go_on = f"go on with: python -m fastcifar.train --resume {shlex.quote(str(path))}"
+    config = path / "config.json"
+    if world.restarts and command.run.resume is None and config.exists():
+        command = parse_command([*arguments, "--resume", str(path)])
+    launcher = "python" if world.size == 1 else "torchrun ..."
+    go_on = f"go on with: {launcher} -m fastcifar.train --resume {shlex.quote(str(path))}"
     try:
-        train(command, Console(soft_wrap=True, highlight=False, markup=False))
+        train(command, Console(soft_wrap=True, highlight=False, markup=False), world)
     except KeyboardInterrupt as end:
-        said = [str(part) for part in (*end.args, go_on if (path / "config.json").exists() else "nothing was saved") if part]
+        said = [str(part) for part in (*end.args, go_on if config.exists() else "nothing was saved") if part]
         raise Stopped(getattr(end, "number", signal.SIGINT), "; ".join(said)) from None
     except (BrokenPipeError, SystemExit) as end:
         if not is_broken_pipe(end):
             raise
         raise Stopped(signal.SIGPIPE, f"nobody reads the output any more; {go_on}") from None
+    except LostRankError:
+        raise InputError(f"{world.lost()}; {go_on if config.exists() else 'nothing was saved'}") from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and (path / "config.json").exists():
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and config.exists():
             raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None
         raise
 
 
-def train(command: Command, console: Console) -> RunFolder:
+def train(command: Command, console: Console, world: World = ALONE) -> RunFolder:
     """Train to the end, or go on from where the run stood; return the complete run folder.
 
-    Raises InputError, and Stopped when a signal ended it, with the state saved inside the epoch.
+    world: the processes that train it together, of which the first writes. Raises InputError, LostRankError, and Stopped when a
+    signal ended it, with the state saved inside the epoch.
     """
     recipe, run = command.settings, command.run
     device = choose_device(run.device)
+    world.take(device)
     set_up_process(device, deterministic=run.deterministic)
     dtype = choose_precision(run.precision, device)
     data = load_data(command, device)
+    world.require_divides(recipe.batch_size, len(data.train))
     steps = steps_per_epoch(data, recipe.batch_size)
-    choice = choose(command, steps * recipe.batch_size, device, console.print)
+    choice = choose(command, steps * recipe.batch_size, device, console.print, measures=world.size == 1)
     require_kernels(choice.run.kernels, device)
-    state = build_state(command.arch, recipe, choice.run, data, device)
+    state = build_state(command.arch, recipe, choice.run, data, device, world)
     folder, rows = RunFolder(run_path(command)), []
     facts = environment_facts(device)  # at the start: what is running, whatever is edited meanwhile
-    with folder.held(new=run.resume is None), StopRequest() as stop:
+    world.require_alike(
+        command_line=command, device=device.type, versions=facts["versions"], data=data.sha256, start=state.digest()
+    )
+    with folder.held(new=run.resume is None) if world.leads else nullcontext(), StopRequest(world) as stop:
         if choice.seconds:
             from fastcifar import tune  # here, since most runs measure nothing
 
@@ -102,16 +123,17 @@ def train(command: Command, console: Console) -> RunFolder:
         run, command = choice.run, replace(command, run=choice.run)
         if run.threads:
             torch.set_num_threads(run.threads)
-        facts |= {"hardware": device_name(device)}
+        facts |= {"hardware": device_name(device), "processes": world.size}
         if run.resume is not None:
             rows = restore(state, folder, data, steps, device)
-        else:
+            world.require_alike(state_in_its_run_folder=state.digest())
+        elif world.leads:
             folder.write_config(command.arch, command.recipe_name, recipe, run, facts | {"plan": choice.record})
         announce(console, command, data, state, folder, dtype)
 
         last = last_epoch(recipe, run, state.epoch)
         available, kind = (last - state.epoch) * steps, TrainStep
-        if run.profile:
+        if run.profile and world.leads:
             kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
         evaluator = state.evaluator(data, recipe, run, say=console.print)
@@ -127,20 +149,23 @@ def train(command: Command, console: Console) -> RunFolder:
                         record |= select_best(state, evaluator, data.select_name, stop)
                 except Stopped as end:
                     writer.flush()
+                    state.share_statistics()
                     raise Stopped(end.number, save_within(folder, state, recipe, data)) from None
                 state.epoch, state.within = state.epoch + 1, None
                 record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
                 rows.append(record)
-                curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
-                writer.save(rows, snapshot(state, recipe, data))
+                if world.leads:
+                    curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
+                    writer.save(rows, snapshot(state, recipe, data))
                 progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
                 stop.check()
         curves.close()
 
         with stop.at_once():  # a resume does this again
             summary = summarise(command, data, state, rows, dtype) | facts
-            folder.write_summary(summary)
-            if run.plots:
+            if world.leads:
+                folder.write_summary(summary)
+            if run.plots and world.leads:
                 from fastcifar import plots  # here, since matplotlib takes a second to import and training does not need it
 
                 plots.draw([plots.read_run(folder)], folder.path)
@@ -153,7 +178,8 @@ def save_within(folder: RunFolder, state: TrainingState, recipe: Recipe, data: S
     within = state.within
     if within is None or not within.step:
         return ""
-    folder.save_within(snapshot(state, recipe, data))
+    if state.world.leads:
+        folder.save_within(snapshot(state, recipe, data))
     return f"saved in epoch {state.epoch + 1} after step {within.step:,} of {within.steps:,}"
 
 
@@ -200,7 +226,7 @@ def train_epoch(
     rates = epoch_rates(recipe.schedule, epoch, steps, recipe.epochs)
     momenta = epoch_momenta(recipe.schedule, recipe.momentum, epoch, steps, recipe.epochs)
     mean_weights = epoch_mean_weights(recipe.schedule, recipe.average_from, epoch, steps, recipe.epochs)
-    resumed = state.within is not None
+    is_whole = state.within is None and state.world.size == 1
     within = state.within = state.within or EpochState.begin(steps, device)
     first, seconds_before, progress_done = within.step, within.seconds, epoch / recipe.epochs
     phase = recipe.phase(epoch)
@@ -208,10 +234,10 @@ def train_epoch(
         epoch, rates, phase=phase, progress=progress_done, momenta=momenta, mean_weights=mean_weights,
         tally=within.tally, first=first,
     )  # fmt: skip
-    if within.generators:
+    if within.generators and state.world.leads:  # a checkpoint has the first rank's
         set_generators(within.generators, device)
     else:
-        seed_torch(seed, epoch)
+        seed_torch(seed, epoch, state.world.rank)
     # Looking at a loss is free on a CPU; a GPU is asked at the end.
     stops_at_nonfinite = device.type == "cpu" and not train_step.settings.skip_nonfinite
     first_step_at, first_step, steps_began = time.time(), 0.0, time.perf_counter()
@@ -225,11 +251,12 @@ def train_epoch(
         if stops_at_nonfinite and not math.isfinite(tally.losses[step]):
             break
         within.step, within.seconds = step + 1, seconds_before + time.perf_counter() - began
-        if stop.number:
+        if stop.came():
             within.generators = generator_states(device)
             stop.check()
     within.generators = generator_states(device)  # for a stop during evaluation
-    losses, hits, (weights_are_finite,) = tally.read(finite_weights(train_step))  # host sync: the epoch ends here
+    state.share_statistics()
+    losses, hits, (weights_are_finite,) = tally.read(all_finite(state.tensors))  # host sync: the epoch ends here
     all_steps = time.perf_counter() - steps_began
     finite = require_finite(losses, rates, epoch, train_step.settings.skip_nonfinite)
     require_finite_weights(bool(weights_are_finite), rates[-1], epoch)
@@ -250,7 +277,7 @@ def train_epoch(
         "flops": training_flops(state.arch, phase.of(data.train.size), state.model.stem_stride) * steps * batch_size,
         "first_step_seconds": first_step_at - psutil.Process().create_time(),  # since the process began
         "compile_seconds": compile_seconds(first_step, all_steps, steps - first),
-    } | (meter.stop() if not resumed else meter.stop() | {"energy_joules": None})  # what the part before used is not known
+    } | (meter.stop() if is_whole else meter.stop() | {"energy_joules": None})  # what the other parts used is not known
 
 
 def count_spikes(losses: list[float], classes: int) -> int:
@@ -279,10 +306,8 @@ def require_finite(losses: list[float], rates: list[float], epoch: int, skip: bo
 
 
 @torch.no_grad()
-def finite_weights(train_step: TrainStep) -> Tensor:
-    """Whether all weights and statistics are finite: a 0-d tensor, for which nothing waits."""
-    models = [train_step.model] if train_step.average is None else [train_step.model, train_step.average.model]
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all values are finite: a 0-d tensor, for which nothing waits."""
     return torch.stack(torch._foreach_norm(tensors, ord=math.inf)).isfinite().all()
 
 
@@ -298,9 +323,9 @@ def kept(epoch: int) -> str:
     return f"the checkpoint of epoch {epoch} is kept" if epoch else "no checkpoint was written yet"
 
 
-def seed_torch(seed: int, epoch: int) -> None:
-    """Seed PyTorch's generators, which serve dropout and stochastic depth, by (seed, epoch): a resume restores nothing."""
-    high, low, _, _ = philox(seed, torch.zeros(1, dtype=torch.int64), epoch, Purpose.TORCH)
+def seed_torch(seed: int, epoch: int, rank: int) -> None:
+    """Seed PyTorch's generators, which serve dropout and stochastic depth on a GPU, by (seed, epoch, rank)."""
+    high, low, _, _ = philox(seed, torch.tensor([rank]), epoch, Purpose.TORCH)
     torch.manual_seed(int(high) << 31 | int(low) >> 1)
 
 

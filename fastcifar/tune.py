@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -38,8 +39,7 @@ from fastcifar.recipes import RunOptions, reported
 from fastcifar.state import build_state, build_step
 
 # What a plan's first step changes in the weights is compared with PyTorch's operations, uncompiled, in float32. Its error may
-# be TOLERANCE times that of these operations in the run's own precision, or LEAST. Dropout and stochastic depth are off for
-# that: a compiler draws them otherwise, which changes a step as much as an error would.
+# be TOLERANCE times that of these operations in the run's own precision, or LEAST.
 TOLERANCE, LEAST = 2.0, 0.01
 ROUNDS, FINAL = 3, 8  # turns of each plan in a stage, and of the last two
 CONFIDENCE = 0.95
@@ -102,6 +102,15 @@ class Kinds(dict[str, Any]):
         return super().get(kind, default)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch's operations make of the first step, uncompiled."""
+
+    update: Tensor  # what it changes in the weights, in float32
+    tolerance: float  # how far from it a plan may be, of its norm
+    kinds: tuple[str, ...]  # of operation that the network has
+
+
 @dataclass
 class Tuning:
     """The measuring of plans for one command, until its seconds are used up."""
@@ -118,6 +127,9 @@ class Tuning:
 
     def __post_init__(self) -> None:
         self.preparing = {True: 0.0, False: 0.0}  # the most seconds a plan has needed, compiled or not
+        # Dropout and stochastic depth off: a compiler draws them otherwise, which changes a step as much as an error would.
+        quiet = replace(self.command.settings, block_dropout=0.0, head_dropout=0.0, stochastic_depth=0.0)
+        self.quiet = replace(self.command, settings=quiet)
 
     def left(self) -> float:
         """Seconds, negative when they are used up."""
@@ -126,15 +138,10 @@ class Tuning:
     def best(self, plans: dict[str, Plan]) -> tuple[str, Plan]:
         """The fastest of `plans`, or the first, their default, where none is shown to be faster."""
         default, *_ = plans.items()
-        try:
-            self._take_reference()
-        except Exception as error:  # what PyTorch itself cannot do, the run will say
-            self.say(f"plans are not measured: {why(error)}")
-            return default
         trials = [trial for name, plan in plans.items() if (trial := self.prepared(name, plan)) is not None]
         if not trials or trials[0].name != default[0]:
             return default
-        self.turn_steps = max(1, min(MOST, math.ceil(TURN / min(trial.turn(1) for trial in trials))))
+        self.turn_steps = max(1, min(MOST, math.ceil(TURN / min(trial.seconds[-1] for trial in trials))))
         while (winner := self.fastest(trials)) is not trials[0] and not self.approved(winner):
             trials.remove(winner)
         self.rows = [row_of(trial, trials[0]) for trial in trials] + self.rows
@@ -143,16 +150,22 @@ class Tuning:
         winner = self.refined(winner, of_default)
         return winner.name, winner.plan
 
-    def _take_reference(self) -> None:
-        """Train what plans are compared with; find how near they must come, and the kinds of operation of the network."""
+    @cached_property
+    def reference(self) -> Reference | None:
+        """Trained when the first plan is about to be taken; None, with a line, where PyTorch itself cannot."""
+        try:
+            return self._train_reference()
+        except Exception as error:
+            self.say(f"plans cannot be checked, so none is taken: {why(error)}")
+            return None
+
+    def _train_reference(self) -> Reference:
         kinds = Kinds()
         plan = Plan(kernels=kinds, capture="off")
-        quiet = replace(self.command.settings, block_dropout=0.0, head_dropout=0.0, stochastic_depth=0.0)
-        self.quiet = replace(self.command, settings=quiet)
         exact = replace(self.quiet, run=replace(self.command.run, precision="fp32"))
-        self.exact = Trial("in float32", exact, plan, self.data, self.device, self.threads).update
+        update = Trial("in float32", exact, plan, self.data, self.device, self.threads).update
         eager = Trial("reference", self.quiet, plan, self.data, self.device, self.threads).update
-        self.tolerance, self.kinds = max(LEAST, TOLERANCE * distance(eager, self.exact)), tuple(kinds.asked)
+        return Reference(update, max(LEAST, TOLERANCE * distance(eager, update)), tuple(kinds.asked))
 
     def prepared(self, name: str, plan: Plan) -> Trial | None:
         """A plan after its first steps; None, with a line, where it fails, and without one where no time is left for it."""
@@ -172,16 +185,19 @@ class Tuning:
 
     def approved(self, trial: Trial) -> bool:
         """Whether a plan computes what PyTorch does; a line says why not."""
+        if self.reference is None:
+            return False
         try:
             if self.quiet != self.command:
                 trial = Trial(trial.name, self.quiet, trial.plan, self.data, self.device, self.threads)
-            apart = distance(trial.update, self.exact)
+            apart = distance(trial.update, self.reference.update)
         except Exception as error:
             self.leave_out(trial.name, why(error))
             return False
-        if not apart <= self.tolerance:  # NaN is not
-            self.leave_out(trial.name, f"a step's error is {apart:.1%} of what it changes, {self.tolerance:.1%} are allowed")
-        return apart <= self.tolerance
+        allowed = self.reference.tolerance
+        if not apart <= allowed:  # NaN is not
+            self.leave_out(trial.name, f"a step's error is {apart:.1%} of what it changes, {allowed:.1%} are allowed")
+        return apart <= allowed
 
     def leave_out(self, name: str, reason: str) -> None:
         """Say and note that a plan is none."""
@@ -228,11 +244,12 @@ class Tuning:
 
     def changes(self, plan: Plan) -> Iterator[dict[str, str]]:
         """{kind: another form} of each kind of operation that the network has, then {"capture": "off"}."""
-        tails = [kind for kind in self.kinds if kind.startswith("residual_tail")]
-        for kind in () if self.command.run.kernels != "auto" else self.kinds if self.device.type == "cuda" else tails:
-            for form in FORMS[self.device.type]:
-                fits = form != "fusable" or (plan.compile and kind in tails)
-                if fits and form != form_of(plan.kernels, kind):
+        others = [form for form in FORMS[self.device.type] if form != plan.kernels and (form != "fusable" or plan.compile)]
+        reference = self.reference if others and self.command.run.kernels == "auto" else None
+        for kind in reference.kinds if reference is not None else ():
+            is_tail = kind.startswith("residual_tail")
+            for form in others if is_tail or self.device.type == "cuda" else ():
+                if form != form_of(plan.kernels, kind) and (form != "fusable" or is_tail):
                     yield {kind: form}
         if self.device.type == "cuda" and plan.capture == "auto":
             yield {"capture": "off"}

@@ -1,6 +1,6 @@
 """What "correct" means for a kernel: measured against float64, its error is at most twice eager PyTorch's own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from math import isfinite
@@ -16,9 +16,11 @@ FLOOR = 4.0  # units in the last place, at the size of the largest value, that a
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run: else the interpreter
 
 
-def sample(*choices: Sequence[Any], every: int) -> list[Any]:
-    """Parameters for pytest: all combinations, but only one in `every` in the default suite, the rest slow or on a GPU."""
-    thorough = [pytest.mark.slow, pytest.mark.gpu]
+def sample(*choices: Iterable[Any], every: int, gpu: bool = True) -> list[Any]:
+    """Parameters for pytest: all combinations, but only one in `every` in the default suite, the rest slow and, with `gpu`, on
+    a GPU.
+    """
+    thorough = [pytest.mark.slow, *([pytest.mark.gpu] if gpu else [])]
     combinations = product(*choices)
     return [pytest.param(*each, marks=thorough if number % every else []) for number, each in enumerate(combinations)]
 

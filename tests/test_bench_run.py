@@ -306,6 +306,7 @@ def test_an_arm_is_a_name_and_flags(text, name, flags):
     assert parse_arm(text) == Arm(name, flags)
 
 
+@pytest.mark.slow  # a hundred command lines are parsed
 def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
     for name, study in STUDIES.items():
         options = ablate.Options(study=name, data=betons, device="cpu")
@@ -319,6 +320,7 @@ def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
     assert (command.arch, command.recipe_name) == ("se_resnet18", "light_resnet18")
 
 
+@pytest.mark.slow
 def test_images_that_grow_do_so_after_the_epochs_that_their_arms_name(betons):
     options, study = ablate.Options(study="speed_half", data=betons, device="cpu"), STUDIES["speed_half"]
     growing = [arm for arm in study.arms if " px for " in arm.name]

@@ -17,6 +17,7 @@ from fastcifar.errors import Stopped
 from fastcifar.models import ARCHITECTURES
 from fastcifar.step import TrainStep
 from fastcifar.train import train
+from tests.kernel_checks import sample
 
 CPU = torch.device("cpu")
 PLAIN_IMAGES = ("--policy", "none", "--random-erasing", "0", "--kernels", "torch")  # operations of fixed shapes
@@ -80,7 +81,7 @@ def assert_same_training(*folders):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", sample(RECIPES, every=3, gpu=False))
 def test_a_replayed_step_gives_the_plain_steps_bits(betons, tmp_path, taped, monkeypatch, recipe):
     """Over three epochs, whose tables are filled anew; the host's part of a step runs in the first one only."""
     original = state_module.StepSettings  # on CUDA a momentum that moves comes from a table, captured or not
@@ -93,7 +94,7 @@ def test_a_replayed_step_gives_the_plain_steps_bits(betons, tmp_path, taped, mon
     assert_same_training(captured, run(betons, tmp_path / "plain", *RECIPES[recipe]))
 
 
-@pytest.mark.parametrize("recipe", ["SGD and mixing", "AdamW, average and dropout"])
+@pytest.mark.parametrize("recipe", sample(["AdamW, average and dropout", "SGD and mixing"], every=2, gpu=False))
 def test_a_replayed_step_leaves_out_what_is_not_finite(betons, tmp_path, taped, monkeypatch, recipe):
     original, arguments = TrainStep.loss, (*RECIPES[recipe], "--skip-nonfinite")
 
@@ -116,7 +117,7 @@ def test_a_replay_asks_the_host_for_nothing(betons, tmp_path, taped, monkeypatch
     assert calls == [0] * 4  # three warm-ups and the recording, of 15 steps
 
 
-@pytest.mark.parametrize("resumed_as", ["captured", "plain", "streamed", "sizes"])
+@pytest.mark.parametrize("resumed_as", sample(["captured", "plain", "streamed", "sizes"], every=4, gpu=False))
 def test_a_resume_inside_an_epoch_goes_on_with_the_same_bits(betons, tmp_path, taped, monkeypatch, resumed_as):
     recipes = {"streamed": "streamed, bf16", "sizes": "sizes"}
     recipe, original = RECIPES[recipes.get(resumed_as, "AdamW, average and dropout")], TrainStep.__call__

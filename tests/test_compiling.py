@@ -21,6 +21,7 @@ class LoweredError(Exception):
     """The compiler has read its settings: the code it would write is no part of the test."""
 
 
+@pytest.mark.slow  # the compiler is imported
 @pytest.mark.parametrize(
     ("mode", "expected"), [("default", (False, None, True)), ("tuned", (False, 200, False)), ("combo", (True, None, True))]
 )

@@ -104,6 +104,7 @@ def test_the_gradient_passes_the_same_mask(dtype):
     assert torch.equal(x.grad, drop(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_operators_keep_the_compilers_contract(dtype):
     for shape in ((3, 5, 3, 7), (3, 9)):

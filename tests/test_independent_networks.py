@@ -142,7 +142,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_same_outputs_and_gradients_as_a_second_construction(name, training):
     torch.manual_seed(0)

@@ -63,9 +63,7 @@ def test_the_choice_changes_no_parameter(block):
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Mish])
-@pytest.mark.parametrize("kernels", KINDS[1:])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("block", "kernels", "activation"), sample(BLOCKS, KINDS[1:], [nn.ReLU, nn.Mish], every=3))
 def test_a_training_step_and_evaluation_are_the_same(block, kernels, activation):
     ours, theirs = small(block, kernels, activation), small(block, "torch", activation)
     for _ in range(2):
@@ -81,7 +79,7 @@ def test_parts_of_the_speed_nets_are_the_same(block, kernels):
     assert_same(step(ours.eval(), size=12), step(theirs.eval(), size=12), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", sample(BLOCKS, every=2))
 def test_where_dropout_is_on_the_modules_compute(monkeypatch, block):
     calls = []
     original = residual_tail._tail

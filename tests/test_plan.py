@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 
 import psutil
@@ -21,13 +21,14 @@ from fastcifar import tune
 from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.files import read_json, write_json
+from fastcifar.models import ARCHITECTURES
 from fastcifar.plan import PLANS, Plan, cache_path, candidates, choose, keep, read_cached, record_of
 from fastcifar.recipes import PLANNED, RunOptions, given, run_options_from_dict, to_dict
 from fastcifar.train import main, train
 from tests.conftest import run_cli
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SMALL = ("--arch", "se_resnet18", "--limit-train", "32", "--limit-test", "10", "--batch-size", "8")
+SMALL = ("--arch", "narrow", "--recipe", "se_resnet18", "--limit-train", "32", "--limit-test", "10", "--batch-size", "8")
 TWO = {"eager": Plan(), "torch": Plan(kernels="torch")}  # which compile nothing
 
 
@@ -35,6 +36,12 @@ TWO = {"eager": Plan(), "torch": Plan(kernels="torch")}  # which compile nothing
 def own_cache(monkeypatch, tmp_path):
     """Nothing is read from this machine's plans, or written there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    row = replace(ARCHITECTURES["se_resnet18"], widths=(4, 8, 8, 16), blocks=(1, 1, 1, 1))
+    monkeypatch.setitem(ARCHITECTURES, "narrow", row)
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_the_command_line_tells_what_is_given():
 def test_threads_are_candidates_only_where_they_are_left_open(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     names = list(candidates(RunOptions(), CPU, threads=5))
-    assert names[:4] == ["eager", "eager, 1 threads", "eager, 2 threads", "eager, 4 threads"]
+    assert names[:4] == ["eager", "eager, threads: 1", "eager, threads: 2", "eager, threads: 4"]
     assert {plan.threads for plan in candidates(RunOptions(threads=3), CPU, threads=5).values()} == {3}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert set(candidates(RunOptions(), CPU)) == set(PLANS["cpu"])
@@ -315,7 +322,7 @@ def test_a_plan_that_fails_is_left_out_with_a_line(betons, tmp_path, monkeypatch
 
 
 def test_no_time_left_is_the_default(betons, tmp_path):
-    folder = trained(betons, tmp_path / "run", "--plan-seconds", "0.001")
+    folder = trained(betons, tmp_path / "run", "--plan-seconds", "1e-9")
     config = read_json(folder.path / "config.json", "")
     assert (config["plan"]["name"], config["plan"]["chosen"]) == ("eager", "measured")
     assert {row["note"] for row in config["plan"]["timings"]} == {"no time left for it"}
@@ -344,7 +351,7 @@ def test_half_of_the_plans_go_after_each_stage_and_what_is_not_surely_faster_is_
 
 def test_single_kinds_are_changed_after_the_plans():
     run, kinds = RunOptions(), ("augment", "residual_tail/relu", "squeeze_excite")
-    tuning = SimpleNamespace(command=SimpleNamespace(run=run), device=CUDA, kinds=kinds)
+    tuning = SimpleNamespace(command=SimpleNamespace(run=run), device=CUDA, reference=SimpleNamespace(kinds=kinds))
     changes = list(tune.Tuning.changes(tuning, PLANS["cuda"]["compiled"]))
     expected = [{"augment": "triton"}, {"residual_tail/relu": "triton"}, {"residual_tail/relu": "fusable"}]
     assert changes == [*expected, {"squeeze_excite": "triton"}, {"capture": "off"}]

@@ -15,6 +15,8 @@ from bench.results import Results
 from tests.bench_results import make_results
 from tests.test_report import hostile_results
 
+pytestmark = pytest.mark.slow
+
 PHONE, DESKTOP = 390, 1280  # pixels
 OPTIONS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",

@@ -39,6 +39,7 @@ json.dump(counted, sys.stdout)
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_device_counts_what_it_is_asked_for():
     environment = os.environ | counting_device.environment() | {"PYTHONPATH": str(REPOSITORY)}

@@ -26,6 +26,7 @@ from fastcifar.reporting import Curves
 from fastcifar.run_folder import RunFolder
 from fastcifar.step import TrainStep
 from fastcifar.train import count_spikes, main, train
+from tests.kernel_checks import sample
 
 CPU = torch.device("cpu")
 FILES = {
@@ -74,7 +75,7 @@ def assert_equal_weights(a, b):
 def test_every_recipe_trains_its_architecture(betons, tmp_path, recipe):
     """One step of the whole recipe: the weights move, the losses are finite (`train` sees to that)."""
     arch = recipe.removesuffix("_text")
-    options = ("--epochs", "1", "--limit-train", "24", "--max-parameters", "0")
+    options = ("--epochs", "1", "--limit-train", "7", "--batch-size", "4", "--limit-test", "4", "--max-parameters", "0")
     folder = run(betons, tmp_path / "run", *options, arch=arch, recipe=recipe)
     torch.manual_seed(0)
     start = dict(build_model(arch).named_parameters())
@@ -84,7 +85,7 @@ def test_every_recipe_trains_its_architecture(betons, tmp_path, recipe):
     assert folder.read_metrics()[0]["train_loss"] > 0
 
 
-@pytest.mark.parametrize("arch", ["dropout_resnet24", "se_resnet18"])
+@pytest.mark.parametrize("arch", ["se_resnet18", pytest.param("dropout_resnet24", marks=pytest.mark.slow)])
 def test_networks_learn(betons, tmp_path, arch):
     options = ("--epochs", "3", "--limit-train", "80", "--mix-probability", "0", "--peak-lr", "0.01", "--eval-every", "3")
     losses = [row["train_loss"] for row in run(betons, tmp_path / "run", *options, arch=arch, recipe=arch).read_metrics()]
@@ -192,7 +193,7 @@ def test_epochs_are_evaluated_by_the_views_that_the_recipe_names(betons, tmp_pat
     assert folder.read_summary()["eval_tta"] == "flip_translate"
 
 
-@pytest.mark.parametrize("arguments", [[], WITH_AVERAGE])
+@pytest.mark.parametrize("arguments", sample([WITH_AVERAGE, []], every=2, gpu=False))
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]
     whole = run(betons, tmp_path / "whole", *options)
@@ -239,7 +240,7 @@ def test_pytorchs_augmentation_ends_with_numbas_bits(betons, tmp_path, recipe):
 
 
 # of 5 steps: after the last one evaluation is still to come
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGTERM)])
+@pytest.mark.parametrize(("step", "number"), sample([3, 1, 5], [signal.SIGINT, signal.SIGTERM], every=6, gpu=False))
 def test_a_signal_saves_inside_the_epoch_and_a_resume_ends_with_the_same_bits(betons, tmp_path, monkeypatch, step, number):
     recipe = "light_resnet18"  # dropout and stochastic depth draw from PyTorch's generators
     options = ("--epochs", "3", "--held-out", "0", "--limit-train", "104", *WITH_AVERAGE)

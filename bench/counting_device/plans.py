@@ -31,17 +31,17 @@ def main() -> None:
     command, device = replace(command, settings=recipe), choose_device("cuda")
     set_up_process(device, deterministic=True)
     console = Console(record=True, width=160)
-    observed, reference, changes = Observed(dry=True), tune.Tuning._take_reference, tune.Tuning.changes
+    observed, reference, changes = Observed(dry=True), tune.Tuning._train_reference, tune.Tuning.changes
 
-    def take_reference(tuning: tune.Tuning) -> None:
+    def train_reference(tuning: tune.Tuning) -> tune.Reference:
         with torch.backends.cudnn.flags(enabled=False):  # whose float32 batch norm the device lacks
-            reference(tuning)
+            return reference(tuning)
 
     with (
         observed.convolving(),
         observed.watching(),
         torch._inductor.config.patch(force_disable_caches=True, compile_threads=1),
-        patch.object(tune.Tuning, "_take_reference", take_reference),
+        patch.object(tune.Tuning, "_train_reference", train_reference),
         patch.object(tune, "distance", lambda one, other: 0.0),  # nothing is computed, so nothing can be compared
         patch.object(tune.Tuning, "changes", lambda tuning, plan: [*changes(tuning, plan)][-2:]),  # each compiles anew
     ):

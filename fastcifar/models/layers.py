@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcifar.distributed import ALONE, World
 from fastcifar.errors import unknown
+from fastcifar.models.sync_norm import SyncNorm
 from kernels.activations import Activation
 from kernels.backends import resolve
 from kernels.dropout import dropout as keyed_dropout
@@ -45,7 +47,12 @@ PYTORCHS = Norm()
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's, but for its count of batches, which the training step moves for all layers at once."""
+    """PyTorch's, but for its count of batches, which the training step moves for all layers at once.
+
+    world: the processes whose batches it normalises as one; by default this one's alone.
+    """
+
+    world: World = ALONE
 
     def __init__(self, channels: int, norm: Norm = PYTORCHS) -> None:
         super().__init__(channels, eps=norm.eps, momentum=norm.momentum)
@@ -53,8 +60,25 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.momentum is not None
+        if self.training and self.world.size > 1:
+            y, mean, var = SyncNorm.apply(x, self.weight, self.bias, self.eps, self.world)
+            self._move_statistics(mean, var, len(x) * x[0, 0].numel() * self.world.size)
+            return y
         statistics = (self.running_mean, self.running_var)
         return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
+        _, _, running_mean, running_var = _vectors(self)
+        running_mean.lerp_(mean, self.momentum or 0.0)
+        running_var.lerp_(var * (count / (count - 1)), self.momentum or 0.0)
+
+
+def synchronise(model: nn.Module, world: World) -> None:
+    """Let every batch norm of a model see the batches of all of `world`."""
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm2d):
+            layer.world = world
 
 
 class SqueezeExcitation(nn.Module):
@@ -203,6 +227,8 @@ def norm_act(
     name = ACTIVATIONS.get(type(activation), "none")
     kind = variant(shortcut, None if se_last else squeezing, name)
     form = _form(kind, kernels, x, activation, *([squeezing.activation] if squeezing else []))
+    if isinstance(bn, BatchNorm2d) and bn.world.size > 1:  # the kernels know one process's statistics only
+        form = "torch"
     if squeezing and se_last and {form, form_of(kernels, "squeeze_excite")} != {"triton"}:
         return squeezing(norm_act(x, bn, activation, kernels))
     if shortcut is not None and shortcut_bn is not None and form != "triton":
