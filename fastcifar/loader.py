@@ -29,6 +29,7 @@ from fastcifar.dataset import (
     normalisation,
 )
 from fastcifar.device import choose_device
+from fastcifar.distributed import World
 from fastcifar.epoch_tables import EpochPlan
 from fastcifar.pictures import read_folder
 from fastcifar.streaming import BatchRing
@@ -174,14 +175,19 @@ class Loader:
         plan = batches.plan(epoch, len(rows), min(1.0, epoch / self.epochs) if self.epochs else 0.0)
         streams = isinstance(data, StreamedSet)
         made = self._streamed(rows, first, plan) if streams else self._resident(rows, first, plan)
-        for number, (images, labels, partner_labels) in enumerate(made, start=first):
+        for number, prepared in enumerate(made, start=first):
+            images, labels, partner_labels = (values[: self.batch_size] for values in prepared)
             self._reached = (epoch, number + 1) if number + 1 < len(rows) else (epoch + 1, 0)
             yield (images, labels, partner_labels, plan.mixing.lam[number]) if settings.mixes else (images, labels)
 
     def _own(self, order: Tensor) -> list[Tensor]:
-        """The positions of this process's batches."""
-        together = order.split(self.batch_size * self.world_size)
-        return [positions.tensor_split(self.world_size)[self.rank] for positions in together[: len(self)]]
+        """The positions of this process's batches; where images are mixed with others', one more than it gives out."""
+        together = self.batch_size * self.world_size
+        whole = len(order) // together
+        batches, successor = order[: whole * together].view(whole, together), self.world_size > 1
+        rows = World(self.rank, size=self.world_size).share(batches, successor=successor and self._batches.augmentation.mixes)
+        rest = order[whole * together :].tensor_split(self.world_size)[self.rank]
+        return [*rows, *([rest] if len(rest) and not self.drop_last else [])]
 
     def _resident(self, rows: list[Tensor], first: int, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         data = self._batches.data
@@ -191,9 +197,9 @@ class Loader:
 
     def _streamed(self, rows: list[Tensor], first: int, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The next batch is read while this one is in use."""
-        data, whole = self._batches.data, sum(len(row) == self.batch_size for row in rows)
+        data, whole = self._batches.data, sum(len(row) >= self.batch_size for row in rows)
         assert isinstance(data, StreamedSet)
-        ring = BatchRing(data, self.batch_size)
+        ring = BatchRing(data, len(rows[0]))
         if first < whole:
             ring.begin(torch.stack(rows[:whole]), first)
         for number in range(first, len(rows)):

@@ -11,6 +11,7 @@ from small_betons import manifest_of
 from test_beton import write_ffcv
 from test_kernel_augment import MEAN, STD
 
+from fastcifar import train
 from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.augmentation.geometry import affine
 from fastcifar.augmentation.mixing import mix, mix_plan
@@ -119,6 +120,12 @@ def test_images_that_would_vanish_are_refused():
             InputError, match=rf"{arch} needs images of at least \d+ pixels.*{size[1]}x{size[0]}.*--stem-stride"
         ):
             require_size(arch, size, stride)
+
+
+def test_classes_that_a_confusion_matrix_has_no_room_for_are_refused(betons, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("fastcifar.state.MOST_CLASSES", 9)
+    message = refused(train.main, "--data", betons, "--out", tmp_path / "run", "--batch-size", "50", "--plan", "default")
+    assert "has 10 classes, training and its confusion matrix take 9 at most" in message
 
 
 def test_lengths_in_pixels_must_fit_the_images():
