@@ -160,7 +160,7 @@ def build_state(
     recipe.augmentation.require_fits(size)
     if data.classes > MOST_CLASSES:
         raise InputError(
-            f"{data.manifest.name} has {data.classes:,} classes, training and its confusion matrix take {MOST_CLASSES:,} at most: "
+            f"{data.manifest.name} has {data.classes:,} classes, a confusion matrix has room for {MOST_CLASSES:,}: "
             "put classes together, or train in a loop of your own with fastcifar.Loader"
         )
     stem_stride = recipe.stem_stride or suited_stride(size)

@@ -125,7 +125,7 @@ def test_images_that_would_vanish_are_refused():
 def test_classes_that_a_confusion_matrix_has_no_room_for_are_refused(betons, tmp_path, refused, monkeypatch):
     monkeypatch.setattr("fastcifar.state.MOST_CLASSES", 9)
     message = refused(train.main, "--data", betons, "--out", tmp_path / "run", "--batch-size", "50", "--plan", "default")
-    assert "has 10 classes, training and its confusion matrix take 9 at most" in message
+    assert "has 10 classes, a confusion matrix has room for 9: put" in message
 
 
 def test_lengths_in_pixels_must_fit_the_images():
