@@ -24,7 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data_prep import cifar_pickles, own_pictures, synthetic
+from data_prep import beton_writer, cifar_pickles, own_pictures, synthetic
+from data_prep.beton_writer import PAGE
 from data_prep.cifar_pickles import LAYOUTS, Layout
 from fastcifar import __version__
 from fastcifar.arguments import parse_arguments
@@ -35,7 +36,6 @@ from fastcifar.versions import installed
 
 TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 DATA = Path("data")  # where pickles are looked for and downloaded to
-PAGE = 1 << 23  # bytes; FFCV's default page, at most one of them is left partly empty at either end
 
 
 @dataclass(frozen=True)
@@ -283,12 +283,10 @@ def write_split(options: Options, split: str, part: Part, console: Console) -> N
     mean, std = channel_statistics(in_parts(data.images))
     _require_space(options.out, data.images.nbytes)
 
-    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import and only writing needs it
-
     with atomic_path(path) as partial_path:
         with progress(console) as bar:
             task = bar.add_task(f"writing {path.name}", total=len(data.images))
-            ffcv_writer.write(partial_path, data.images, data.labels, lambda: bar.advance(task))
+            beton_writer.write(partial_path, data.images, data.labels, lambda written: bar.advance(task, written))
         written = verify(partial_path, data)
         manifest = Manifest(
             dataset=part.dataset,
@@ -303,7 +301,7 @@ def write_split(options: Options, split: str, part: Part, console: Console) -> N
             synthetic=part.synthetic,
             source_md5=part.md5,
             source_sha256=part.sha256,
-            versions={"fastcifar": __version__, **installed("ffcv", "numpy")},
+            versions={"fastcifar": __version__, **installed("numpy")},
             height=data.images.shape[1],
             width=data.images.shape[2],
             channels=part.channels,

@@ -2,22 +2,24 @@
 
 __version__ = "0.2.0"
 
-import gc
-import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcifar.augmentation import Augmentation
+    from fastcifar.checkpoint import load
     from fastcifar.loader import Loader, augment
+    from fastcifar.models import build_model as create_model
 
-__all__ = ["Augmentation", "Loader", "augment"]
+__all__ = ["Augmentation", "Loader", "augment", "create_model", "load"]
 
 HOMES = {  # imported when asked for
     "Augmentation": "fastcifar.augmentation:Augmentation",
     "Loader": "fastcifar.loader:Loader",
     "augment": "fastcifar.loader:augment",
+    "create_model": "fastcifar.models:build_model",
+    "load": "fastcifar.checkpoint:load",
 }
 
 
@@ -28,11 +30,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-if sys.argv[:1] == ["-m"]:  # `python -m fastcifar.NAME` is being started; `run_command` undoes this
-    from fastcifar.errors import interrupted
+if sys.argv[:1] == ["-m"]:  # `python -m fastcifar.NAME` is being started
+    from fastcifar.errors import importing
 
-    signal.signal(signal.SIGINT, interrupted)  # a Ctrl-C ends its seconds of imports in one line
-    gc.disable()  # what is imported stays: looking for garbage in it takes a sixth of the time
+    importing()
     if "fastcifar.train" in sys.orig_argv:
         from fastcifar import ahead
 

@@ -21,8 +21,8 @@ def option(arguments: list[str], name: str) -> str | None:
 
 
 def begin(arguments: list[str]) -> None:
-    """Begin to read what a training with these arguments reads; nothing where they only ask, stream, or go on with a run."""
-    if {"-h", "--help", "--stream"} & set(arguments) or option(arguments, "resume") is not None:
+    """Begin to read what a training with these arguments reads; nothing where they only ask, stream, or name a run."""
+    if {"-h", "--help", "--stream"} & set(arguments) or option(arguments, "resume") or option(arguments, "config"):
         return
     folder, verify = Path(option(arguments, "data") or DATA), "--no-verify" not in arguments
     for split in ("train", "test"):

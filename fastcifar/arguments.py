@@ -55,7 +55,7 @@ def parse_arguments(
         with contextlib.redirect_stderr(complaint):
             options = tyro.cli(kind, prog=program, args=given, **extra)
     except SystemExit as end:
-        if end.code == 0:
+        if not end.code:  # a shell's completion was asked for
             raise
         raise InputError(f"{_one_line(complaint.getvalue())}; {program} --help lists all options") from None
     finally:

@@ -18,8 +18,9 @@ from fastcifar.models.layers import Kernels, form_of
 class Batches:
     """Orders, augments and mixes the images of a set by a seed.
 
-    mean, std: [3] float32 in 0..1, on the set's device. dtype: of the images. kernels: who augments. reuses: a batch may be
-    overwritten by the next. Raises InputError where the augmentation does not fit the images' size.
+    mean, std: [3] float32 in 0..1, on the set's device. seed: of the augmentation. order_seed: of the order; None: the same.
+    dtype: of the images. kernels: who augments. reuses: a batch may be overwritten by the next. Raises InputError where the
+    augmentation does not fit the images' size.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class Batches:
         *,
         seed: int,
         dtype: torch.dtype,
+        order_seed: int | None = None,
         kernels: Kernels = "auto",
         reuses: bool = False,
     ) -> None:
         augmentation.require_fits(data.size)
         self.data, self.augmentation, self.mean, self.std = data, augmentation, mean, std
-        self.seed, self.dtype, self.reuses = seed, dtype, reuses
+        self.seed, self.order_seed = seed, seed if order_seed is None else order_seed
+        self.dtype, self.reuses = dtype, reuses
         self.augments_by = choose_augmentation(augmentation, kernels, mean.device)
         self.resizing: Weights | None = None
         self._last_images: Tensor | None = None
@@ -59,7 +62,7 @@ class Batches:
 
     def order(self, epoch: int | Tensor) -> Tensor:
         """The order of an epoch: positions [N] int64."""
-        return epoch_order(self.data.index, self.seed, epoch)
+        return epoch_order(self.data.index, self.order_seed, epoch)
 
     def prepare(
         self, data: ResidentSet, positions: Tensor, plan: EpochPlan, blend: Tensor, box: Tensor

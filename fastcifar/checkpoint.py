@@ -20,6 +20,7 @@ from fastcifar import files
 from fastcifar.beton import SMALLEST
 from fastcifar.errors import InputError
 from fastcifar.models import ARCHITECTURES, REVISED, build_model, count_parameters, place
+from fastcifar.models.layers import Kernels
 from fastcifar.models.resnet import PixelClassifier, ResNet
 from kernels.augment.operations import CIFAR
 
@@ -168,22 +169,52 @@ def _require_finite(path: Path, checkpoint: Checkpoint, size: int) -> None:
             raise InputError(f"{path} holds weights that are not finite: {REMEDY}")
 
 
-def load_model(path: Path, device: torch.device) -> tuple[PixelClassifier, Checkpoint]:
-    """Rebuild the model of a checkpoint, its averaged weights where it has them, in eval mode: uint8 images in, logits out."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network wants of its images; a model from `load` does it itself."""
+
+    mean: tuple[float, ...]  # R, G, B in 0..1: subtracted from pixel / 255
+    std: tuple[float, ...]  # then divided by
+    size: tuple[int, int]  # height and width in pixels, as trained
+
+
+class Trained(PixelClassifier):
+    """A checkpoint's network in eval mode: uint8 images [N, H, W, 3] to logits [N, classes]."""
+
+    def __init__(self, network: ResNet, checkpoint: Checkpoint, device: torch.device) -> None:
+        mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
+        super().__init__(network, mean, std)
+        self.arch, self.squeeze_excitation, self.epoch = checkpoint.arch, checkpoint.squeeze_excitation, checkpoint.epoch
+        self.class_names = checkpoint.class_names  # in the order of the logits
+        height, width = checkpoint.size
+        self.preprocessing = Preprocessing(tuple(checkpoint.mean), tuple(checkpoint.std), (height, width))
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", *, kernels: Kernels = "auto") -> Trained:
+    """Return the model of a checkpoint (`best.pt` or `last.pt` of a run folder), its averaged weights where it has them.
+
+    It takes uint8 images [N, H, W, 3], R G B as Pillow and NumPy have them, and gives logits [N, classes]; it is in eval mode
+    and has `class_names` and `preprocessing`. Loading runs no code from the file. kernels: as in `fastcifar.create_model`;
+    torch, PyTorch's operations alone, is what tracing needs. Raises InputError when the file is missing, damaged or not ours.
+
+        model = fastcifar.load("runs/se_resnet18-seed0/best.pt")
+        name = model.class_names[model(torch.from_numpy(np.asarray(picture))[None]).argmax()]
+    """
+    path, device = Path(path), torch.device(device)
     checkpoint = load_checkpoint(path, device)
     model = build_model(
         checkpoint.arch,
         len(checkpoint.class_names),
         squeeze_excitation=checkpoint.squeeze_excitation,
         stem_stride=checkpoint.stem_stride,
+        kernels=kernels,
     )
     try:
         require_fits(path, checkpoint, model)
         model.load_state_dict(checkpoint.average or checkpoint.model)
     except RuntimeError:
         raise InputError(f"{path} does not fit arch {checkpoint.arch}: use another checkpoint, or train again") from None
-    mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
-    return PixelClassifier(place(model, device).eval(), mean, std), checkpoint
+    return Trained(place(model, device).eval(), checkpoint, device)
 
 
 def require_fits(path: Path, checkpoint: Checkpoint, model: ResNet) -> None:

@@ -32,6 +32,9 @@ class Command:
     recipe: str | None = None  # recipe to train by, an arch's name or NAME_text; default: the arch's own
     settings: tyro.conf.OmitArgPrefixes[Recipe] = field(default_factory=lambda: reported(DEFAULT_ARCH).recipe)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+    config: Path | None = (
+        None  # config.json of a run to do again, in a folder of its own; what else is given replaces what it says
+    )
 
     def __post_init__(self) -> None:
         if self.settings.held_out and self.run.val_fraction:
@@ -54,12 +57,16 @@ class Command:
 def parse_command(arguments: list[str]) -> Command:
     """Return the command: defaults from the arch's recipe, or from the run folder to go on with. Raises InputError."""
     arguments = [part for argument in arguments for part in SWITCHES.get(argument, [argument])]
-    resume = option(arguments, "resume")
+    resume, config = option(arguments, "resume"), option(arguments, "config")
+    if resume is not None and config is not None:
+        raise InputError("--resume goes on with a run and --config does one again: choose one of them")
     if resume is not None:
         began = resumed(Path(resume))
         command = parse_arguments(Command, PROGRAM, arguments, default=began)
         _require_same(began, command)
         return command
+    if config is not None:
+        return parse_arguments(Command, PROGRAM, arguments, default=repeated(Path(config), arguments))
     arch = option(arguments, "arch") or DEFAULT_ARCH
     architecture(arch)
     recipe = option(arguments, "recipe")
@@ -74,14 +81,27 @@ def load_data(command: Command, device: torch.device) -> Splits:
         run.data,
         device,
         limit_train=run.limit_train,
+        indices=run.train_indices,
         limit_test=run.limit_test,
         val_fraction=recipe.held_out or run.val_fraction,
         seed=run.seed,
+        label_noise=recipe.label_noise,
         verify=run.verify,
         stream=run.stream,
         std=recipe.std,
         std_everywhere=recipe.std != reported(command.recipe_name).recipe.std,
     )
+
+
+def repeated(config: Path, arguments: list[str]) -> Command:
+    """The command of the run whose config.json is named, into another folder."""
+    arch, recipe_name, recipe, run = RunFolder(config.parent).read_config(config.name)
+    for name, began in (("arch", arch), ("recipe", recipe_name)):
+        if option(arguments, name) not in (None, began):
+            raise InputError(
+                f"{config} is of {name} {began}: leave --{name} out, or leave --config out and start from its recipe"
+            )
+    return Command(arch, recipe_name, recipe, replace(run, out=None, stop_after=0, profile=0))
 
 
 def resumed(path: Path) -> Command:
@@ -93,7 +113,18 @@ def resumed(path: Path) -> Command:
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
     """{name: (in the one, in the other)} of all that would make a resumed run another run."""
     # Where the data is and how far to go; what checks, traces or replays steps, and what comes after training.
-    free = {"data", "resume", "stop_after", "verify", "skip_nonfinite", "profile", "capture", "plots"}
+    free = {
+        "data",
+        "train_indices",
+        "record_margins",
+        "resume",
+        "stop_after",
+        "verify",
+        "skip_nonfinite",
+        "profile",
+        "capture",
+        "plots",
+    }
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):
         before, now = vars(getattr(began, part)), vars(getattr(command, part))

@@ -4,7 +4,7 @@ import hashlib
 import operator
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar import ahead
+from fastcifar import ahead, subsets
 from fastcifar.beton import (
     REWRITE,
     Manifest,
@@ -53,6 +53,10 @@ class ResidentSet:
     def subset(self, positions: Tensor) -> "ResidentSet":
         """The samples at `positions`, which keep their numbers and so their randomness."""
         return ResidentSet(self.images[positions], self.labels[positions], self.index[positions])
+
+    def relabelled(self, labels: Tensor) -> "ResidentSet":
+        """The same samples with other labels [N]."""
+        return replace(self, labels=labels)
 
     def fetch(self, positions: Tensor) -> "ResidentSet":
         """The same, under the name that reads them from a streamed set."""
@@ -123,6 +127,10 @@ class StreamedSet:
         pointers = self.pointers[positions.cpu().numpy()]
         return StreamedSet(self.file, pointers, self.labels[positions], self.index[positions], self.size)
 
+    def relabelled(self, labels: Tensor) -> "StreamedSet":
+        """The same samples with other labels [N]."""
+        return StreamedSet(self.file, self.pointers, labels, self.index, self.size)
+
     def fetch(self, positions: Tensor) -> ResidentSet:
         """Read the samples at `positions` [B] onto the device; on a GPU the host waits for the positions."""
         images = torch.empty(len(positions), *self.size, 3, dtype=torch.uint8, pin_memory=positions.is_cuda)
@@ -143,7 +151,7 @@ class Splits:
     select_name: str  # "held-out" or "test"
     test: ResidentSet
     manifest: Manifest  # of the training split
-    sha256: tuple[str, str]  # of train.beton and test.beton
+    sha256: tuple[str, ...]  # of train.beton, test.beton and a file of train_indices
     mean: Tensor  # [3] float32, of normalisation, 0..1
     std: Tensor
     warnings: list[str] = field(default_factory=list)  # one line each, to be shown before training
@@ -170,11 +178,14 @@ def load_splits(
     stream: bool = False,
     std: Channels | None = None,
     std_everywhere: bool = False,
+    indices: Path | None = None,
+    label_noise: float = 0.0,
 ) -> Splits:
     """Read `train.beton` and `test.beton` of a folder onto `device`; with `stream` the training images stay on the disk.
 
     limit_train, limit_test: only the first so many images, 0 = all. val_fraction: share of the training images held out, 0..1;
-    0 selects on the test set. std, std_everywhere: as `normalisation` says. Raises InputError for anything invalid.
+    0 selects on the test set. std, std_everywhere: as `normalisation` says. indices, label_noise: as `fastcifar.subsets` says;
+    images held out keep their labels. Raises InputError for anything invalid.
     """
     full: AnySet
     load = load_streamed if stream else load_resident
@@ -185,6 +196,10 @@ def load_splits(
     kinds = ((part.dataset, part.class_names, part.size, part.channels) for part in (manifest, test_manifest))
     if operator.ne(*kinds):
         raise InputError(f"{folder}: train.beton and test.beton are of different data: write them again with --force")
+    sha256 = [manifest.sha256, test_manifest.sha256]
+    if indices is not None:
+        positions, digest = subsets.listed(full.index, indices)
+        full, sha256 = full.subset(positions), [*sha256, digest]
     twice = count_shared(full, test)
     warnings = [f"{twice:,} of {len(test):,} test images are also training images: accuracy is too high"] if twice else []
     select, select_name = test, "test"
@@ -196,10 +211,11 @@ def load_splits(
         select = held_out.fetch(torch.arange(len(held_out)))
     if len(full) < 2:
         raise InputError(f"{folder}/train.beton: one image is too few to train on (batch norm needs two): give it more")
+    if label_noise:
+        full = full.relabelled(subsets.mislabelled(full.labels, full.index, label_noise, len(manifest.class_names), seed))
     statistics = normalisation(manifest, std, everywhere=std_everywhere)
     mean, deviation = (torch.tensor(values, device=device) for values in statistics)
-    sha256 = manifest.sha256, test_manifest.sha256
-    return Splits(full, select, select_name, test, manifest, sha256, mean, deviation, warnings)
+    return Splits(full, select, select_name, test, manifest, tuple(sha256), mean, deviation, warnings)
 
 
 def load_resident(path: Path, device: torch.device, *, limit: int = 0, verify: bool = True) -> tuple[ResidentSet, Manifest]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastcifar.arguments import parse_arguments
-from fastcifar.checkpoint import load_model
+from fastcifar.checkpoint import load
 from fastcifar.command import parse_command
 from fastcifar.dataset import load_resident
 from fastcifar.device import choose_device, choose_precision
@@ -62,7 +62,7 @@ def draw(folder: RunFolder, data: Path, out: Path) -> None:
     from fastcifar import plots
 
     device = choose_device("auto")
-    model, _ = load_model(folder.last, device)
+    model = load(folder.last, device)
     images, manifest = load_resident(data / "test.beton", device, limit=ROWS * COLUMNS)
     settings = {"batch_size": ROWS * COLUMNS, "autocast_dtype": choose_precision("auto", device)}
     (probabilities,) = class_probabilities(model, images.images, tta="none", **settings)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.capture import Captured, Recorder
-from fastcifar.checkpoint import load_model
+from fastcifar.checkpoint import load
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.distributed import ALONE, World
@@ -261,15 +261,11 @@ def measure(options: Options) -> dict[str, Any]:
     """Return the figures as plain values. Raises InputError when checkpoint and data do not fit."""
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
-    model, checkpoint = load_model(options.checkpoint, device)
+    model = load(options.checkpoint, device)
     data, manifest = load_resident(options.data / f"{options.split}.beton", device, limit=options.limit)
-    if manifest.class_names != checkpoint.class_names:
-        raise InputError(
-            f"{options.checkpoint} knows other classes ({', '.join(checkpoint.class_names[:3])}, ...) than "
-            f"{options.data} ({', '.join(manifest.class_names[:3])}, ...): name the data it was trained on"
-        )
-    if data.size != tuple(checkpoint.size):
-        sizes = [f"{width}x{height}" for height, width in (data.size, checkpoint.size)]
+    require_same_classes(options.checkpoint, model.class_names, options.data, manifest.class_names)
+    if data.size != model.preprocessing.size:
+        sizes = [f"{width}x{height}" for height, width in (data.size, model.preprocessing.size)]
         raise InputError(f"{options.data} has images of {sizes[0]} pixels, {options.checkpoint} was trained on {sizes[1]}")
     evaluation = evaluate(
         model,
@@ -281,15 +277,24 @@ def measure(options: Options) -> dict[str, Any]:
     )
     return {
         "checkpoint": str(options.checkpoint),
-        "arch": checkpoint.arch,
-        "epoch": checkpoint.epoch,
+        "arch": model.arch,
+        "epoch": model.epoch,
         "data": manifest.name,
         "synthetic": manifest.synthetic,
         "split": options.split,
         "tta": options.tta,
         "centre_weight": options.centre_weight,
-        **evaluation.to_dict(checkpoint.class_names),
+        **evaluation.to_dict(model.class_names),
     }
+
+
+def require_same_classes(checkpoint: Path, known: list[str], data: Path, found: list[str]) -> None:
+    """Raise InputError unless the classes that a checkpoint knows are those found in the data."""
+    if known != found:
+        raise InputError(
+            f"{checkpoint} knows other classes ({', '.join(known[:3])}, ...) than "
+            f"{data} ({', '.join(found[:3])}, ...): name the data it was trained on"
+        )
 
 
 def warn_synthetic(console: Console, is_synthetic: bool, name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.beton import SIDE, Size, read_beton
-from fastcifar.checkpoint import load_model
+from fastcifar.checkpoint import load
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.evaluate import TTA, class_probabilities
@@ -74,9 +74,8 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
     """Return the predicted class numbers and what they were predicted for. Raises InputError."""
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
-    model, checkpoint = load_model(options.checkpoint, device)
-    height, width = checkpoint.size
-    unlabelled = read_unlabelled(options.input, (height, width), resize=options.resize)
+    model = load(options.checkpoint, device)
+    unlabelled = read_unlabelled(options.input, model.preprocessing.size, resize=options.resize)
     batches = class_probabilities(
         model,
         torch.from_numpy(unlabelled.images).to(device),

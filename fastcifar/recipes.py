@@ -36,6 +36,7 @@ class Recipe:
     decay_norm_and_bias: bool = True  # also decay batch norm and biases, as the reports do
     # what is differentiated: the batch's mean loss, or its sum, with gradients batch_size times as large; the mean is reported
     loss_reduction: LossReduction = "mean"
+    label_noise: float = 0.0  # share of the training labels replaced by another class's, drawn for each image, 0 to below 1
     label_smoothing: float = 0.0  # share of the target spread over all classes, 0 to below 1
     block_dropout: float = 0.0  # probability inside residual blocks, 0 to below 1
     head_dropout: float = 0.0  # probability before the classifier, 0 to below 1
@@ -76,6 +77,7 @@ class Recipe:
         )
         for name in (
             "momentum",
+            "label_noise",
             "label_smoothing",
             "block_dropout",
             "head_dropout",
@@ -113,7 +115,10 @@ class RunOptions:
 
     data: Path = DATA  # folder with train.beton and test.beton
     out: Path | None = None  # run folder to make; default: runs/ARCH-seedN
-    seed: int = 0  # of weights, order, augmentation and dropout, 0..2^63-1
+    seed: int = 0  # of weights, order, augmentation, dropout, label noise and held-out images, 0..2^63-1
+    init_seed: int | None = None  # of the first weights; default: seed
+    order_seed: int | None = None  # of each epoch's order of the images; default: seed
+    augmentation_seed: int | None = None  # of augmentation and mixing; default: seed
     resume: Path | None = None  # run folder of an interrupted run: go on exactly where it stood
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
@@ -134,6 +139,7 @@ class RunOptions:
     capture: Literal["auto", "off"] = "auto"  # auto: CUDA replays the whole step as one graph where the recipe allows it
     threads: int = 0  # of a CPU; 0: the plan's, which by default is PyTorch's number or OMP_NUM_THREADS
     deterministic: bool = True  # only algorithms that give the same bits every time
+    train_indices: Path | None = None  # .npy or text file with the numbers in their source (from 0) of the images to train on
     limit_train: int = 0  # use only the first so many training images, 0 = all
     limit_test: int = 0  # use only the first so many test images, 0 = all
     sync_bn: bool = False  # torchrun: batch norm by the whole batch, not each process's part; uncompiled, its own operations
@@ -143,13 +149,17 @@ class RunOptions:
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     eval_batch_size: int = 500  # images per evaluation batch
     max_parameters: int = 5_000_000  # refuse larger models; 0 = no limit
+    # after each evaluation: loss and margin of every training image, as it is, in the run folder's margins/epoch-NNNN.npy
+    record_margins: bool = False
     skip_nonfinite: bool = False  # leave out and count updates whose loss or gradients are not finite; off: stop
     profile: int = 0  # steps to trace, from the fourth on, into the run folder's trace.json, with a table by stage; 0 = off
     verify: bool = True  # check the data's sha256 before training
     plots: bool = True  # draw the PNGs at the end
 
     def __post_init__(self) -> None:
-        require(self, 0 <= self.seed < 2**63, "seed", "0..2^63-1")
+        for name in ("seed", "init_seed", "order_seed", "augmentation_seed"):
+            require(self, 0 <= (getattr(self, name) or 0) < 2**63, name, "0..2^63-1")
+        require(self, not (self.train_indices and self.limit_train), "limit_train", "0 beside --train-indices")
         for name in ("limit_train", "limit_test", "max_parameters", "stop_after", "profile", "threads"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
         require(self, 0 <= self.val_fraction < 1, "val_fraction", "0 to below 1")
@@ -162,6 +172,11 @@ class RunOptions:
         require(self, self.plan_seconds is None or self.plan_seconds >= 0, "plan_seconds", "0 or more")
         for name in ("eval_every", "eval_batch_size"):
             require(self, getattr(self, name) >= 1, name, "at least 1")
+
+    def seed_of(self, what: Literal["init", "order", "augmentation"]) -> int:
+        """The seed of one part of the run's randomness."""
+        own: int | None = getattr(self, f"{what}_seed")
+        return self.seed if own is None else own
 
 
 PLANNED = ("compile", "compile_mode", "kernels", "capture", "threads")  # the options that a plan has
@@ -410,7 +425,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def run_options_from_dict(values: dict[str, Any]) -> RunOptions:
     """The inverse of `to_dict` for run options. Raises InputError when fields are unknown or out of range."""
-    paths = {key: Path(values[key]) for key in ("data", "out", "resume") if values.get(key) is not None}
+    paths = {key: Path(values[key]) for key in ("data", "out", "resume", "train_indices") if values.get(key) is not None}
     unknown_fields = set(values) - {entry.name for entry in fields(RunOptions)}
     if unknown_fields:
         raise InputError(f"not run options of this version ({', '.join(sorted(unknown_fields))}): train again")

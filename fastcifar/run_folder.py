@@ -100,9 +100,9 @@ class RunFolder:
         }
         files.write_json(self.path / "config.json", config)
 
-    def read_config(self) -> tuple[str, str, Recipe, RunOptions]:
+    def read_config(self, name: str = "config.json") -> tuple[str, str, Recipe, RunOptions]:
         """Return (arch, recipe name, recipe, options) as the run began. Raises InputError when there is no valid config."""
-        values = files.read_json(self.path / "config.json", remedy=NOT_A_RUN)
+        values = files.read_json(self.path / name, remedy=NOT_A_RUN)
         if isinstance(values, dict) and str(values.get("arch")) in REVISED and "format" not in values:
             raise InputError(
                 f"{self.path} is a run of version 0.1, whose {values['arch']} was not the report's network: "
@@ -112,13 +112,11 @@ class RunFolder:
             recipe, run = recipe_from_dict(values["recipe"]), run_options_from_dict(values["run"])
             require_typed(recipe)
             require_typed(run)
-            if not all(isinstance(values[name], str) for name in ("arch", "recipe_name")):
+            if not all(isinstance(values[entry], str) for entry in ("arch", "recipe_name")):
                 raise TypeError("arch and recipe_name must be text")
             return values["arch"], values["recipe_name"], recipe, run
         except (KeyError, TypeError, AttributeError, ValueError, InputError) as error:
-            raise InputError(
-                f"{self.path / 'config.json'} is not a run's config ({shortened(error, 200)}): {NOT_A_RUN}"
-            ) from None
+            raise InputError(f"{self.path / name} is not a run's config ({shortened(error, 200)}): {NOT_A_RUN}") from None
 
     def save_epoch(self, rows: list[Metrics], checkpoint: Checkpoint, best: Checkpoint | None = None) -> None:
         """Write an epoch: best.pt if it is the best, the metrics, and last.pt, in this order.

@@ -155,7 +155,7 @@ def build_state(
 
     world: the processes that train it. Raises InputError over the budget.
     """
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed_of("init"))
     size = data.train.size
     recipe.augmentation.require_fits(size)
     if data.classes > MOST_CLASSES:
@@ -219,6 +219,8 @@ def build_step(
         clip_gradient_norm=recipe.clip_gradient_norm,
         clip_gradient_value=recipe.clip_gradient_value,
         seed=run.seed,
+        order_seed=run.seed_of("order"),
+        augmentation_seed=run.seed_of("augmentation"),
         autocast_dtype=choose_precision(run.precision, data.mean.device),
         compile=run.compile,
         compile_mode=run.compile_mode,

@@ -55,6 +55,8 @@ class StepSettings:
     skip_nonfinite: bool = False  # leave out updates whose loss or gradients are not finite
     loss_reduction: LossReduction = "mean"  # what is differentiated; the loss counted is the mean
     frozen: tuple[str, ...] = ()  # parameters that are not trained in frozen phases
+    order_seed: int | None = None  # None: seed
+    augmentation_seed: int | None = None  # None: seed
 
 
 class TrainStep(Batches):
@@ -82,8 +84,12 @@ class TrainStep(Batches):
     ) -> None:
         # A GPU's images are rounded at once: autocast would round them before the first convolution.
         dtype = (settings.autocast_dtype if mean.is_cuda else None) or torch.float32
-        kernels = settings.kernels
-        super().__init__(data, augmentation, mean, std, seed=settings.seed, dtype=dtype, kernels=kernels, reuses=True)
+        own = settings.order_seed, settings.augmentation_seed
+        order_seed, augmentation_seed = (settings.seed if seed is None else seed for seed in own)
+        super().__init__(
+            data, augmentation, mean, std,
+            seed=augmentation_seed, order_seed=order_seed, dtype=dtype, kernels=settings.kernels, reuses=True,
+        )  # fmt: skip
         self.model, self.optimizer, self.average, self.settings, self.world = model, optimizer, average, settings, world
         self._own = settings.batch_size // world.size  # images trained on here
         self._with_successor = world.size > 1 and augmentation.mixes  # which the last of them is mixed with

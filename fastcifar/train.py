@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastcifar import margins
 from fastcifar.command import Command, load_data, parse_command
 from fastcifar.dataset import Splits
 from fastcifar.device import (
@@ -36,6 +37,7 @@ from fastcifar.distributed import ALONE, LostRankError, World, joined
 from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.measuring import Meter, compile_seconds
+from fastcifar.models.resnet import PixelClassifier
 from fastcifar.models.summary import training_flops
 from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rates
 from fastcifar.plan import choose
@@ -147,6 +149,8 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
                     if record["epoch"] % run.eval_every == 0 or record["epoch"] == recipe.epochs:  # wherever this stops
                         record |= select_best(state, evaluator, data.select_name, stop)
+                        if run.record_margins:
+                            record_margins(folder, state, data, run, dtype, stop)
                 except Stopped as end:
                     writer.flush()
                     state.share_statistics()
@@ -345,6 +349,15 @@ def select_best(state: TrainingState, evaluator: Evaluator, split_name: str, sto
     if result.top1 > state.best_accuracy:
         state.best_accuracy, state.best_epoch = result.top1, epoch
     return {"eval_loss": result.loss, "eval_accuracy": result.top1, "eval_seconds": time.perf_counter() - began}
+
+
+def record_margins(
+    folder: RunFolder, state: TrainingState, data: Splits, run: RunOptions, dtype: torch.dtype | None, stop: StopRequest
+) -> None:
+    """Write what the epoch just trained makes of each training image. Raises OSError, and Stopped with nothing written."""
+    path = folder.path / "margins" / f"epoch-{state.epoch + 1:04d}.npy"
+    with stop.at_once():
+        margins.record(path, PixelClassifier(state.evaluated, data.mean, data.std), data.train, run.eval_batch_size, dtype)
 
 
 def epoch_seconds(record: Metrics) -> float:

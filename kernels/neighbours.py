@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-import kernels.residual_tail
-import kernels.squeeze_excite  # noqa: F401  both define their operators
+from kernels import residual_tail, squeeze_excite  # noqa: F401  both define their operators
 from kernels.residual_tail.fusable import EVERY, GIVEN, NEAR, Neighbours, Settings
 
 aten, fastcifar = torch.ops.aten, torch.ops.fastcifar

@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     # 0, 1: the seed of the noise that erases
     NOISE = 12  # by that seed, counter word 0 = value number // 8: eight 16-bit quantiles, the low half of each word first
     DROPOUT = 13  # | layer << 8, block = element // 8: eight 16-bit values, the low half of each word first (kernels.dropout)
+    LABEL_NOISE = 14  # word 0: whether the label is replaced, word 1: by which
 
 
 def philox(seed: Any, sample: Words, epoch: int | Words, purpose: int, block: int | Words = 0) -> tuple[Words, ...]:

@@ -16,6 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from small_betons import COUNT, END, PIXELS, SIZE, START, TABLE, U64, VALID, Parts, manifest_of
 
+from data_prep import beton_writer
 from data_prep.cifar_pickles import LAYOUTS, read_split
 from fastcifar import beton
 from fastcifar.beton import IMAGE_BYTES, Manifest, manifest_path, parse, read_beton
@@ -34,10 +35,10 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def write_ffcv(path: Path, images: np.ndarray, labels: np.ndarray) -> bytes:
-    from data_prep import ffcv_writer  # here, since FFCV takes seconds to import
-
-    ffcv_writer.write(path, images, labels, advance=lambda: None)
+def written(path: Path, images: np.ndarray, labels: np.ndarray) -> bytes:
+    counted: list[int] = []
+    beton_writer.write(path, images, labels, advance=counted.append)
+    assert sum(counted) == len(images)
     return path.read_bytes()
 
 
@@ -85,7 +86,7 @@ def test_our_layout_is_ffcvs() -> None:
 @pytest.mark.parametrize("count", [1, 2730, 2731, 6000])  # 2730 images fill a page of 8 MiB
 def test_images_come_back_byte_for_byte(tmp_path: Path, count: int) -> None:
     images, labels = random_images(count)
-    content = write_ffcv(tmp_path / "some.beton", images, labels)
+    content = written(tmp_path / "some.beton", images, labels)
     read, read_labels, index = parse(content, tmp_path / "some.beton")
     assert (read.dtype, read_labels.dtype, index.dtype) == (np.uint8, np.int64, np.int64)
     np.testing.assert_array_equal(read, images)
@@ -93,11 +94,24 @@ def test_images_come_back_byte_for_byte(tmp_path: Path, count: int) -> None:
     np.testing.assert_array_equal(index, np.arange(count))
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2731, 32, 32), (90, 64, 96)])  # 2730 images of 32x32 fill a page
+def test_we_write_ffcvs_bytes(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8), rng.integers(0, 10, shape[0])
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField(), "index": IntField()}
+    samples = [(image, int(label), number) for number, (image, label) in enumerate(zip(images, labels, strict=True))]
+    DatasetWriter(str(tmp_path / "ffcv.beton"), fields, num_workers=1).from_indexed_dataset(samples)
+    assert written(tmp_path / "ours.beton", images, labels) == (tmp_path / "ffcv.beton").read_bytes()
+
+
 def test_the_same_input_gives_the_same_bytes_contiguous_or_not(tmp_path: Path) -> None:
     images, labels = random_images(40)
     strided = images[::2, :, ::-1], labels[::2]
-    content = write_ffcv(tmp_path / "a.beton", *strided)
-    assert content == write_ffcv(tmp_path / "b.beton", *map(np.ascontiguousarray, strided))
+    content = written(tmp_path / "a.beton", *strided)
+    assert content == written(tmp_path / "b.beton", *map(np.ascontiguousarray, strided))
     np.testing.assert_array_equal(parse(content, tmp_path)[0], strided[0])
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.beton import Manifest
-from fastcifar.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint, sealed, serialised
+from fastcifar.checkpoint import Checkpoint, load, load_checkpoint, save_checkpoint, sealed, serialised
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
@@ -333,7 +333,7 @@ def test_checkpoints_come_back_and_damaged_ones_do_not(tmp_path):
     save_checkpoint(path, checkpoint_of())
     loaded = load_checkpoint(path, CPU, arch="se_resnet18")
     assert loaded.class_names[3] == "class 3"
-    assert not load_model(path, CPU)[0].training
+    assert not load(path).training
     with pytest.raises(InputError, match=r"last\.pt is of arch se_resnet18, not resnet42"):
         load_checkpoint(path, CPU, arch="resnet42")
     content = path.read_bytes()
@@ -444,7 +444,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path):
     checkpoint = checkpoint_of("resnet42")
     save_checkpoint(tmp_path / "x.pt", Checkpoint(**{**vars(checkpoint), "arch": "se_resnet18"}))
     with pytest.raises(InputError, match="does not fit arch se_resnet18"):
-        load_model(tmp_path / "x.pt", CPU)
+        load(tmp_path / "x.pt", CPU)
 
 
 @pytest.mark.parametrize("arch", REVISED)
@@ -458,7 +458,7 @@ def test_a_checkpoint_of_version_0_1_of_a_revised_row_is_refused_with_the_reason
         state[name], missing = state[name].flatten()[taken:], missing - taken
     save_checkpoint(tmp_path / "old.pt", Checkpoint(**{**vars(checkpoint), "model": state}))
     with pytest.raises(InputError, match=rf"old\.pt holds {arch} as version 0\.1 had it \({REVISED[arch]:,} parameters\)"):
-        load_model(tmp_path / "old.pt", CPU)
+        load(tmp_path / "old.pt", CPU)
 
 
 def test_a_run_folder_of_version_0_1_of_a_revised_row_is_refused_with_the_reason(tmp_path):

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from bench import ablate, compare, input_pipelines, kernel_latency, report, reports, roofline, run
 from bench.results import write_results
 from data_prep import write_beton
-from fastcifar import demo, evaluate, plots, predict, train, tune
+from fastcifar import demo, evaluate, export, plots, predict, train, tune
 from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import __main__ as contact_sheet
 from fastcifar.command import Command
@@ -56,6 +56,9 @@ TARGETS = {
     "resume": Target(train.main, Command, "--resume {run}"),
     "tune": Target(tune.main, tune.Options, "--archs se_resnet18 --data {betons} --seconds 0.001 --out {new}"),
     "evaluate": Target(evaluate.main, evaluate.Options, "--checkpoint {checkpoint} --data {betons}"),
+    "export": Target(
+        export.main, export.Options, "--checkpoint {checkpoint} --data {betons} --to torchscript --out {new} --limit-test 5"
+    ),
     "predict": Target(predict.main, predict.Options, "--checkpoint {checkpoint} --input {betons}/test.beton --out {new}"),
     "plots": Target(plots.main, plots.Options, "--out {new} {run}"),
     "demo": Target(demo.main, demo.Options, "--data {betons} --out {new}"),
