@@ -35,6 +35,7 @@ from fastcifar.dataset import Splits, epoch_order
 from fastcifar.device import choose_device, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.files import write_json
+from fastcifar.loader import Loader
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
@@ -115,6 +116,7 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
     plain = not (recipe.recolours or recipe.random_erasing)
     rows: list[tuple[str, str, Task, Callable[[Task], Call], bool]] = [
         ("fastcifar", "as training prepares its batches; JIT not counted", task, partial(_prepare, kernels="auto"), True),
+        ("fastcifar.Loader", "the same in a plain loop, in float32", task, _loader, True),
         ("fastcifar in PyTorch", "the same pixels, eager", task, partial(_prepare, kernels="torch"), True),
         (
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
@@ -149,6 +151,14 @@ def _prepare(task: Task, kernels: Literal["auto", "torch"]) -> Call:
             step.prepare(train, positions, plan, plan.mixing.blend[number], plan.mixing.box[number])
 
     return call
+
+
+def _loader(task: Task) -> Call:
+    """Five lines of somebody else's loop."""
+    mean, std = task.data.statistics
+    options: dict[str, Any] = {"mean": mean, "std": std, "epochs": task.recipe.epochs, "device": task.device.type}
+    loader = Loader(task.resident, task.recipe.batch_size, task.recipe.augmentation, **options)
+    return partial(deque, loader, maxlen=0)
 
 
 def _torchvision_batches(task: Task) -> Call:

@@ -88,6 +88,11 @@ def is_complete(folder: Path, layout: Layout) -> bool:
     return all((folder / name).is_file() for name in _file_names(layout))
 
 
+def has_any(source: Path, layout: Layout) -> bool:
+    """Whether a folder looks like the pickles', complete or not."""
+    return (source / layout.folder).is_dir() or any((source / name).is_file() for name in _file_names(layout))
+
+
 def _file_names(layout: Layout) -> list[str]:
     return [name for split in layout.splits.values() for name in split] + list(layout.meta)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Writes CIFAR's official pickles as `train.beton` and `test.beton` with manifests, and reads every byte back to verify it.
+"""Writes CIFAR's official pickles, or pictures, as `train.beton` and `test.beton` with manifests, and reads every byte back.
 
 python data_prep/write_beton.py                          # finds the data, or downloads it, or draws a synthetic dataset
 python data_prep/write_beton.py --source DIR --out data/beton
 python data_prep/write_beton.py --dataset cifar100
+python data_prep/write_beton.py --source FOLDER --size 64  # your own pictures: a folder for each class, or a NumPy archive
 python data_prep/write_beton.py --synthetic              # a synthetic dataset: ten drawn shapes
 python data_prep/write_beton.py --check                  # writes nothing: do the betons still hold what was in their pickles?
 """
@@ -12,16 +13,18 @@ import hashlib
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import URLError
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data_prep import beton_writer, cifar_pickles, synthetic
+from data_prep import beton_writer, cifar_pickles, own_pictures, synthetic
 from data_prep.beton_writer import PAGE
 from data_prep.cifar_pickles import LAYOUTS, Layout
 from fastcifar import __version__
@@ -37,9 +40,14 @@ DATA = Path("data")  # where pickles are looked for and downloaded to
 
 @dataclass(frozen=True)
 class Options:
-    """Write CIFAR's pickles as FFCV .beton files with manifests; an intact, matching beton is left alone."""
+    """Write CIFAR's pickles, or pictures, as FFCV .beton files with manifests; an intact, matching beton is left alone."""
 
-    source: Path | None = None  # folder with the official pickles; default: $CIFAR_DIR, then data/, then a download
+    # folder with the official pickles; default: $CIFAR_DIR, then data/, then a download. For other data a folder with a folder
+    # of pictures for each class, which may stand in train/ and test/ (or val/), or a NumPy archive (.npz)
+    source: Path | None = None
+    size: str | None = None  # pictures: cropped about their centre and resized to so many pixels, 64 or WIDTHxHEIGHT, 96x64
+    test_fraction: float = 0.1  # pictures without test/ or val/: share of each class held out for testing, above 0, below 1
+    skip_bad: bool = False  # pictures: leave out and name those that cannot be used, instead of stopping
     out: Path = Path("data/beton")  # folder for train.beton, test.beton and their manifests
     dataset: Literal["cifar10", "cifar100"] = "cifar10"  # which official layout the pickles have
     name: str | None = None  # what reports call this data; default: the dataset's name, and whether it is the official archive
@@ -54,6 +62,8 @@ class Options:
             raise InputError("--check writes nothing and --force writes all again: choose one")
         if self.synthetic and self.dataset != "cifar10":
             raise InputError("the synthetic dataset has ten classes: use --synthetic without --dataset cifar100")
+        if not 0 < self.test_fraction < 1:
+            raise InputError(f"test_fraction must be above 0 and below 1, got {self.test_fraction}")
         if self.train_images < 5 or self.train_images % 5:
             raise InputError(f"train_images must be a positive multiple of 5 (five pickles), got {self.train_images}")
         if self.test_images < 1:
@@ -76,12 +86,17 @@ def main() -> None:
         check(options, console)
         return
     layout = LAYOUTS[options.dataset]
+    if options.source is not None and not cifar_pickles.has_any(options.source, layout) and own_pictures.is_own(options.source):
+        write_own(options, options.source, console)
+        return
+    if options.size is not None:
+        raise InputError("--size is for pictures: name their folder with --source")
     source = find_source(options, layout, console)
     if source is None:
         console.print(f"{options.out} holds intact betons and no source was named: left alone")
         return
     for split in ("train", "test"):
-        write_split(options, layout, source, split, console)
+        write_split(options, split, part_of_pickles(options, layout, source, split), console)
 
 
 def find_source(options: Options, layout: Layout, console: Console) -> Source | None:
@@ -141,6 +156,11 @@ def check(options: Options, console: Console) -> None:
     """Compare both betons with their manifests, and with their pickles where those are found. Raises InputError."""
     betons = {split: read_beton(options.out / f"{split}.beton") for split in ("train", "test")}
     manifest = betons["train"].manifest
+    if manifest.dataset == "own":
+        for split, beton in betons.items():
+            check_statistics(options.out / f"{split}.beton", beton.manifest, in_parts(beton.images))
+            console.print(f"{options.out / split}.beton: {beton.manifest.count:,} images, hash and statistics right")
+        return
     layout = LAYOUTS[manifest.dataset]
     named = options.source or (Path(os.environ["CIFAR_DIR"]) if os.environ.get("CIFAR_DIR") else None)
     if named is not None:
@@ -185,48 +205,106 @@ def existing(path: Path, dataset: str | None = None) -> Manifest | None:
     return manifest if dataset in (None, manifest.dataset) else None
 
 
-def write_split(options: Options, layout: Layout, source: Source, split: str, console: Console) -> None:
+@dataclass(frozen=True)
+class Part:
+    """What becomes one split's beton."""
+
+    source: Path
+    dataset: str
+    name: str
+    md5: dict[str, str]  # of what it is made of
+    sha256: dict[str, str]
+    read: Callable[[], cifar_pickles.Split]
+    official: bool = False
+    synthetic: bool = False
+    channels: int = 3
+
+
+def write_own(options: Options, source: Path, console: Console) -> None:
+    """Write both splits of pictures or of an archive. Raises InputError."""
+    size = None if options.size is None else own_pictures.parse_size(options.size)
+    with progress(console) as bar:
+        task = bar.add_task(f"reading {source.name}")
+        advance: Callable[[int], None] = lambda total: bar.update(task, total=total, advance=1)  # noqa: E731
+        found = own_pictures.read_splits(source, size, options.test_fraction, options.skip_bad, advance)
+    bad = list(dict.fromkeys(line for part in found.values() for line in part.bad))
+    for line in bad:
+        console.print(f"left out: {printable(line)}", style="yellow")
+    if bad:
+        console.print(f"{len(bad):,} pictures left out", style="yellow")
+    name = printable(options.name or source.resolve().name)
+    for split, part in found.items():
+        content = [part.images.data, part.labels.data, "\n".join(part.class_names).encode()]
+        md5, sha256 = ({printable(source.name): _digest(algorithm, content)} for algorithm in ("md5", "sha256"))
+        made = Part(
+            source,
+            "own",
+            name,
+            md5,
+            sha256,
+            partial(cifar_pickles.Split, part.images, part.labels, part.class_names),
+            channels=part.channels,
+        )
+        write_split(options, split, made, console)
+
+
+def _digest(algorithm: str, content: list[Any]) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def part_of_pickles(options: Options, layout: Layout, source: Source, split: str) -> Part:
+    """One split of the pickles, not read yet."""
+    md5, sha256 = (cifar_pickles.digests(source.folder, layout, split, algorithm) for algorithm in ("md5", "sha256"))
+    official = cifar_pickles.is_official(md5, layout)
+    name = printable(options.name) if options.name else _default_name(options.dataset, official, source.synthetic)
+    read = partial(cifar_pickles.read_split, source.folder, layout, split)
+    return Part(source.folder, options.dataset, name, md5, sha256, read, official, source.synthetic)
+
+
+def write_split(options: Options, split: str, part: Part, console: Console) -> None:
     """Write one split's beton and manifest, unless an intact one of the same source is there.
 
     Raises InputError when the file there is intact, was made from other data and is not synthetic, since that would be lost.
     """
     path = options.out / f"{split}.beton"
-    md5, sha256 = (cifar_pickles.digests(source.folder, layout, split, algorithm) for algorithm in ("md5", "sha256"))
-    official = cifar_pickles.is_official(md5, layout)
-    name = printable(options.name) if options.name else _default_name(options.dataset, official, source.synthetic)
     old = existing(path)
     if old is not None and not options.force:
-        if old.source_md5 == md5 and old.dataset == options.dataset and old.name == name:
+        if old.source_md5 == part.md5 and old.dataset == part.dataset and old.name == part.name:
             console.print(f"{path}: intact, left alone ({old.count:,} images, {old.name})")
             return
-        if old.source_md5 != md5 and not old.synthetic:
+        if old.source_md5 != part.md5 and not old.synthetic:
             raise InputError(f"{path} holds other data ({old.name}): choose another --out, or --force to replace it")
-    if not official and not source.synthetic:
-        console.print(f"{source.folder}: not the official archive (md5 differs); going on", style="yellow")
-
-    data = cifar_pickles.read_split(source.folder, layout, split)
+    if not part.official and not part.synthetic and part.dataset != "own":
+        console.print(f"{part.source}: not the official archive (md5 differs); going on", style="yellow")
+    data = part.read()
     mean, std = channel_statistics(in_parts(data.images))
     _require_space(options.out, data.images.nbytes)
 
-    with atomic_path(path) as partial:
+    with atomic_path(path) as partial_path:
         with progress(console) as bar:
             task = bar.add_task(f"writing {path.name}", total=len(data.images))
-            beton_writer.write(partial, data.images, data.labels, lambda written: bar.advance(task, written))
-        written = verify(partial, data)
+            beton_writer.write(partial_path, data.images, data.labels, lambda written: bar.advance(task, written))
+        written = verify(partial_path, data)
         manifest = Manifest(
-            dataset=options.dataset,
+            dataset=part.dataset,
             split=split,
-            name=name,
+            name=part.name,
             count=len(data.images),
             class_names=data.class_names,
             mean=mean,
             std=std,
             sha256=written,
-            official=official,
-            synthetic=source.synthetic,
-            source_md5=md5,
-            source_sha256=sha256,
+            official=part.official,
+            synthetic=part.synthetic,
+            source_md5=part.md5,
+            source_sha256=part.sha256,
             versions={"fastcifar": __version__, **installed("numpy")},
+            height=data.images.shape[1],
+            width=data.images.shape[2],
+            channels=part.channels,
         )
     manifest.save(path)
     console.print(f"{path}: {manifest.count:,} images, {manifest.name}, read back byte for byte")

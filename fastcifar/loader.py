@@ -3,8 +3,9 @@
 What is drawn and computed is `fastcifar.batches`, which training itself runs: the same seed gives the same pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from fastcifar.dataset import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     AnySet,
-    Channels,
     ResidentSet,
     StreamedSet,
     load_resident,
@@ -29,6 +29,7 @@ from fastcifar.dataset import (
     normalisation,
 )
 from fastcifar.device import choose_device
+from fastcifar.distributed import World
 from fastcifar.epoch_tables import EpochPlan
 from fastcifar.pictures import read_folder
 from fastcifar.streaming import BatchRing
@@ -102,7 +103,8 @@ class Loader:
         _require(epochs >= 0 and not (moves and epochs == 0), "epochs", "at least 1 where mixup_alpha_end is set", epochs)
         data, names, own = _loaded(source, where, stream, verify)
         self.class_names = list(class_names or names)
-        self.mean, self.std = tuple(mean or own[0]), tuple(std or own[1])
+        measured = own() if mean is None or std is None else (mean, std)
+        self.mean, self.std = tuple(mean or measured[0]), tuple(std or measured[1])
         for name, values in (("mean", self.mean), ("std", self.std)):
             _require(len(values) == 3 and all(0 <= v <= 1 for v in values), name, "three numbers in 0..1", values)
         _require(min(self.std) > 0, "std", "above 0: a channel that is the same everywhere cannot be normalised", self.std)
@@ -173,14 +175,19 @@ class Loader:
         plan = batches.plan(epoch, len(rows), min(1.0, epoch / self.epochs) if self.epochs else 0.0)
         streams = isinstance(data, StreamedSet)
         made = self._streamed(rows, first, plan) if streams else self._resident(rows, first, plan)
-        for number, (images, labels, partner_labels) in enumerate(made, start=first):
+        for number, prepared in enumerate(made, start=first):
+            images, labels, partner_labels = (values[: self.batch_size] for values in prepared)
             self._reached = (epoch, number + 1) if number + 1 < len(rows) else (epoch + 1, 0)
             yield (images, labels, partner_labels, plan.mixing.lam[number]) if settings.mixes else (images, labels)
 
     def _own(self, order: Tensor) -> list[Tensor]:
-        """The positions of this process's batches."""
-        together = order.split(self.batch_size * self.world_size)
-        return [positions.tensor_split(self.world_size)[self.rank] for positions in together[: len(self)]]
+        """The positions of this process's batches; where images are mixed with others', one more than it gives out."""
+        together = self.batch_size * self.world_size
+        whole = len(order) // together
+        batches, successor = order[: whole * together].view(whole, together), self.world_size > 1
+        rows = World(self.rank, size=self.world_size).share(batches, successor=successor and self._batches.augmentation.mixes)
+        rest = order[whole * together :].tensor_split(self.world_size)[self.rank]
+        return [*rows, *([rest] if len(rest) and not self.drop_last else [])]
 
     def _resident(self, rows: list[Tensor], first: int, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         data = self._batches.data
@@ -190,9 +197,9 @@ class Loader:
 
     def _streamed(self, rows: list[Tensor], first: int, plan: EpochPlan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The next batch is read while this one is in use."""
-        data, whole = self._batches.data, sum(len(row) == self.batch_size for row in rows)
+        data, whole = self._batches.data, sum(len(row) >= self.batch_size for row in rows)
         assert isinstance(data, StreamedSet)
-        ring = BatchRing(data, self.batch_size)
+        ring = BatchRing(data, len(rows[0]))
         if first < whole:
             ring.begin(torch.stack(rows[:whole]), first)
         for number in range(first, len(rows)):
@@ -268,20 +275,19 @@ def augment(
 
 def _loaded(
     source: str | Path | ResidentSet, device: torch.device, stream: bool | None, verify: bool
-) -> tuple[AnySet, list[str], tuple[Channels, Channels]]:
-    """The set on its device, its classes' names, and its mean and deviation."""
+) -> tuple[AnySet, list[str], Callable[[], Sequence[Sequence[float]]]]:
+    """The set on its device, its classes' names, and what finds its mean and deviation."""
     if isinstance(source, ResidentSet):
         _require(not stream, "stream", "None or False for images that are in memory already", stream)
-        mean, std = channel_statistics(in_parts(source.images.cpu().numpy()))
         names = [str(number) for number in range(int(source.labels.max()) + 1)]
         on_device = (values.to(device) for values in (source.images, source.labels, source.index))
-        return ResidentSet(*on_device), names, (tuple(mean), tuple(std))
+        return ResidentSet(*on_device), names, lambda: channel_statistics(in_parts(source.images.cpu().numpy()))
     path = Path(source)
     manifest = load_manifest(path)
     if stream is None:
         stream = 3 * manifest.height * manifest.width * manifest.count > SHARE * _free_memory(device)
     data, _ = (load_streamed if stream else load_resident)(path, device, verify=verify)
-    return data, manifest.class_names, normalisation(manifest)
+    return data, manifest.class_names, partial(normalisation, manifest)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -51,7 +51,7 @@ def decode(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
                 raise ValueError(f"{image.n_frames} frames or pages")  # type: ignore[attr-defined]
             deep = any("16" in str(raw_mode) or "32" in str(raw_mode) for *_, raw_mode in image.tile)
             if deep or image.mode.startswith(("I", "F")):  # which Pillow would cut to 8 without a word
-                raise ValueError("more than 8 bits a channel")
+                raise ValueError("16 bits a channel or more")
             image.load()
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
@@ -71,16 +71,9 @@ def _require_whole_png(content: bytes) -> None:
         start = end + 4
 
 
-def fitted(image: Image.Image, size: Size | None) -> Image.Image:
-    """Cropped about its centre to the shape of `size` (height, width), then resized; None: as it is.
-
-    Raises ValueError for a picture that cannot stay as it is.
-    """
-    if size is not None:
-        return image if image.size == size[::-1] else ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
-    if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
-        raise ValueError(f"{image.width}x{image.height} pixels, not {SMALLEST}..{LARGEST} a side: give a size to bring all to")
-    return image
+def fitted(image: Image.Image, size: Size) -> Image.Image:
+    """Cropped about its centre to the shape of `size` (height, width), then resized; of that size already, as it is."""
+    return image if image.size == size[::-1] else ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
 
 
 def why(error: Exception) -> str:
@@ -98,34 +91,46 @@ def read_folder(
 ) -> Labelled:
     """Read a folder of class folders; classes are numbered by their names' order.
 
-    size: to which all are `fitted`. class_names: those of another split, which these must be among. skip_bad: leave out what
-    cannot be used. advance: called for every picture with how many there are. Raises InputError naming the file or folder.
+    size: (height, width) to which all are `fitted`; None: all must have one. class_names: those of another split, which these
+    must be among. skip_bad: leave out what cannot be used, named in `bad`. advance: called for every picture with how many
+    there are. Raises InputError naming the file or folder.
     """
-    folders = class_folders(folder, class_names)
+    folders, wanted = class_folders(folder, class_names), size
     names = class_names or [printable(path.name) for path in folders]
-    files = [(file, names.index(printable(path.name))) for path in folders for file in picture_files(path)]
-    shape, pixels, labels, kept, bad, grey = size, [], [], [], [], True
+    numbers = {name: number for number, name in enumerate(names)}
+    files = [(file, numbers[printable(path.name)]) for path in folders for file in picture_files(path)]
+    found = Labelled(np.empty(0), np.empty(0), names, [])
+    pixels, labels, modes = [], [], set()
     for file, label in files:
         advance(len(files))
         try:
-            image = fitted(decode(file), size)
-            shape = shape or (image.height, image.width)
-            if (image.height, image.width) != shape:
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels, others {shape[1]}x{shape[0]}: give a size to bring all to"
-                )
+            image = decode(file)
         except Exception as error:  # Pillow's decoders raise almost anything
-            bad.append(f"{file}: {why(error)}")
-            if not skip_bad:
-                raise InputError(f"{bad[0]}; repair or remove it, or leave such pictures out with --skip-bad") from None
+            found.bad.append(f"{file}: {why(error)}")
             continue
-        grey = grey and image.mode == "L"
-        pixels.append(np.asarray(image.convert("RGB")))
+        size = size or _own_size(file, image)
+        if wanted is None and image.size != size[::-1]:
+            raise InputError(f"{file} has {_shape(image)} pixels, others {size[1]}x{size[0]}: bring all to one with --size")
+        pixels.append(np.asarray(fitted(image, size).convert("RGB")))
         labels.append(label)
-        kept.append(file.relative_to(folder).as_posix())
-    if not pixels:
-        raise InputError(f"{folder}: none of its {len(files):,} pictures can be used, e.g. {bad[0]}")
-    return Labelled(np.stack(pixels), np.array(labels, np.int64), names, kept, 1 if grey else 3, bad)
+        modes.add(image.mode)
+        found.names.append(file.relative_to(folder).as_posix())
+    if found.bad and not (skip_bad and pixels):
+        told = f"{len(found.bad):,} of {len(files):,} pictures cannot be used: {'; '.join(found.bad[:3])}"
+        raise InputError(f"{told}; repair or remove them, or leave them out with --skip-bad")
+    found.images, found.labels = np.stack(pixels), np.array(labels, np.int64)
+    found.channels = 1 if modes == {"L"} else 3
+    return found
+
+
+def _own_size(file: Path, image: Image.Image) -> Size:
+    if not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
+        raise InputError(f"{file} has {_shape(image)} pixels, not {SMALLEST}..{LARGEST} a side: change that with --size")
+    return image.height, image.width
+
+
+def _shape(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
 
 
 def class_folders(folder: Path, class_names: list[str] | None = None) -> list[Path]:

@@ -6,8 +6,6 @@ python -m fastcifar.predict --checkpoint runs/se_resnet18-seed0/best.pt --input 
 import csv
 import io
 import re
-import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +13,31 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fastcifar.arguments import parse_arguments
-from fastcifar.beton import SIDE, read_beton
+from fastcifar.beton import SIDE, Size, read_beton
 from fastcifar.checkpoint import load
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
 from fastcifar.evaluate import TTA, class_probabilities
 from fastcifar.files import write_bytes
+from fastcifar.pictures import MOST_BYTES, SUFFIXES, decode, fitted
 from fastcifar.safe_pickle import decode_name, load_pickle
 
 MAX_ID = 255  # characters of an ID, as of a file's name
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_PNG = 1 << 22  # bytes; 32x32 pixels take 4 kB, profiles and texts beside them vary
+MOST_OWN_BYTES = 1 << 22  # of a picture that is not to be resized; 32x32 pixels take 4 kB, profiles and texts beside them vary
+CIFAR: Size = (SIDE, SIDE)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Predict the class of every image of a pickle, a beton or a folder of PNGs."""
+    """Predict the class of every image of a pickle, a beton or a folder of pictures."""
 
     checkpoint: Path  # last.pt or best.pt of a run folder
-    input: Path  # pickle (dict with data, and ids or none), .beton file, or folder of 32x32 PNGs
+    input: Path  # pickle (dict with data, and ids or none), .beton file, or folder of pictures
     out: Path = Path("submission.csv")  # CSV with the columns ID,Labels
     tta: TTA = "flip"  # test-time augmentation: views whose softmax outputs are averaged
+    resize: bool = False  # pictures of another size than the model's: crop them about their centre and resize them to it
     batch_size: int = 500  # images per batch
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device computes in it
@@ -52,7 +51,7 @@ class Options:
 class Unlabelled:
     """Images to predict, with the IDs to report them under."""
 
-    images: np.ndarray  # [N, 32, 32, 3] uint8
+    images: np.ndarray  # [N, H, W, 3] uint8
     ids: list[str]
 
 
@@ -75,8 +74,8 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
     """Return the predicted class numbers and what they were predicted for. Raises InputError."""
     device = choose_device(options.device)
     set_up_process(device, deterministic=True)
-    unlabelled = read_unlabelled(options.input)
     model = load(options.checkpoint, device)
+    unlabelled = read_unlabelled(options.input, model.preprocessing.size, resize=options.resize)
     batches = class_probabilities(
         model,
         torch.from_numpy(unlabelled.images).to(device),
@@ -92,21 +91,25 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
     return labels, unlabelled
 
 
-def read_unlabelled(path: Path) -> Unlabelled:
-    """Read a folder of PNGs, a beton or a pickle. Raises InputError naming what does not fit.
+def read_unlabelled(path: Path, size: Size = CIFAR, *, resize: bool = False) -> Unlabelled:
+    """Read a folder of pictures, a beton or a pickle, whose images have `size`. Raises InputError naming what does not fit.
+
+    resize: pictures of another size are brought to it.
 
     IDs go into the CSV as they are, since a competition compares them; so those that a spreadsheet would take for a formula,
     that hold control characters, or that stand for two images are refused rather than altered.
     """
     if path.is_dir():
-        unlabelled = _read_folder(path)
+        unlabelled = _read_folder(path, size, resize)
     elif not path.exists():
-        raise InputError(f"{path} is missing: name a pickle, a .beton file or a folder of PNGs")
+        raise InputError(f"{path} is missing: name a pickle, a .beton file or a folder of pictures")
     elif path.suffix == ".beton":
         beton = read_beton(path)
+        if beton.manifest.size != size:
+            raise InputError(f"{path} has images of {_shape(beton.manifest.size)} pixels, the checkpoint's have {_shape(size)}")
         unlabelled = Unlabelled(beton.images, [str(number) for number in beton.index.tolist()])
     else:
-        unlabelled = _read_pickle(path)
+        unlabelled = _read_pickle(path, size)
     (most, times), *_ = Counter(unlabelled.ids).most_common(1)
     if times > 1:
         raise InputError(f"{path} has ID {most!r} {times} times: give every image an ID of its own")
@@ -118,44 +121,31 @@ def read_unlabelled(path: Path) -> Unlabelled:
     return unlabelled
 
 
-def _read_folder(path: Path) -> Unlabelled:
-    """PNGs in the order of the numbers in their names; the ID is the name without `.png`."""
-    files = sorted((file for file in path.iterdir() if file.suffix.lower() == ".png"), key=_natural)
+def _read_folder(path: Path, size: Size, resize: bool) -> Unlabelled:
+    """Pictures in the order of the numbers in their names; the ID is the name without `.png`."""
+    files = sorted((file for file in path.iterdir() if file.suffix.lower() in SUFFIXES), key=_natural)
     if not files:
-        raise InputError(f"{path} holds no .png file: name a folder of 32x32 PNGs")
-    images = np.empty((len(files), SIDE, SIDE, 3), np.uint8)
+        raise InputError(f"{path} holds no .png file, nor another picture: name a folder of {_shape(size)} pictures")
+    images, most = np.empty((len(files), *size, 3), np.uint8), MOST_BYTES if resize else MOST_OWN_BYTES
     for number, file in enumerate(files):
-        if not file.is_file() or file.stat().st_size > MAX_PNG:
-            raise InputError(f"{file} is not a file of at most {MAX_PNG:,} bytes: images must be {SIDE}x{SIDE} PNGs")
+        if not file.is_file() or file.stat().st_size > most:
+            raise InputError(f"{file} is not a file of at most {most:,} bytes: images must be {_shape(size)} pictures")
         try:
-            images[number] = _decode_png(file)
+            image = decode(file)
+            if not resize and image.size != size[::-1]:
+                raise ValueError(f"{image.width}x{image.height} pixels instead of {_shape(size)}, to which --resize brings it")
+            images[number] = np.asarray(fitted(image, size).convert("RGB"))
         except Exception as error:  # Pillow's decoder raises almost anything
             problem = " ".join(shortened(error).split())
             raise InputError(
-                f"{file} is no {SIDE}x{SIDE} PNG of 8 bits a channel ({problem}): convert it, or get it again"
+                f"{file} is no {_shape(size)} picture of 8 bits a channel ({problem}): convert it, or get it again"
             ) from None
     return Unlabelled(images, [file.stem for file in files])
 
 
-def _decode_png(file: Path) -> np.ndarray[Any, Any]:
-    """Pixels [32, 32, 3] of a PNG of at most 8 bits a channel. Raises ValueError, or whatever Pillow does.
-
-    Every block's checksum is compared, since Pillow skips those of the pixels, and zlib's own where the block is cut short.
-    """
-    content = file.read_bytes()
-    start, kind = len(PNG_SIGNATURE), b""
-    while content.startswith(PNG_SIGNATURE) and kind != b"IEND":
-        end = start + 8 + int.from_bytes(content[start : start + 4])
-        kind = content[start + 4 : start + 8]
-        if len(content) < end + 4 or zlib.crc32(content[start + 4 : end]) != int.from_bytes(content[end : end + 4]):
-            raise ValueError("damaged or cut short")
-        start = end + 4
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.size != (SIDE, SIDE):
-            raise ValueError(f"{image.width}x{image.height} pixels instead of {SIDE}x{SIDE}")
-        if any("16" in str(raw_mode) for *_, raw_mode in image.tile):  # which Pillow would cut to 8 without a word
-            raise ValueError("16 bits a channel")
-        return np.asarray(image.convert("RGB"))
+def _shape(size: Size) -> str:
+    """For messages: width x height."""
+    return f"{size[1]}x{size[0]}"
 
 
 def _natural(file: Path) -> list[Any]:
@@ -163,18 +153,20 @@ def _natural(file: Path) -> list[Any]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", file.stem) if part]
 
 
-def _read_pickle(path: Path) -> Unlabelled:
-    """The competition's dict: `data` uint8 [N, 32, 32, 3], [N, 3, 32, 32] or rows [N, 3072] channel first; `ids`, or 0..N-1."""
+def _read_pickle(path: Path, size: Size) -> Unlabelled:
+    """The competition's dict: `data` uint8 [N, H, W, 3], [N, 3, H, W] or rows [N, 3 H W] channel first; `ids`, or 0..N-1."""
     content = load_pickle(path)
     data = content.get("data")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim < 2 or not len(data):
         raise InputError(f"{path} has no entry data of uint8 images: is it the competition's pickle?")
-    if data.shape[1:] == (SIDE, SIDE, 3):
+    row = 3 * size[0] * size[1]
+    if data.shape[1:] == (*size, 3):
         images = data
-    elif data.shape[1:] in ((3 * SIDE * SIDE,), (3, SIDE, SIDE)):
-        images = data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+    elif data.shape[1:] in ((row,), (3, *size)):
+        images = data.reshape(-1, 3, *size).transpose(0, 2, 3, 1)
     else:
-        raise InputError(f"{path}: data has shape {list(data.shape)}, not [N, 32, 32, 3] or [N, 3072]: is it the right file?")
+        wanted = f"[N, {size[0]}, {size[1]}, 3] or [N, {row}]"
+        raise InputError(f"{path}: data has shape {list(data.shape)}, not {wanted}: is it the right file?")
     ids = _read_ids(content.get("ids", np.arange(len(images))), len(images), path)
     return Unlabelled(np.array(images, order="C"), ids)
 

@@ -174,7 +174,7 @@ def test_the_command_writes_what_it_measured(betons, tmp_path, monkeypatch, call
     assert len(step["seconds"]["fastcifar"]) == 3
     assert step["speedup"].keys() >= {"median", "estimate", "low", "high"}
     assert step["speedup"]["estimate"] > 0
-    common = ["fastcifar", "fastcifar in PyTorch", "torchvision DataLoader", "torchvision v2 on batches"]
+    common = ["fastcifar", "fastcifar.Loader", "fastcifar in PyTorch", "torchvision DataLoader", "torchvision v2 on batches"]
     assert [name for name in pipelines["report D"] if name != "kornia"] == common
     assert set(pipelines["crop + flip + cutout 8"]) - {"kornia"} == {*common, "FFCV"}
     for rows in pipelines.values():

@@ -159,7 +159,7 @@ def flipped(content, position):
 GOOD_PNG = png(3, 8)
 STORED_PNG = png(3, 8, lambda chunks: [chunks[0], (b"IDAT", zlib.compress(zlib.decompress(chunks[1][1]), 0)), chunks[2]])
 GIF = io.BytesIO()
-Image.new("RGB", (32, 32)).save(GIF, "GIF")
+Image.new("RGB", (32, 32)).save(GIF, "GIF", save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
 INVALID_PNGS = [
     *((png(channels, 16), "16 bits a channel") for channels in (1, 2, 3, 4)),
     (png(3, 16, lambda chunks: [(b"tEXt", b"a\0" + bytes([1] * 30)), *chunks]), "16 bits a channel"),
@@ -171,7 +171,7 @@ INVALID_PNGS = [
     (png(3, 8, lambda chunks: [chunks[0], (b"IDAT", chunks[1][1][:10]), chunks[2]]), "truncated"),
     (png(3, 8, lambda chunks: [chunks[0], chunks[2]]), "get it again"),
     (b"not a picture", "cannot identify"),
-    (GIF.getvalue(), "cannot identify"),
+    (GIF.getvalue(), "2 frames or pages"),
     (GOOD_PNG + bytes(1 << 22), "a file of at most"),
 ]
 
@@ -183,7 +183,10 @@ def test_the_pngs_of_these_tests_are_valid_but_for_their_damage(tmp_path):
     palette.putpalette([0x12] * 3)
     palette.save(tmp_path / "4.png", transparency=b"\x80")  # about which Pillow would warn
     with warnings.catch_warnings(action="error"):
-        assert (predict.read_unlabelled(tmp_path).images == 0x12).all()
+        found = predict.read_unlabelled(tmp_path).images
+    assert (found[[0, 2]] == 0x12).all()
+    assert len(np.unique(found[[1, 3]])) == 1
+    assert abs(int(found[1, 0, 0, 0]) - (0x12**2 + 255 * (255 - 0x12)) / 255) < 1  # 18/255 of them, the rest white
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 from small_betons import manifest_of
-from test_beton import write_ffcv
 from test_kernel_augment import MEAN, STD
 
+from data_prep import beton_writer
+from fastcifar import train
 from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.augmentation.geometry import affine
 from fastcifar.augmentation.mixing import mix, mix_plan
 from fastcifar.augmentation.policies import USUAL, magnitude_table, move_matrices
 from fastcifar.beton import Manifest, channel_statistics, read_beton
-from fastcifar.checkpoint import load_model, save_checkpoint
+from fastcifar.checkpoint import load, save_checkpoint
 from fastcifar.dataset import ResidentSet, count_shared, load_resident, load_streamed
 from fastcifar.errors import InputError
 from fastcifar.models import build_model, require_size, suited_stride
@@ -121,6 +122,12 @@ def test_images_that_would_vanish_are_refused():
             require_size(arch, size, stride)
 
 
+def test_classes_that_a_confusion_matrix_has_no_room_for_are_refused(betons, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("fastcifar.state.MOST_CLASSES", 9)
+    message = refused(train.main, "--data", betons, "--out", tmp_path / "run", "--batch-size", "50", "--plan", "default")
+    assert "has 10 classes, a confusion matrix has room for 9: put" in message
+
+
 def test_lengths_in_pixels_must_fit_the_images():
     Augmentation(crop_padding=27, cutout=28).require_fits((28, 28))
     with pytest.raises(InputError, match=r"crop_padding must be 0\.\.27 pixels for images of 28, got 28"):
@@ -138,7 +145,8 @@ def test_phases_shrink_other_images_by_the_same_share():
 
 def write(folder, size, count=11, split="train", seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8)
-    content = write_ffcv(folder / f"{split}.beton", images, np.arange(count) % 3)
+    beton_writer.write(folder / f"{split}.beton", images, np.arange(count) % 3, lambda written: None)
+    content = (folder / f"{split}.beton").read_bytes()
     mean, std = channel_statistics([images])
     values = {**vars(manifest_of(bytes(10**6))), "count": count, "class_names": list("abc"), "mean": mean, "std": std}
     values |= {"dataset": "own", "height": size[0], "width": size[1], "split": split}
@@ -171,5 +179,5 @@ def test_a_checkpoint_knows_its_images_size(tmp_path):
     model = build_model("se_resnet18", stem_stride=4)
     checkpoint = replace(checkpoint_of("se_resnet18"), model=model.state_dict(), size=[128, 160], stem_stride=4)
     save_checkpoint(tmp_path / "x.pt", checkpoint)
-    loaded, read = load_model(tmp_path / "x.pt", CPU)
-    assert (read.size, loaded.network.stem_stride, len(loaded.network.stem)) == ([128, 160], 4, 4)
+    loaded = load(tmp_path / "x.pt")
+    assert (loaded.preprocessing.size, loaded.network.stem_stride, len(loaded.network.stem)) == ((128, 160), 4, 4)

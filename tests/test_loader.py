@@ -102,13 +102,14 @@ def test_the_last_batch_may_be_smaller():
     assert same(list(loader_of(drop_last=False))[:3], loader_of())
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_every_batch(drop_last):
-    ranks = [loader_of(batch_size=8, rank=rank, world_size=2, drop_last=drop_last) for rank in range(2)]
+@pytest.mark.parametrize(("drop_last", "alpha"), [(True, 0.0), (False, 0.0), (True, 0.4)])
+def test_ranks_share_every_batch(drop_last, alpha):
+    options = {"drop_last": drop_last, "augmentation": Augmentation(mixup_alpha=alpha)}
+    ranks = [loader_of(batch_size=8, rank=rank, world_size=2, **options) for rank in range(2)]
     parts = [list(loader) for loader in ranks]
     assert [len(loader) for loader in ranks] == [len(part) for part in parts] == [3 + (not drop_last)] * 2
-    joined = [tuple(map(torch.cat, zip(*batches, strict=True))) for batches in zip(*parts, strict=True)]
-    assert same(joined, loader_of(drop_last=drop_last))
+    joined = [tuple(map(torch.cat, zip(*(batch[:3] for batch in some), strict=True))) for some in zip(*parts, strict=True)]
+    assert same(joined, (batch[:3] for batch in loader_of(**options)))
 
 
 def test_an_evaluation_sees_every_image_once_and_unchanged():
