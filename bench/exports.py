@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Exports the checkpoints of run folders in fp32, bf16 and int8, and prints what became of accuracy, size and latency.
+"""Exports the checkpoints of run folders in fp32, bf16 and int8, and prints what became of accuracy, size and speed.
 
 python bench/exports.py runs/* --out docs/exports.md --threads 1
 
-Each file is run on the whole test set and timed in turns with the original by `fastcifar.export`; none of them is kept.
+Each file is run on the test set and timed in turns with the original, as `fastcifar.export` does; none of them is kept.
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import tyro
 from fastcifar import files
 from fastcifar.ahead import DATA
 from fastcifar.arguments import parse_arguments
+from fastcifar.checkpoint import load
+from fastcifar.dataset import load_resident
+from fastcifar.device import device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command
-from fastcifar.export import LATENCY, Options, export
+from fastcifar.evaluate import require_same_kind
+from fastcifar.export import CPU, LATENCY, Format, Options, Tried, quiet, tried, write
 from fastcifar.versions import installed
 
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -49,41 +54,42 @@ class Command:
 def main() -> None:
     """Export, print, and write the table."""
     command = parse_arguments(Command, "python bench/exports.py")
+    set_up_process(CPU, deterministic=True)
     if command.threads:
         torch.set_num_threads(command.threads)
-    heads = ["variant", "epochs", "as", "top-1", "logits differ by", "MB", *(f"ms, batch {count}" for count in LATENCY)]
-    lines = [f"| {' | '.join(heads)} |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+    heads = ["variant", "epochs", "as", "top-1", "logits differ by", "MB", *(f"speed, batch {count}" for count in LATENCY)]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---" + "|---:" * (len(heads) - 3) + "|"]
     print(*lines, sep="\n")
     for run in command.runs:
-        for row in rows(command, run / "best.pt"):
-            lines.append(row)
-            print(row, flush=True)
-    lines.append("\n" + ", ".join(f"{name} {version}" for name, version in installed("torch", "onnxruntime").items()))
+        for line in rows(command, run / "best.pt"):
+            lines.append(line)
+            print(line, flush=True)
+    versions = ", ".join(f"{name} {version}" for name, version in installed("torch", "onnxruntime").items())
+    lines.append(f"\n{device_name(CPU)}; {versions}")
     if command.out:
         files.write_bytes(command.out, "\n".join([*lines, ""]).encode())
 
 
-def rows(command: Command, checkpoint: Path) -> list[str]:
-    """The table's rows of one run: the checkpoint itself, then each export."""
-    lines: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
+def rows(command: Command, checkpoint: Path) -> Iterator[str]:
+    """The table's rows of one run: the checkpoint itself, then its exports, all timed in turns."""
+    original, (test, manifest) = load(checkpoint), load_resident(command.data / "test.beton", CPU, limit=command.limit_test)
+    require_same_kind(checkpoint, original, command.data, test, manifest.class_names)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        made: dict[str, tuple[Path, Format]] = {}
         for name, how in EXPORTS.items():
-            out = Path(folder) / name
-            result = export(Options(checkpoint, out=out, data=command.data, limit_test=command.limit_test, **how))
-            original, exported = result["rows"]
-            about = (result["arch"], str(result["epoch"]))
-            if not lines:
-                lines.append(table_row(*about, "PyTorch fp32", original, original["largest"]))
-            lines.append(table_row("", "", name, exported, original["largest"]))
-    return lines
+            options = Options(checkpoint, data=command.data, **how)
+            made[name] = Path(folder) / name, options.to
+            write(made[name][0], options, test)
+        first, *others = tried(original, "PyTorch fp32", made, test)
+        yield table_row([original.arch, str(original.epoch)], first, first)
+        yield from (table_row(["", ""], row, first) for row in others)
 
 
-def table_row(arch: str, epochs: str, name: str, tried: dict[str, Any], largest: float) -> str:
-    """One row of Markdown; a difference is also given as a share of the original's largest logit."""
-    difference = f"{tried['difference']:.2g} ({tried['difference'] / largest:.1%})" if tried["difference"] else "-"
-    figures = [f"{tried['accuracy']:.2%}", difference, f"{tried['megabytes']:.1f}"]
-    figures += [f"{value:.1f}" for value in tried["milliseconds"].values()]
-    return f"| {' | '.join([arch, epochs, name, *figures])} |"
+def table_row(about: list[str], row: Tried, first: Tried) -> str:
+    """One row of Markdown. A difference is also given as a share of the original's largest logit, a speed as that over its."""
+    difference = f"{row.difference:.2g} ({row.difference / first.largest:.1%})" if row is not first else "-"
+    speeds = [f"{first.milliseconds[count] / row.milliseconds[count]:.2f}x" for count in LATENCY]
+    return f"| {' | '.join([*about, row.name, f'{row.accuracy:.2%}', difference, f'{row.megabytes:.1f}', *speeds])} |"
 
 
 if __name__ == "__main__":

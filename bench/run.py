@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
 from fastcifar.errors import InputError, require, run_command, unknown
 from fastcifar.evaluate import warn_synthetic
-from fastcifar.launch import Job, latest
+from fastcifar.launch import Event, Job, latest, opened
 from fastcifar.models import ARCHITECTURES, architecture
 from fastcifar.models.summary import training_flops
 from fastcifar.recipes import reported
@@ -69,6 +70,8 @@ class Common:
     limit_test: int = 0  # use only the first so many test images, 0 = all
     batch_size: int = 0  # images per step, 0 = each recipe's own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    # where trainings run: none: here, one after the other; auto or HOST:PORT: a Ray cluster of machines like this one
+    on: str = "none"
 
     def __post_init__(self) -> None:
         require(self, bool(self.seeds) and all(0 <= seed < 2**63 for seed in self.seeds), "seeds", "at least one, 0..2^63-1")
@@ -122,6 +125,8 @@ class Bench:
     data: Splits
     results: Results
     console: Console
+    betons: Path
+    on: str = "none"
 
     def save(self, **changes: Any) -> None:
         """Write results.json and the reports of all that is finished. A broken run is left out, with a line."""
@@ -166,20 +171,30 @@ class Bench:
         return START_SECONDS + images / (SHARE[self.device.type] * cost_of_arch(job.command.arch).images_per_second(rates))
 
     def train(self, jobs: Iterable[Job]) -> list[str]:
-        """Train what is not finished, one after the other; return the names of those that failed."""
-        left, failed = self.left(jobs), []
-        for number, job in enumerate(left, start=1):
-            title = f"[{number}/{len(left)}] {job.name}: "
-            error = job.train(self.console, title)
-            self.save()
-            if error:
-                failed.append(job.name)
-                self.console.print(f"{title}failed: {error}", style="yellow")
-            else:
-                run = next(run for run in self.results.runs if run.name == job.name)
-                rate, took = median(run.rates), clock(sum(run.train_seconds))
-                self.console.print(f"{title}top-1 {run.top1:.2%}, {rate:,.0f} img/s, {took}")
+        """Train what is not finished; return the names of those that failed."""
+        left, failed, done = deque(self.left(jobs)), [], 0
+        if not left:
+            return []
+        total = len(left)
+        with opened(self.on, self.betons, 0, 1, self.console) as workers, self.console.status("") as status:
+            for event in workers.events(left):
+                title = f"[{done + 1}/{total}] {event.job.name}: "
+                status.update(Text(title + event.line))
+                if event.ended:
+                    done += 1
+                    failed += self.take(event, title)
         return failed
+
+    def take(self, event: Event, title: str) -> list[str]:
+        """Take the results of a training that has ended and say so; return its name if it failed."""
+        self.save()
+        if event.error:
+            self.console.print(f"{title}failed: {event.error}", style="yellow")
+            return [event.job.name]
+        run = next(run for run in self.results.runs if run.name == event.job.name)
+        rate, took = median(run.rates), clock(sum(run.train_seconds))
+        self.console.print(f"{title}top-1 {run.top1:.2%}, {rate:,.0f} img/s, {took}")
+        return []
 
 
 def gather(runs: Path, console: Console) -> list[Run]:
@@ -232,7 +247,7 @@ def open_bench(options: Common, out: Path, archs: Sequence[str], settings: dict[
         if arch in shown
     ]
     results = replace(before, environment=facts, settings=before.settings | settings, variants=variants)
-    return Bench(out, device, data, results, console)
+    return Bench(out, device, data, results, console, options.data, options.on)
 
 
 def training(

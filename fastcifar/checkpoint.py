@@ -185,6 +185,7 @@ class Trained(PixelClassifier):
         mean, std = (torch.tensor(values, device=device) for values in (checkpoint.mean, checkpoint.std))
         super().__init__(network, mean, std)
         self.arch, self.squeeze_excitation, self.epoch = checkpoint.arch, checkpoint.squeeze_excitation, checkpoint.epoch
+        self.stem_stride = checkpoint.stem_stride
         self.class_names = checkpoint.class_names  # in the order of the logits
         height, width = checkpoint.size
         self.preprocessing = Preprocessing(tuple(checkpoint.mean), tuple(checkpoint.std), (height, width))

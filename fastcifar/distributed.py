@@ -33,7 +33,10 @@ class LostRankError(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is; by default the only one. All but the sizes are calls of all ranks."""
+    """The processes of a run, and which of them this is; by default the only one.
+
+    What asks or tells the others must be called by all ranks, in the same order; it raises LostRankError where one is gone.
+    """
 
     rank: int = 0
     local_rank: int = 0  # on its machine: the number of its GPU
@@ -109,31 +112,34 @@ class World:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def require_alike(self, **values: Any) -> None:
+    def require_alike(self, values: dict[str, Any]) -> None:
         """Raise InputError on every rank where one has another value than the first, naming both."""
-        if self.size == 1:
-            return
         everyones: list[dict[str, Any]] = [{}] * self.size
         with _noticing_loss():
             dist.all_gather_object(everyones, values)
         for rank, its in enumerate(everyones):
             for name, first in everyones[0].items():
                 if its[name] != first:
-                    what = f"{name.replace('_', ' ')}: {shortened(its[name])}, and rank 0 {shortened(first)}"
-                    raise InputError(f"rank {rank} has another {what}: make them the same")
+                    both = f"{shortened(its[name])}, and rank 0 {shortened(first)}"
+                    raise InputError(f"rank {rank} has another {name}: {both}: make them the same")
 
-    def lost(self) -> str:
+    def lost(self, error: LostRankError) -> str:
         """Whom the others miss; "" where another rank says why the run ends."""
         store, here, end = _store(), socket.gethostname(), time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if store.check(["said"]):
-                return ""
-            for rank in range(self.size):
-                host, process = store.get(f"process {rank}").decode().rsplit(maxsplit=1)
-                if host == here and _has_ended(int(process)):
-                    return f"rank {rank} of {self.size} is gone (process {process} on {host}; killed, or out of memory?)"
-            time.sleep(0.05)
-        return f"a rank of the {self.size} on another machine does not answer"
+        with suppress(RuntimeError):  # the store's machine is the one that is gone
+            store.set(f"noticed on {here}", "")
+            places = [store.get(f"process {rank}").decode().rsplit(maxsplit=1) for rank in range(self.size)]
+            while time.monotonic() < end:
+                if store.check(["said"]):
+                    return ""
+                for rank, (host, process) in enumerate(places):
+                    if host == here and _has_ended(int(process)):
+                        return f"rank {rank} of {self.size} is gone (process {process} on {host}; killed, or out of memory?)"
+                time.sleep(0.05)
+            silent = [f"{rank} on {host}" for rank, (host, _) in enumerate(places) if not store.check([f"noticed on {host}"])]
+            if silent:
+                return f"no answer from rank {', '.join(silent)}"
+        return f"the {self.size} processes lost touch ({error})"
 
     def speaks(self) -> bool:
         """Whether this rank tells the user why all of them end: rank 0 if it has something to tell, else the first other."""
@@ -141,7 +147,9 @@ class World:
         if self.rank:
             with suppress(RuntimeError):  # nothing was said in time
                 store.wait(["said"], timedelta(seconds=PATIENCE))
-        return store.add("said", 1) == 1
+        with suppress(RuntimeError):
+            return bool(store.add("said", 1) == 1)
+        return True  # the store is gone, and nobody can be asked
 
     def connect(self) -> None:
         """Meet the other ranks. Raises InputError."""
@@ -157,11 +165,6 @@ class World:
 
 
 ALONE = World()
-
-
-def _store() -> Any:
-    """What torchrun keeps for all ranks, alive or not."""
-    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager
@@ -188,6 +191,11 @@ def joined() -> Iterator[World]:
             raise InputError(f"rank {world.rank}: {error}") from None
         raise
     dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """What torchrun keeps for all ranks, alive or not."""
+    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.capture import Captured, Recorder
-from fastcifar.checkpoint import load
+from fastcifar.checkpoint import Trained, load
 from fastcifar.dataset import ResidentSet, load_resident
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.distributed import ALONE, World
@@ -263,10 +263,7 @@ def measure(options: Options) -> dict[str, Any]:
     set_up_process(device, deterministic=True)
     model = load(options.checkpoint, device)
     data, manifest = load_resident(options.data / f"{options.split}.beton", device, limit=options.limit)
-    require_same_classes(options.checkpoint, model.class_names, options.data, manifest.class_names)
-    if data.size != model.preprocessing.size:
-        sizes = [f"{width}x{height}" for height, width in (data.size, model.preprocessing.size)]
-        raise InputError(f"{options.data} has images of {sizes[0]} pixels, {options.checkpoint} was trained on {sizes[1]}")
+    require_same_kind(options.checkpoint, model, options.data, data, manifest.class_names)
     evaluation = evaluate(
         model,
         data,
@@ -288,13 +285,17 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def require_same_classes(checkpoint: Path, known: list[str], data: Path, found: list[str]) -> None:
-    """Raise InputError unless the classes that a checkpoint knows are those found in the data."""
+def require_same_kind(checkpoint: Path, model: Trained, folder: Path, data: ResidentSet, found: list[str]) -> None:
+    """Raise InputError unless data has the classes, `found`, and the size of image that a checkpoint was trained on."""
+    known = model.class_names
     if known != found:
         raise InputError(
             f"{checkpoint} knows other classes ({', '.join(known[:3])}, ...) than "
-            f"{data} ({', '.join(found[:3])}, ...): name the data it was trained on"
+            f"{folder} ({', '.join(found[:3])}, ...): name the data it was trained on"
         )
+    if data.size != model.preprocessing.size:
+        sizes = [f"{width}x{height}" for height, width in (data.size, model.preprocessing.size)]
+        raise InputError(f"{folder} has images of {sizes[0]} pixels, {checkpoint} was trained on {sizes[1]}: name its data")
 
 
 def warn_synthetic(console: Console, is_synthetic: bool, name: str) -> None:

@@ -1,12 +1,14 @@
 """Trainings in processes of their own, begun or resumed by `python -m fastcifar.train`, and what runs many of them."""
 
 import ctypes
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,3 +169,25 @@ class Alone:
         """Train all `jobs`, also those that are appended meanwhile; tell what happens to them."""
         while jobs:
             yield from events_of(jobs.popleft(), self.threads)
+
+
+@contextmanager
+def opened(on: str, data: Path, cores: int, per_gpu: int, console: Console) -> Iterator[Workers]:
+    """Where trainings on the betons in `data` run; on, cores, per_gpu: as the options of `fastcifar.sweep`.
+
+    Raises InputError for a cluster that cannot be had.
+    """
+    if on == "none" or importlib.util.find_spec("ray") is None:
+        if on not in ("", "none"):
+            raise InputError(f"--on {on} needs Ray, which is not installed: uv sync --extra cluster")
+        why = "" if on == "none" else "; Ray (uv sync --extra cluster) would use all GPUs and cores"
+        console.print(f"one training after the other{why}")
+        yield Alone(cores)
+        return
+    from fastcifar.cluster import OnRay  # here, since Ray is an extra
+
+    workers = OnRay(on, data, cores=cores, per_gpu=per_gpu)
+    try:
+        yield workers
+    finally:
+        workers.close()

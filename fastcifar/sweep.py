@@ -9,7 +9,6 @@ an interrupted one. `sweep.json`, `sweep.csv` and `sweep.png` in OUT always show
 
 import contextlib
 import csv
-import importlib.util
 import io
 import itertools
 import random
@@ -17,7 +16,7 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,7 +32,7 @@ from scipy import stats
 from fastcifar import files
 from fastcifar.arguments import parse_arguments
 from fastcifar.errors import InputError, require, run_command
-from fastcifar.launch import Alone, Event, Job, Workers, latest
+from fastcifar.launch import Event, Job, Workers, latest, opened
 from fastcifar.models import architecture
 from fastcifar.reporting import clock
 from fastcifar.run_folder import RunFolder
@@ -217,7 +216,8 @@ def go_on(sweep: Sweep, console: Console) -> None:
     console.print(f"{len(sweep.points)} points, {len(sweep.points) - len(left)} done; into {sweep.options.out}")
     if left:
         began = time.monotonic()
-        with opened(sweep.options, console) as workers:
+        options = sweep.options
+        with opened(options.on, options.data, options.cores, options.per_gpu, console) as workers:
             sweep.run(workers, console)
         console.print(f"took {clock(time.monotonic() - began)}")
     save(sweep)
@@ -236,25 +236,6 @@ def read_states(out: Path) -> dict[str, str]:
         return {point["name"]: point["state"] for point in values["points"]}
     except (TypeError, KeyError):
         raise InputError(f"{out / 'sweep.json'} is not a sweep's: delete it, or choose another --out") from None
-
-
-@contextlib.contextmanager
-def opened(options: Options, console: Console) -> Iterator[Workers]:
-    """Where the sweep trains. Raises InputError for a cluster that cannot be had."""
-    if options.on == "none" or importlib.util.find_spec("ray") is None:
-        if options.on not in ("", "none"):
-            raise InputError(f"--on {options.on} needs Ray, which is not installed: uv sync --extra cluster")
-        why = "" if options.on == "none" else "; Ray (uv sync --extra cluster) would use all GPUs and cores"
-        console.print(f"one training after the other{why}")
-        yield Alone(options.cores)
-        return
-    from fastcifar.cluster import OnRay  # here, since Ray is an extra
-
-    workers = OnRay(options.on, options.data, cores=options.cores, per_gpu=options.per_gpu)
-    try:
-        yield workers
-    finally:
-        workers.close()
 
 
 def points_of(options: Options) -> list[Point]:

@@ -85,8 +85,8 @@ def train_as(world: World, arguments: list[str]) -> None:
         if not is_broken_pipe(end):
             raise
         raise Stopped(signal.SIGPIPE, f"nobody reads the output any more; {go_on}") from None
-    except LostRankError:
-        raise InputError(f"{world.lost()}; {go_on if config.exists() else 'nothing was saved'}") from None
+    except LostRankError as error:
+        raise InputError(f"{world.lost(error)}; {go_on if config.exists() else 'nothing was saved'}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and config.exists():
             raise InputError(f"{error.filename or path}: {error.strerror}; free some space, then {go_on}") from None
@@ -112,9 +112,9 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
     state = build_state(command.arch, recipe, choice.run, data, device, world)
     folder, rows = RunFolder(run_path(command)), []
     facts = environment_facts(device)  # at the start: what is running, whatever is edited meanwhile
-    world.require_alike(
-        command_line=command, device=device.type, versions=facts["versions"], data=data.sha256, start=state.digest()
-    )
+    if world.size > 1:
+        parts = {"command line": command, "device": device.type, "versions": facts["versions"], "data": data.sha256}
+        world.require_alike(parts | {"start": state.digest()})
     with folder.held(new=run.resume is None) if world.leads else nullcontext(), StopRequest(world) as stop:
         if choice.seconds:
             from fastcifar import tune  # here, since most runs measure nothing
@@ -128,7 +128,8 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
         facts |= {"hardware": device_name(device), "processes": world.size}
         if run.resume is not None:
             rows = restore(state, folder, data, steps, device)
-            world.require_alike(state_in_its_run_folder=state.digest())
+            if world.size > 1:
+                world.require_alike({"state in its run folder": state.digest()})
         elif world.leads:
             folder.write_config(command.arch, command.recipe_name, recipe, run, facts | {"plan": choice.record})
         announce(console, command, data, state, folder, dtype)
@@ -149,7 +150,7 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
                     record = train_epoch(train_step, data, recipe, state, steps, progress, meter, stop)
                     if record["epoch"] % run.eval_every == 0 or record["epoch"] == recipe.epochs:  # wherever this stops
                         record |= select_best(state, evaluator, data.select_name, stop)
-                        if run.record_margins:
+                        if run.record_margins and world.leads:
                             record_margins(folder, state, data, run, dtype, stop)
                 except Stopped as end:
                     writer.flush()

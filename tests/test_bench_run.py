@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from bench.studies import STUDIES
 from fastcifar.command import parse_command
 from fastcifar.device import choose_device
 from fastcifar.errors import InputError
-from fastcifar.launch import Job
+from fastcifar.launch import Event, Job
 from fastcifar.models import ARCHITECTURES
 from fastcifar.models.summary import training_flops
 from fastcifar.run_folder import RunFolder
@@ -52,7 +53,7 @@ def small(betons, tmp_path, monkeypatch):
 def trained(monkeypatch):
     """Training replaced by a run folder with made-up figures; the list of names it was asked for, with how it ends."""
 
-    def fake(job, console, title):
+    def fake(job):
         trained.names.append(job.name)
         if trained.interrupt_at == len(trained.names):
             raise KeyboardInterrupt
@@ -63,8 +64,13 @@ def trained(monkeypatch):
             write_run(job.path, job.command, [1.0] * job.command.settings.epochs, environment(CPU))
         return error
 
-    trained = SimpleNamespace(names=[], errors={}, interrupt_at=None)
-    monkeypatch.setattr(Job, "train", fake)
+    trained = SimpleNamespace(names=[], errors={}, interrupt_at=None, on=[])
+
+    def events(jobs):
+        while jobs:
+            yield Event(jobs[0], ended=True, error=fake(jobs.popleft()))
+
+    monkeypatch.setattr(run, "opened", lambda on, *_: trained.on.append(on) or nullcontext(SimpleNamespace(events=events)))
     monkeypatch.setattr("bench.report.draw_svg", lambda name, height, draw: "<svg></svg>")
     return trained
 
@@ -181,6 +187,12 @@ def test_finished_trainings_are_not_repeated_and_failed_ones_are(small, trained,
     ):  # fmt: skip
         with pytest.raises(InputError, match=rf"begun with other settings \({words}\)"):
             measure(replace(small, **change), small.out, QUIET)
+
+
+def test_trainings_run_where_on_says(small, trained, loops):
+    assert measure(replace(small, on="auto"), small.out, QUIET) == []
+    assert measure(small, small.out, QUIET) == []  # nothing is left: no cluster is asked
+    assert trained.on == ["auto"]
 
 
 def test_a_run_folder_begun_elsewhere_is_refused(small, trained, loops):

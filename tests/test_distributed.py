@@ -7,7 +7,9 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from fastcifar.evaluate import Evaluator
 from fastcifar.models import ARCHITECTURES
 from fastcifar.models.sync_norm import SyncNorm
 from fastcifar.optimization import build_optimizer
+from fastcifar.plan import settled
+from fastcifar.recipes import RunOptions
 from fastcifar.run_folder import RunFolder
 from fastcifar.signals import StopRequest
 from fastcifar.state import build_state, build_step
@@ -71,18 +75,21 @@ def narrow(monkeypatch):
 def prepared(betons):
     """Gives (state, step, data, command) of a rank of `world`."""
 
-    def prepare(world, recipe, *arguments, linear=False):
+    @cache
+    def loaded(recipe, *arguments):
         options = ("--arch", "narrow", "--recipe", recipe, "--data", str(betons), "--held-out", "0", "--precision", "fp32")
         command = parse_command([*options, *SIZES, *arguments])
-        data = load_data(command, CPU)
+        return command, load_data(command, CPU)
+
+    def prepare(world, *arguments, linear=False):
+        command, data = loaded(*arguments)
         state = build_state(command.arch, command.settings, command.run, data, CPU, world)
         if linear:  # without statistics of the batch
-            state.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).requires_grad_()
+            state.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
             torch.manual_seed(0)
             nn.init.normal_(state.model[1].weight, std=0.01)
-            state.optimizer = build_optimizer(
-                state.model, "sgd", momentum=0.9, weight_decay=0.0, decay_norm_and_bias=True
-            )  # fmt: skip
+            rule = {"momentum": 0.9, "weight_decay": 0.0, "decay_norm_and_bias": True}
+            state.optimizer = build_optimizer(state.model, "sgd", **rule)
         return state, build_step(state, command.settings, command.run, data), data, command
 
     return prepare
@@ -232,7 +239,7 @@ def test_ranks_that_are_not_alike_are_refused(monkeypatch):
         distributed.dist, "all_gather_object", lambda everyones, value: everyones.__setitem__(slice(None), [value, {"seed": 2}])
     )
     with pytest.raises(InputError, match="rank 1 has another seed: 2, and rank 0 1: make them the same"):
-        World(size=2).require_alike(seed=1)
+        World(size=2).require_alike({"seed": 1})
 
 
 def test_a_lost_rank_is_named_and_one_rank_speaks(monkeypatch):
@@ -243,11 +250,30 @@ def test_a_lost_rank_is_named_and_one_rank_speaks(monkeypatch):
     ended.wait()
     for rank, process in enumerate((os.getpid(), ended.pid)):
         store.set(f"process {rank}", f"{distributed.socket.gethostname()} {process}")
-    assert World(size=2).lost().startswith(f"rank 1 of 2 is gone (process {ended.pid} on ")
-    store.set("process 1", f"another machine {ended.pid}")
-    assert "on another machine does not answer" in World(size=2).lost()
+    closed = LostRankError("connection closed")
+    assert World(size=2).lost(closed).startswith(f"rank 1 of 2 is gone (process {ended.pid} on ")
+    store.set("process 1", f"another {ended.pid}")
+    assert World(size=2).lost(closed) == "no answer from rank 1 on another"
+    store.set("noticed on another", "")
+    assert World(size=2).lost(closed) == "the 2 processes lost touch (connection closed)"
     assert [World(rank, size=3).speaks() for rank in (1, 0, 2)] == [True, False, False]
-    assert World(size=2).lost() == ""
+    assert World(size=2).lost(closed) == ""
+
+
+def test_without_the_store_every_rank_speaks(monkeypatch):
+    def gone(*_):
+        raise RuntimeError("connection reset")
+
+    store = SimpleNamespace(set=gone, wait=gone, add=gone)
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    assert World(1, size=2).speaks()
+    assert World(1, size=2).lost(LostRankError("reset")) == "the 2 processes lost touch (reset)"
+
+
+def test_synchronised_batch_norm_is_not_compiled():
+    assert not settled(RunOptions(sync_bn=True), torch.device("cuda")).compile
+    with pytest.raises(InputError, match="compile must be off with --sync-bn, got True"):
+        parse_command(["--sync-bn", "--compile"])
 
 
 def test_a_collective_that_fails_is_a_lost_rank():

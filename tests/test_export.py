@@ -9,16 +9,17 @@ import torch
 import fastcifar
 from fastcifar import export
 from fastcifar.checkpoint import Checkpoint, load, save_checkpoint
+from fastcifar.dataset import ResidentSet
 from fastcifar.export import BOUND, Options, Program
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.models.layers import BatchNorm2d
 from tests.conftest import CLASSES
 
 
-def random_checkpoint(path, arch):
+def random_checkpoint(path, arch, **shape):
     """A network of random weights, its batch norms too: no channel passes as it came."""
     torch.manual_seed(0)
-    model = build_model(arch)
+    model = build_model(arch, stem_stride=shape.get("stem_stride", 1))
     for layer in model.modules():
         if isinstance(layer, BatchNorm2d):
             torch.nn.init.normal_(layer.running_mean, std=0.2)
@@ -27,21 +28,42 @@ def random_checkpoint(path, arch):
             if layer.weight.requires_grad:
                 torch.nn.init.uniform_(layer.weight, -0.5, 1.5)
     checkpoint = Checkpoint(
-        arch, True, CLASSES, [0.5, 0.4, 0.3], [0.2, 0.25, 0.3], "random", ["0", "1"], 1, model.state_dict(), None, {}, 0.1, 1
+        arch,
+        True,
+        CLASSES,
+        [0.5, 0.4, 0.3],
+        [0.2, 0.25, 0.3],
+        "random",
+        ["0", "1"],
+        1,
+        model.state_dict(),
+        None,
+        {},
+        0.1,
+        1,
+        **shape,
     )
     save_checkpoint(path, checkpoint)
     return path
 
 
-def pictures(count):
-    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def pictures(count, height=32, width=32):
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 # The three kinds of block, squeeze-excitation, a stem whose output has two users, pooling between convolution and batch norm.
-@pytest.mark.parametrize(("arch", "left"), [("se_resnet18", 0), ("light_resnet18", 9), ("speed94_half", 0)])
-def test_the_program_folds_batch_norms_and_gives_the_same_logits(arch, left, tmp_path):
-    model = load(random_checkpoint(tmp_path / "x.pt", arch), kernels="torch")
-    program, images = Program(model), pictures(3)
+@pytest.mark.parametrize(
+    ("arch", "left", "shape"),
+    [
+        ("se_resnet18", 0, {}),
+        ("light_resnet18", 9, {"stem_stride": 4, "size": [96, 64]}),
+        ("speed94_half", 0, {}),
+        ("dropout_resnet24", 0, {"stem_stride": 4, "size": [64, 96]}),
+    ],
+)
+def test_the_program_folds_batch_norms_and_gives_the_same_logits(arch, left, shape, tmp_path):
+    model = load(random_checkpoint(tmp_path / "x.pt", arch, **shape), kernels="torch")
+    program, images = Program(model), pictures(3, *shape.get("size", (32, 32)))
     with torch.inference_mode():
         expected, given = model(images), program(images)
     assert sum(isinstance(layer, BatchNorm2d) for layer in program.modules()) == left
@@ -100,6 +122,26 @@ def test_a_file_with_other_logits_is_not_kept(betons, tmp_path, refused, monkeyp
     path = random_checkpoint(tmp_path / "x.pt", "speed94_half")
     assert "was not kept" in refused(export.main, "--checkpoint", path, "--to", "torchscript", "--data", betons)
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_data_of_another_size_is_refused(betons, tmp_path, refused):
+    path = random_checkpoint(tmp_path / "x.pt", "speed94_half", size=[64, 96])
+    line = refused(export.main, "--checkpoint", path, "--to", "pt2", "--data", betons)
+    assert f"{betons} has images of 32x32 pixels, {path} was trained on 96x64" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "pt2", "safetensors", "torchscript"])
+def test_other_sizes_leave_too(to, tmp_path):
+    for library in export.LIBRARIES.get(to, ()):
+        pytest.importorskip(library, reason="uv sync --extra export")
+    path = random_checkpoint(tmp_path / "x.pt", "se_resnet18", stem_stride=4, size=[64, 96])
+    images = pictures(3, 64, 96)
+    data = ResidentSet(images, torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    export.write(tmp_path / "out", Options(path, to), data)
+    with torch.inference_mode():
+        expected, given = load(path)(images), export.opened(tmp_path / "out", to)(images)
+    np.testing.assert_allclose(given, expected, rtol=0, atol=BOUND * float(expected.abs().max()))
 
 
 @pytest.mark.slow

@@ -67,9 +67,9 @@ def as_if_computed(events: list[str]) -> Iterator[None]:
             counting.close()
         return train_epoch(step, data, recipe, state, *rest)
 
-    def evaluated(tally: EvaluationTally) -> Evaluation:
+    def evaluated(tally: EvaluationTally, *world: Any) -> Evaluation:
         with suppress(ZeroDivisionError):  # of no image counted
-            read(tally)
+            read(tally, *world)
         return Evaluation(TEST_IMAGES, 0.0, 0.0, 0.0, [[0] * tally.classes] * tally.classes)
 
     with (
