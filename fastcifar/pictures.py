@@ -37,8 +37,11 @@ class Labelled:
     bad: list[str] = field(default_factory=list)  # one line for each that was left out
 
 
-def decode(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """A picture in mode L or RGB, upright. Raises ValueError saying what is wrong, or whatever else Pillow does."""
+def decode(file: Path, formats: tuple[str, ...] = FORMATS, *, only: Size | None = None) -> Image.Image:
+    """A picture in mode L or RGB, upright. Raises ValueError saying what is wrong, or whatever else Pillow does.
+
+    only: height and width that it must have, lying or upright, before memory is taken for its pixels.
+    """
     if not file.is_file() or file.stat().st_size > MOST_BYTES:
         raise ValueError(f"not a file of at most {MOST_BYTES:,} bytes")
     content = file.read_bytes()
@@ -49,6 +52,8 @@ def decode(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} frames or pages")  # type: ignore[attr-defined]
+            if only is not None and sorted(image.size) != sorted(only):
+                raise ValueError(f"{image.width}x{image.height} pixels")
             deep = any("16" in str(raw_mode) or "32" in str(raw_mode) for *_, raw_mode in image.tile)
             if deep or image.mode.startswith(("I", "F")):  # which Pillow would cut to 8 without a word
                 raise ValueError("16 bits a channel or more")

@@ -131,15 +131,14 @@ def _read_folder(path: Path, size: Size, resize: bool) -> Unlabelled:
         if not file.is_file() or file.stat().st_size > most:
             raise InputError(f"{file} is not a file of at most {most:,} bytes: images must be {_shape(size)} pictures")
         try:
-            image = decode(file)
+            image = decode(file, only=None if resize else size)
             if not resize and image.size != size[::-1]:
-                raise ValueError(f"{image.width}x{image.height} pixels instead of {_shape(size)}, to which --resize brings it")
+                raise ValueError(f"{image.width}x{image.height} pixels")
             images[number] = np.asarray(fitted(image, size).convert("RGB"))
         except Exception as error:  # Pillow's decoder raises almost anything
             problem = " ".join(shortened(error).split())
-            raise InputError(
-                f"{file} is no {_shape(size)} picture of 8 bits a channel ({problem}): convert it, or get it again"
-            ) from None
+            what = f"{file} is no {_shape(size)} picture of 8 bits a channel ({problem})"
+            raise InputError(f"{what}: convert it, get it again, or let --resize fit it") from None
     return Unlabelled(images, [file.stem for file in files])
 
 

@@ -368,7 +368,7 @@ Block = tuple[bytes, bytes]  # kind and content
 
 
 def honest_png(rng: random.Random) -> tuple[list[Block], np.ndarray]:
-    """Blocks of a PNG of at most 8 bits a channel, and its pixels [32, 32, 3]."""
+    """Blocks of a PNG of at most 8 bits a channel, and its pixels [32, 32, 3], those that are transparent on white."""
     colour = rng.choice(list(CHANNELS))
     bits = rng.choice([1, 2, 4, 8]) if colour in (0, 3) else 8
     samples = np.array([rng.randrange(1 << bits) for _ in range(1024 * CHANNELS[colour])], np.uint8).reshape(32, 32, -1)
@@ -381,7 +381,11 @@ def honest_png(rng: random.Random) -> tuple[list[Block], np.ndarray]:
     if colour == 3:
         return blocks, np.frombuffer(palette, np.uint8).reshape(-1, 3)[samples[..., 0]]
     grey = samples[..., :1] * np.uint8(255 // ((1 << bits) - 1))
-    return blocks, samples[..., :3] if colour in (2, 6) else np.repeat(grey, 3, axis=-1)
+    pixels = samples[..., :3] if colour in (2, 6) else np.repeat(grey, 3, axis=-1)
+    if colour in (4, 6):
+        alpha = samples[..., -1:] / 255
+        pixels = np.rint(alpha * pixels + (1 - alpha) * 255).astype(np.uint8)
+    return blocks, pixels
 
 
 def as_png(blocks: list[Block]) -> bytes:
