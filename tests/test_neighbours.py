@@ -158,6 +158,7 @@ def test_operators_with_neighbours_keep_their_promises(case, monkeypatch):
     torch.testing.assert_close(found, tail._tail_backward(*arguments))
 
 
+@pytest.mark.slow  # the compiler is imported
 @pytest.mark.parametrize(("interpreting", "factors"), sample([True, False], [1, 3], every=3))
 def test_statistics_take_stochastic_depth(interpreting, factors, monkeypatch):
     case, graphs = Case((3, 45, 5, 5), "relu", shortcut=False), []
