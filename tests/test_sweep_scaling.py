@@ -6,7 +6,10 @@ from hypothesis import strategies as st
 
 from bench import sweep_scaling
 from bench.sweep_scaling import bounds, clock, ready_times, simulated
-from fastcifar.run_folder import RunFolder
+from fastcifar.run_folder import METRIC_KEYS, RunFolder
+
+EMPTY = dict.fromkeys(METRIC_KEYS) | dict.fromkeys(("train_loss", "train_accuracy", "images_per_second"), 1.0)
+EMPTY |= {"learning_rates": [0.1]}
 
 
 def test_runs_go_to_whichever_device_is_free_first():
@@ -26,8 +29,10 @@ def test_a_table_is_made_of_run_folders(tmp_path, call):
     for number, seconds in enumerate((10.0, 20.0)):
         folder = RunFolder(tmp_path / str(number))
         folder.path.mkdir()
-        rows = [{"epoch": 1, "first_step_seconds": 2.0, "train_seconds": seconds, "eval_seconds": None}]
-        rows.append({"epoch": 2, "first_step_seconds": 30.0, "train_seconds": 5.0, "eval_seconds": 1.0})
+        rows = [
+            EMPTY | {"epoch": 1, "first_step_seconds": 2.0, "train_seconds": seconds},
+            EMPTY | {"epoch": 2, "first_step_seconds": 30.0, "train_seconds": 5.0, "eval_seconds": 1.0},
+        ]
         folder.write_metrics(rows)
         (folder.path / "summary.json").write_text("{}")
     said = call(sweep_scaling.main, tmp_path, "--runs", "600", "--devices", "1", "8")
