@@ -320,7 +320,7 @@ def test_the_contact_sheet_shows_originals_and_epochs(betons, tmp_path, call):
     ("command", "fragments"),
     [
         (("evaluate", "--checkpoint", "nowhere/best.pt"), ("nowhere/best.pt is missing",)),
-        (("predict", "--checkpoint", "nowhere/best.pt", "--input", "nowhere.pkl"), ("nowhere.pkl is missing",)),
+        (("predict", "--checkpoint", "nowhere/best.pt", "--input", "nowhere.pkl"), ("nowhere/best.pt is missing",)),
         (("plots", "nowhere"), ("config.json is missing", "run folder")),
     ],
     ids=lambda value: value[0],

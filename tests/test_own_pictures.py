@@ -230,7 +230,7 @@ def test_own_pictures_are_trained_on_evaluated_and_predicted(tmp_path, call, ref
     )
     Image.fromarray(noise(40, 50)).save(source / "cat" / "odd.png")
     ask = ("--checkpoint", best, "--input", source / "cat", "--out", tmp_path / "b.csv")
-    assert "50x40 pixels instead of" in refused(predict.main, *ask)
+    assert "(50x40 pixels)" in refused(predict.main, *ask)
     assert "21 predictions" in call(predict.main, *ask, "--resize")
 
 

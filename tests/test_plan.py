@@ -369,7 +369,9 @@ def test_the_interval_of_a_median_is_that_of_the_sign_test():
 def test_tune_writes_a_file_that_a_run_takes(betons, tmp_path, quick, call):
     options = ("--archs", "se_resnet18", "--batch-size", "8", "--data", betons, "--out", tmp_path / "plans.json")
     assert "torch is taken" in call(tune.main, *options)
-    folder = trained(betons, tmp_path / "run", "--plan", str(tmp_path / "plans.json"))
+    own = ("--arch", "se_resnet18", "--limit-train", "32", "--limit-test", "10", "--batch-size", "8", "--epochs", "1")
+    where = ("--data", str(betons), "--out", str(tmp_path / "run"), "--no-plots", "--plan", str(tmp_path / "plans.json"))
+    folder = train(parse_command([*own, *where]), Console(quiet=True))
     assert read_json(folder.path / "config.json", "")["run"]["kernels"] == "torch"
     assert read_json(cache_path(), "")["format"] == 1
 
