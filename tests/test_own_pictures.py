@@ -13,6 +13,13 @@ from fastcifar.beton import Manifest, read_beton
 from fastcifar.errors import InputError
 
 rng = np.random.default_rng(0)
+START = rng.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_pictures():
+    """In every test, whichever ran before it."""
+    rng.bit_generator.state = START
 
 
 def noise(height=20, width=30, channels=3):
@@ -220,7 +227,18 @@ def test_what_was_left_out_is_said(tmp_path, call):
 def test_own_pictures_are_trained_on_evaluated_and_predicted(tmp_path, call, refused, size, channels, arch):
     source = make_folder(tmp_path / "data", classes=("cat", "dog", "owl"), count=20, size=size, channels=channels)
     call(write_beton.main, "--source", source, "--out", tmp_path / "betons", "--test-fraction", "0.2")
-    options = ("--data", tmp_path / "betons", "--out", tmp_path / "run", "--epochs", "1", "--batch-size", "16")
+    options = (
+        "--data",
+        tmp_path / "betons",
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "16",
+        "--peak-lr",
+        "0.01",
+    )
     call(train.main, "--arch", arch, *options, "--device", "cpu", "--plan", "default", "--no-plots")
     best = tmp_path / "run" / "best.pt"
     measured = json.loads(call(evaluate.main, "--checkpoint", best, "--data", tmp_path / "betons", "--json"))
