@@ -76,7 +76,8 @@ class OnRay:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong we say ourselves, in a line
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         _require_listener(on)
-        here: dict[str, Any] = {"address": on} if on else {"include_dashboard": False}
+        # "local", since without it Ray looks for the cluster that was last started here, be it long dead.
+        here: dict[str, Any] = {"address": on} if on else {"address": "local", "include_dashboard": False}
         try:
             ray.init(**here, log_to_driver=False, logging_level=logging.ERROR, namespace="fastcifar")
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
