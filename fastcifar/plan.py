@@ -26,10 +26,12 @@ from fastcifar.compiling import CompileMode
 from fastcifar.device import choose_precision, hardware_name
 from fastcifar.errors import InputError, shortened, unknown
 from fastcifar.files import read_json, write_json
+from fastcifar.models import suited_stride
 from fastcifar.models.layers import Kernels
 from fastcifar.models.summary import training_flops
 from fastcifar.recipes import PLANNED, RunOptions, given, to_dict
 from fastcifar.versions import installed
+from kernels.augment.operations import CIFAR, Size
 
 FORMAT = 1  # of plan files and of the cache
 Record = dict[str, Any]  # of a chosen plan: name, chosen, device, plan; where measured, key and timings too
@@ -116,10 +118,12 @@ def candidates(run: RunOptions, device: torch.device, threads: int = 0) -> dict[
     }
 
 
-def choose(command: Command, images: int, device: torch.device, say: Say, *, measures: bool = True) -> Choice:
+def choose(
+    command: Command, images: int, device: torch.device, say: Say, *, size: Size = CIFAR, measures: bool = True
+) -> Choice:
     """Choose how a new run's steps run, or take up what its folder has. Raises InputError.
 
-    images: in an epoch. say: told in a line what the user could not expect. measures: whether auto may take what was or will be
+    images: in an epoch. size: theirs, height and width. say: told in a line what the user could not expect. measures: whether auto may take what was or will be
     measured; else it is the default.
     """
     run = command.run
@@ -128,7 +132,7 @@ def choose(command: Command, images: int, device: torch.device, say: Say, *, mea
     if run.threads > (os.cpu_count() or 1):
         raise InputError(f"threads must be 0..{os.cpu_count()} on this machine, got {run.threads}")
     if run.plan == "auto" and measures:
-        return _automatic(command, images, device, say)
+        return _automatic(command, images, size, device, say)
     record = _named(command, device)
     plan = Plan(**record["plan"])
     for name in ("compile", "compile_mode", "kernels"):  # which make a plan what it is
@@ -156,26 +160,26 @@ def _named(command: Command, device: torch.device) -> Record:
     return read_plan(path, command.arch, device) | {"chosen": "file"}
 
 
-def _automatic(command: Command, images: int, device: torch.device, say: Say) -> Choice:
+def _automatic(command: Command, images: int, size: Size, device: torch.device, say: Say) -> Choice:
     """What was measured before, or the default, with the time to measure where that pays."""
-    choice = default_choice(command, device, say)
+    choice = default_choice(command, device, say, size)
     known = read_cached(choice.record["key"], say)
     if known is not None:
         say(f"plan {known['name']}, measured before ({cache_path()})")
         return decided(command.run, known | {"chosen": "cached"}, device)
     seconds = command.run.plan_seconds
     if seconds is None:
-        seconds = min(LONGEST, SHARE * least_seconds(command, images, device))
+        seconds = min(LONGEST, SHARE * least_seconds(command, images, device, size))
         seconds = seconds if seconds >= SHORTEST[device.type] else 0.0
     return replace(choice, seconds=seconds)
 
 
-def default_choice(command: Command, device: torch.device, say: Say) -> Choice:
+def default_choice(command: Command, device: torch.device, say: Say, size: Size = CIFAR) -> Choice:
     """The default plan, on a CPU in as many threads as find an idle core, with the key of what may be measured."""
     run = command.run
     threads = spare_threads(say) if _leaves_threads_open(run, device) else 0
     name, plan = next(iter(candidates(run, device, threads).items()))
-    return decided(run, record_of(name, "default", plan, device) | {"key": key_of(command, device, threads)}, device)
+    return decided(run, record_of(name, "default", plan, device) | {"key": key_of(command, device, threads, size)}, device)
 
 
 def record_of(name: str, chosen: str, plan: Plan, device: torch.device) -> Record:
@@ -183,11 +187,11 @@ def record_of(name: str, chosen: str, plan: Plan, device: torch.device) -> Recor
     return {"format": FORMAT, "name": name, "chosen": chosen, "device": hardware_name(device), "plan": asdict(plan)}
 
 
-def least_seconds(command: Command, images: int, device: torch.device) -> float:
-    """What a run takes at least, by the arithmetic of its network; nothing is timed. images: in an epoch."""
+def least_seconds(command: Command, images: int, device: torch.device, size: Size = CIFAR) -> float:
+    """What a run takes at least, by the arithmetic of its network; nothing is timed. images: in an epoch, each of `size`."""
     epochs = command.run.stop_after or command.settings.epochs
     return (
-        training_flops(command.arch)
+        training_flops(command.arch, size, command.settings.stem_stride or suited_stride(size))
         * images
         * epochs
         / (RATES[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1))
@@ -228,9 +232,13 @@ def cache_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home) / "fastcifar" / "plans.json"
 
 
-def key_of(command: Command, device: torch.device, threads: int = 0) -> Record:
-    """All that a measurement holds for. threads: to which they are limited, 0 = not."""
+def key_of(command: Command, device: torch.device, threads: int = 0, size: Size = CIFAR) -> Record:
+    """All that a measurement holds for. threads: to which they are limited, 0 = not. size: of the images."""
     recipe, run = command.settings, command.run
+    stem_stride = recipe.stem_stride or suited_stride(size)
+    # CIFAR's are not written, as in manifests, so that what was kept before there were others is found. Grey images have three
+    # channels too.
+    other = {} if (size, stem_stride) == (CIFAR, 1) else {"size": list(size), "stem_stride": stem_stride}
     return {
         "device": hardware_name(device),
         "driver": _driver() if device.type == "cuda" else None,
@@ -244,6 +252,7 @@ def key_of(command: Command, device: torch.device, threads: int = 0) -> Record:
         "recipe": _switches(to_dict(recipe)),
         "options": {name: getattr(run, name) for name in ("deterministic", "stream", "skip_nonfinite")},
         "given": given(run),
+        **other,
     }
 
 

@@ -108,7 +108,8 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
     data = load_data(command, device)
     world.require_divides(recipe.batch_size, len(data.train))
     steps = steps_per_epoch(data, recipe.batch_size)
-    choice = choose(command, steps * recipe.batch_size, device, console.print, measures=world.size == 1)
+    images = steps * recipe.batch_size
+    choice = choose(command, images, device, console.print, size=data.train.size, measures=world.size == 1)
     require_kernels(choice.run.kernels, device)
     state = build_state(command.arch, recipe, choice.run, data, device, world)
     folder, rows = RunFolder(run_path(command)), []

@@ -403,7 +403,7 @@ def main() -> None:
         set_up_process(device, deterministic=command.run.deterministic)
         data = load_data(command, device)
         warn_synthetic(console, data.manifest.synthetic, data.manifest.name)
-        choice = replace(default_choice(command, device, console.print), seconds=options.seconds)
+        choice = replace(default_choice(command, device, console.print, data.train.size), seconds=options.seconds)
         records[arch] = measured(command, choice, data, device, console).record
         if options.out is not None:  # after each: the next takes minutes
             write_json(options.out, {"format": FORMAT, "plans": records})

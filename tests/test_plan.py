@@ -49,8 +49,8 @@ def lines():
     return []
 
 
-def chosen(lines, *arguments, images=50_000):
-    return choose(parse_command(list(arguments)), images, CPU, lines.append)
+def chosen(lines, *arguments, images=50_000, size=(32, 32)):
+    return choose(parse_command(list(arguments)), images, CPU, lines.append, size=size)
 
 
 def record(name="eager", **key):
@@ -142,6 +142,25 @@ def test_a_kept_plan_is_taken_at_once_where_everything_it_was_measured_for_is_th
     ):
         assert chosen(lines, *other).record["chosen"] == "default", other
     assert chosen(lines, "--cutout", "8", "--peak-lr", "0.2").record["chosen"] == "cached"  # the same operations
+
+
+def test_a_plan_holds_for_images_of_its_size_and_a_network_of_its_stride(lines):
+    cifars = chosen(lines).record["key"]
+    assert not {"size", "stem_stride"} & cifars.keys()  # as before other sizes came, so that what was kept then is found
+    keep(record("fusable", **cifars), lines.append)
+    assert chosen(lines).record["chosen"] == "cached"
+    others = [((64, 64), ()), ((96, 64), ()), ((64, 64), ("--stem-stride", "4")), ((32, 32), ("--stem-stride", "2"))]
+    for size, options in others:
+        fresh = chosen(lines, *options, size=size)
+        assert fresh.record["chosen"] == "default", (size, options)
+        keep(record("numba", **fresh.record["key"]), lines.append)
+        assert chosen(lines, *options, size=size).run.kernels == "numba"
+    assert chosen(lines).run.kernels == "fusable"
+
+
+def test_larger_images_take_longer(lines):
+    seconds = [chosen(lines, "--epochs", "3", size=size).seconds for size in ((32, 32), (40, 40))]
+    assert seconds[1] == pytest.approx(seconds[0] * 25 / 16, rel=0.01)
 
 
 def test_auto_leaves_the_measuring_alone_until_it_is_wanted(lines, monkeypatch):
