@@ -28,6 +28,8 @@ from fastcifar.models.resnet import PixelClassifier
 from fastcifar.step import autocast
 from kernels.augment.reference import reflected
 
+MOST_CONFUSED = 2000  # classes of a confusion matrix, which has their square: 65,535 would take 34 GB
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -37,12 +39,8 @@ class Evaluation:
     loss: float  # mean cross-entropy, no smoothing
     top1: float  # 0..1
     top5: float  # 0..1
-    confusion: list[list[int]]  # [true class][predicted class], images
-
-    @property
-    def per_class(self) -> list[float | None]:
-        """Accuracy of each class, 0..1; None where the set has no image of it."""
-        return [row[c] / sum(row) if sum(row) else None for c, row in enumerate(self.confusion)]
+    per_class: list[float | None]  # accuracy of each class, 0..1; None where the set has no image of it
+    confusion: list[list[int]] | None  # [true class][predicted class], images; None for more than MOST_CONFUSED classes
 
     def to_dict(self, class_names: list[str]) -> dict[str, Any]:
         """Plain JSON values."""
@@ -61,7 +59,9 @@ class EvaluationTally:
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes = classes
-        self.confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        # Of each true class: how often each class was predicted; for too many, how often another one and how often itself.
+        self.columns = classes if classes <= MOST_CONFUSED else 2
+        self.confusion = torch.zeros(classes * self.columns, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.top5 = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -71,7 +71,8 @@ class EvaluationTally:
         self.loss += F.nll_loss(log_likelihood, labels, reduction="sum")
         best = probabilities.topk(min(5, self.classes), dim=1).indices
         self.top5 += (best == labels[:, None]).sum()
-        entries = labels * self.classes + best[:, 0]
+        predicted = best[:, 0] if self.columns == self.classes else (best[:, 0] == labels).long()
+        entries = labels * self.columns + predicted
         self.confusion.scatter_add_(0, entries, torch.ones_like(entries))  # bincount would make a GPU tell the host its range
 
     def reset(self) -> None:
@@ -86,14 +87,17 @@ class EvaluationTally:
         world.add([values])
         *counts, loss = values.tolist()
         *entries, top5 = map(int, counts)
-        confusion = [entries[row : row + self.classes] for row in range(0, len(entries), self.classes)]
+        rows = [entries[start : start + self.columns] for start in range(0, len(entries), self.columns)]
+        is_matrix = self.columns == self.classes
+        right = [row[number if is_matrix else 1] for number, row in enumerate(rows)]
         images = sum(entries)
         return Evaluation(
             images=images,
             loss=loss / images,
-            top1=sum(row[c] for c, row in enumerate(confusion)) / images,
+            top1=sum(right) / images,
             top5=top5 / images,
-            confusion=confusion,
+            per_class=[hits / sum(row) if any(row) else None for hits, row in zip(right, rows, strict=True)],
+            confusion=rows if is_matrix else None,
         )
 
 
@@ -312,16 +316,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     figures = f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images"
     console.print(f"top-1 {result['top1']:.2%}, {figures}")
     names = list(result["per_class"])
+    confusion = result["confusion"] if len(names) <= 20 else None
     caption = "rows: true class; columns: predicted class; images"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("class", no_wrap=True)
     table.add_column("accuracy", justify="right")
-    if len(names) <= 20:
+    if confusion:
         for name in names:
             table.add_column(name[:5], justify="right")
-    for name, row in zip(names, result["confusion"], strict=True):
-        accuracy = result["per_class"][name]
-        counts = [str(count) if count else "·" for count in row] if len(names) <= 20 else []
+    for number, (name, accuracy) in enumerate(result["per_class"].items()):
+        counts = [str(count) if count else "·" for count in confusion[number]] if confusion else []
         table.add_row(name, "-" if accuracy is None else f"{accuracy:.1%}", *counts)
     console.print(table)
 

@@ -123,8 +123,8 @@ def choose(
 ) -> Choice:
     """Choose how a new run's steps run, or take up what its folder has. Raises InputError.
 
-    images: in an epoch. size: theirs, height and width. say: told in a line what the user could not expect. measures: whether auto may take what was or will be
-    measured; else it is the default.
+    images: in an epoch. size: theirs, height and width. say: told in a line what the user could not expect. measures: whether
+    auto may take what was or will be measured; else it is the default.
     """
     run = command.run
     if run.resume is not None:

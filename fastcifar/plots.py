@@ -102,7 +102,7 @@ def draw(runs: list[Run], out: Path) -> list[Path]:
     with mpl.rc_context(STYLE):
         written = [save(out / name, make(runs)) for name, make in figures.items()]
         for run in runs:
-            if run.summary is not None:
+            if run.summary is not None and run.summary["final"]["confusion"] is not None:  # too many classes have none
                 name = "confusion_matrix.png" if len(runs) == 1 else f"confusion_matrix_{run.label.replace(' ', '_')}.png"
                 written.append(save(out / name, confusion_figure(run)))
     return written

@@ -173,7 +173,8 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         summary = files.read_json(self.path / "summary.json", remedy="the run has not finished: go on with it by --resume")
         try:
-            valid = _is_square(summary["final"]["confusion"], len(summary["class_names"]))
+            confusion, classes = summary["final"]["confusion"], len(summary["class_names"])
+            valid = confusion is None or _is_square(confusion, classes)  # of too many classes there is none
         except (TypeError, KeyError):
             valid = False
         if not valid:

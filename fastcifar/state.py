@@ -36,8 +36,6 @@ from fastcifar.recipes import Recipe, RunOptions
 from fastcifar.run_folder import Metrics, RunFolder
 from fastcifar.step import AveragedModel, StepSettings, TrainStep
 
-MOST_CLASSES = 2000  # of a confusion matrix, which has their square
-
 
 @dataclass
 class EpochState:
@@ -158,11 +156,6 @@ def build_state(
     torch.manual_seed(run.seed_of("init"))
     size = data.train.size
     recipe.augmentation.require_fits(size)
-    if data.classes > MOST_CLASSES:
-        raise InputError(
-            f"{data.manifest.name} has {data.classes:,} classes, a confusion matrix has room for {MOST_CLASSES:,}: "
-            "put classes together, or train in a loop of your own with fastcifar.Loader"
-        )
     stem_stride = recipe.stem_stride or suited_stride(size)
     require_size(arch, recipe.phases.smallest(size), stem_stride)
     model = build_model(

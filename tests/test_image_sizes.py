@@ -11,7 +11,7 @@ from small_betons import manifest_of
 from test_kernel_augment import MEAN, STD
 
 from data_prep import beton_writer
-from fastcifar import train
+from fastcifar import evaluate, train
 from fastcifar.augmentation import Augmentation, augment, draw
 from fastcifar.augmentation.geometry import affine
 from fastcifar.augmentation.mixing import mix, mix_plan
@@ -22,6 +22,7 @@ from fastcifar.dataset import ResidentSet, count_shared, load_resident, load_str
 from fastcifar.errors import InputError
 from fastcifar.models import build_model, require_size, suited_stride
 from fastcifar.phases import Phases
+from fastcifar.run_folder import RunFolder
 from kernels.augment.operations import NUMBER
 from kernels.augment.reference import augment_numpy
 
@@ -122,10 +123,30 @@ def test_images_that_would_vanish_are_refused():
             require_size(arch, size, stride)
 
 
-def test_classes_that_a_confusion_matrix_has_no_room_for_are_refused(betons, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("fastcifar.state.MOST_CLASSES", 9)
-    message = refused(train.main, "--data", betons, "--out", tmp_path / "run", "--batch-size", "50", "--plan", "default")
-    assert "has 10 classes, a confusion matrix has room for 9: put" in message
+@pytest.mark.slow
+def test_too_many_classes_for_a_confusion_matrix_have_their_accuracies(betons, tmp_path, call, monkeypatch):
+    monkeypatch.setattr("fastcifar.evaluate.MOST_CONFUSED", 9)
+    options = (
+        "--epochs",
+        "1",
+        "--batch-size",
+        "20",
+        "--limit-train",
+        "20",
+        "--plan",
+        "default",
+        "--log",
+        "--arch",
+        "speed94_half",
+    )
+    call(train.main, "--data", betons, "--out", tmp_path / "run", *options)
+    final = RunFolder(tmp_path / "run").read_summary()["final"]
+    assert final["confusion"] is None
+    assert len(final["per_class"]) == 10
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert not (tmp_path / "run" / "confusion_matrix.png").exists()
+    printed = call(evaluate.main, "--checkpoint", tmp_path / "run" / "best.pt", "--data", betons)
+    assert all(f"\n{name} " in printed for name in final["per_class"])
 
 
 def test_lengths_in_pixels_must_fit_the_images():

@@ -273,13 +273,17 @@ def test_held_out_images_are_no_longer_trained_on_and_the_same_every_time():
     assert torch.equal(held.labels, held.index % 10)
 
 
-def test_evaluation_counts_by_hand():
+@pytest.mark.parametrize("most", [3, 2])
+def test_evaluation_counts_by_hand(monkeypatch, most):
+    """A confusion matrix where there is room for one; the rest is the same without."""
+    monkeypatch.setattr("fastcifar.evaluate.MOST_CONFUSED", most)
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
     tally = EvaluationTally(3, CPU)
     tally.add(probabilities[:3], torch.tensor([0, 1, 1]))
     tally.add(probabilities[3:], torch.tensor([0]))
     result = tally.read()
-    assert result.confusion == [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
+    assert result.confusion == ([[1, 0, 1], [1, 1, 0], [0, 0, 0]] if most == 3 else None)
+    assert result.images == 4
     assert result.top1 == 0.5
     assert result.top5 == 1.0  # three classes: the top five are all of them
     assert result.loss == pytest.approx(-torch.tensor([0.7, 0.8, 0.3, 0.2]).log().mean().item())

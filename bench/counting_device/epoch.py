@@ -70,7 +70,7 @@ def as_if_computed(events: list[str]) -> Iterator[None]:
     def evaluated(tally: EvaluationTally, *world: Any) -> Evaluation:
         with suppress(ZeroDivisionError):  # of no image counted
             read(tally, *world)
-        return Evaluation(TEST_IMAGES, 0.0, 0.0, 0.0, [[0] * tally.classes] * tally.classes)
+        return Evaluation(TEST_IMAGES, 0.0, 0.0, 0.0, [0.0] * tally.classes, None)
 
     with (
         patch.object(training, "train_epoch", counted),
