@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastcifar.beton import LARGEST, MOST_CLASSES, SMALLEST, Size, printable
 from fastcifar.errors import InputError
-from fastcifar.pictures import Labelled, fitted, read_folder, why
+from fastcifar.pictures import SUFFIXES, Labelled, fitted, read_folder, why
 
 # Names of images and labels in archives, of training and of testing: Keras', MedMNIST's, and plain ones.
 ENTRIES = (
@@ -30,8 +30,9 @@ def parse_size(text: str) -> Size:
 
 
 def is_own(source: Path) -> bool:
-    """Whether a source is an archive, or a folder of folders."""
-    return source.suffix == ".npz" or (source.is_dir() and any(path.is_dir() for path in source.iterdir()))
+    """Whether a source is an archive, or a folder with folders or pictures in it."""
+    found = source.iterdir() if source.is_dir() else ()
+    return source.suffix == ".npz" or any(path.is_dir() or path.suffix.lower() in SUFFIXES for path in found)
 
 
 def read_splits(source: Path, size: Size | None, test_fraction: float, skip_bad: bool, advance: Advance) -> dict[str, Labelled]:

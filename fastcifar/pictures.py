@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastcifar.beton import LARGEST, MOST_CLASSES, SMALLEST, Size, printable
 from fastcifar.errors import InputError, shortened
@@ -83,6 +83,8 @@ def fitted(image: Image.Image, size: Size) -> Image.Image:
 
 def why(error: Exception) -> str:
     """What was wrong with a picture, in a few words: decoders raise almost anything."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture of a known kind"
     return " ".join(shortened(error).split()) or type(error).__name__
 
 
@@ -104,6 +106,8 @@ def read_folder(
     names = class_names or [printable(path.name) for path in folders]
     numbers = {name: number for number, name in enumerate(names)}
     files = [(file, numbers[printable(path.name)]) for path in folders for file in picture_files(path)]
+    if not files:
+        raise InputError(f"{folder} holds no picture in its class folders: fill them, or remove it")
     found = Labelled(np.empty(0), np.empty(0), names, [])
     pixels, labels, modes = [], [], set()
     for file, label in files:
@@ -159,4 +163,4 @@ def class_folders(folder: Path, class_names: list[str] | None = None) -> list[Pa
 def picture_files(folder: Path) -> list[Path]:
     """All pictures in and below a folder, by name; hidden files are none."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(path for path in files if path.is_file())
+    return sorted(path for path in files if not path.is_dir())  # a link to nowhere is a picture that cannot be read
