@@ -95,7 +95,7 @@ def test_bad_pictures_are_named_and_counted_and_may_be_left_out(tmp_path):
     folder = make_folder(tmp_path / "data")
     bad = bad_files(folder / "dog")
     for file, problem in bad.items():
-        with pytest.raises(Exception, match=".*") as raised:
+        with pytest.raises(Exception, match=r".*") as raised:
             pictures.decode(file)
         assert re.search(problem, pictures.why(raised.value))
     with pytest.raises(InputError, match=r"9 of 19 pictures cannot be used: .*dog/cut\.jpg: .*--skip-bad"):
