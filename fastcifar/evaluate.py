@@ -154,11 +154,12 @@ def class_probabilities(
     batch_size: int,
     tta: TTA,
     autocast_dtype: torch.dtype | None,
+    centre_weight: float = ALIKE,
 ) -> Iterator[Tensor]:
-    """Yield float32 probabilities [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
+    """Yield `mean_probabilities` [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
     for batch in images.split(batch_size):
         with evaluating(model):
-            probabilities = mean_probabilities(model, batch, tta, autocast_dtype)
+            probabilities = mean_probabilities(model, batch, tta, autocast_dtype, centre_weight)
         yield probabilities
 
 
