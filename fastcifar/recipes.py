@@ -23,6 +23,8 @@ from fastcifar.models.layers import Kernels, StochasticDepthMode, require_known
 from fastcifar.optimization import Factors, LossReduction, OptimizerKind, Schedule
 from fastcifar.phases import Phase, Phases
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]  # each also the module that it needs
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -155,6 +157,8 @@ class RunOptions:
     profile: int = 0  # steps to trace, from the fourth on, into the run folder's trace.json, with a table by stage; 0 = off
     verify: bool = True  # check the data's sha256 before training
     plots: bool = True  # draw the PNGs at the end
+    # what else shows each epoch's figures; wandb and mlflow need the extra `loggers`; nothing after it: none. docs/guide.md
+    log: tuple[LoggerName, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for name in ("seed", "init_seed", "order_seed", "augmentation_seed"):
@@ -434,4 +438,4 @@ def run_options_from_dict(values: dict[str, Any]) -> RunOptions:
     unknown_fields = set(values) - {entry.name for entry in fields(RunOptions)}
     if unknown_fields:
         raise InputError(f"not run options of this version ({', '.join(sorted(unknown_fields))}): train again")
-    return RunOptions(**{**values, **paths})
+    return RunOptions(**{**_tuples(values), **paths})
