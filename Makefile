@@ -19,7 +19,7 @@ BIN := .venv/bin
 # One process a core with one thread each (tests/conftest.py): two threads in each would slow each other twenty-fold.
 PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup data train demo test test-slow soak fuzz mistakes endurance audit gpu-check augmentation-grid bench bench-quick bench-pipeline lint format clean
+.PHONY: help setup data train demo test test-slow soak fuzz mistakes endurance audit gpu-check augmentation-grid bench bench-quick bench-pipeline lint format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ lint: setup  ## ruff, mypy and the import contracts only
 format: setup  ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: data  ## build the site into site/ and run its notebook, a minute of training
+	@export PATH="$$PWD/.uv/bin:$$PATH"; uv run --locked --quiet --group docs mkdocs build
 
 clean:  ## remove the environment and caches; data and runs stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

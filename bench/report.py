@@ -15,11 +15,11 @@ from statistics import median
 from typing import Any, TypeVar
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bench import stats
@@ -285,11 +285,10 @@ def first(named: list[tuple[str, Estimate | None]]) -> tuple[str, Estimate] | No
 def draw_svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     """A chart as an SVG element whose text is text. name: makes its ids its own."""
     with mpl.rc_context({**STYLE, **SVG, "svg.hashsalt": name}):
-        figure, axes = plt.subplots(figsize=(WIDTH, height))
-        draw(axes)
+        figure = Figure(figsize=(WIDTH, height))
+        draw(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        plt.close(figure)
     return re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue()[buffer.getvalue().index("<svg") :], flags=re.DOTALL)
 
 

@@ -198,7 +198,8 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
     """Write the figure: a row of panels for each architecture, training loss on the left and accuracy on the right."""
-    from matplotlib import pyplot, rc_context
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     def panel(axes: Any, unit: str, curve: list[float], pairs: list[dict[str, float | None]], *names: str) -> None:
@@ -211,7 +212,8 @@ def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
         axes.legend(fontsize=8)
 
     with rc_context(STYLE):
-        figure, grid = pyplot.subplots(len(comparisons), 2, figsize=(9.6, 2.9 * len(comparisons) + 0.5), squeeze=False)
+        figure = Figure(figsize=(9.6, 2.9 * len(comparisons) + 0.5))
+        grid = figure.subplots(len(comparisons), 2, squeeze=False)
         for (left, right), each in zip(grid, comparisons, strict=True):
             theirs = each["theirs"]
             images = "" if each["train_images"] is None else f", {each['train_images']:,} images"
@@ -225,7 +227,6 @@ def draw(comparisons: list[dict[str, Any]], path: Path) -> None:
         figure.suptitle(f"Ours: {data}. Authors: the original CIFAR-10.")
         with files.atomic_path(path) as partial:
             figure.savefig(partial, format="png")
-        pyplot.close(figure)
 
 
 def tables(comparisons: list[dict[str, Any]]) -> str:

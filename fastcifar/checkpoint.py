@@ -195,11 +195,14 @@ def load(path: str | Path, device: str | torch.device = "cpu", *, kernels: Kerne
     """Return the model of a checkpoint (`best.pt` or `last.pt` of a run folder), its averaged weights where it has them.
 
     It takes uint8 images [N, H, W, 3], R G B as Pillow and NumPy have them, and gives logits [N, classes]; it is in eval mode
-    and has `class_names` and `preprocessing`. Loading runs no code from the file. kernels: as in `fastcifar.create_model`;
-    torch, PyTorch's operations alone, is what tracing needs. Raises InputError when the file is missing, damaged or not ours.
+    and has `class_names` and `preprocessing`. Loading runs no code from the file. Raises InputError when the file is missing,
+    damaged or not ours.
 
         model = fastcifar.load("runs/se_resnet18-seed0/best.pt")
         name = model.class_names[model(torch.from_numpy(np.asarray(picture))[None]).argmax()]
+
+    Args:
+        kernels: as in `fastcifar.create_model`; torch, PyTorch's operations alone, is what tracing needs.
     """
     path, device = Path(path), torch.device(device)
     checkpoint = load_checkpoint(path, device)

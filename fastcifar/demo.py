@@ -57,7 +57,8 @@ def fresh(path: Path) -> Path:
 
 def draw(folder: RunFolder, data: Path, out: Path) -> None:
     """Write the picture: test images with the network's answers on the left, loss and accuracy on the right."""
-    import matplotlib.pyplot as plt  # here, since matplotlib takes a second to import and training does not need it
+    from matplotlib import rc_context  # here, since matplotlib takes a second to import and training does not need it
+    from matplotlib.figure import Figure
 
     from fastcifar import plots
 
@@ -67,8 +68,8 @@ def draw(folder: RunFolder, data: Path, out: Path) -> None:
     settings = {"batch_size": ROWS * COLUMNS, "autocast_dtype": choose_precision("auto", device)}
     (probabilities,) = class_probabilities(model, images.images, tta="none", **settings)  # type: ignore[arg-type]
     run = plots.read_run(folder)
-    with plt.rc_context(plots.STYLE):
-        figure = plt.figure(figsize=(13, 6.2))
+    with rc_context(plots.STYLE):
+        figure = Figure(figsize=(13, 6.2))
         left, right = figure.subfigures(1, 2, width_ratios=(1.8, 1))  # type: ignore[misc]  # two of them, not one
         for axis, image, label, answer in zip(
             left.subplots(ROWS, COLUMNS).flat, images.images.cpu(), images.labels.tolist(), probabilities.cpu(), strict=True

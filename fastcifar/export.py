@@ -33,7 +33,7 @@ from fastcifar.checkpoint import Trained, load
 from fastcifar.dataset import ResidentSet, epoch_order, load_resident
 from fastcifar.device import device_name, set_up_process
 from fastcifar.errors import InputError, require, require_installed, run_command
-from fastcifar.evaluate import require_same_kind, warn_synthetic
+from fastcifar.evaluate import require_same_kind, tell, warn_synthetic
 from fastcifar.files import atomic_path
 from fastcifar.models import build_model, place
 from fastcifar.models.layers import BatchNorm2d
@@ -99,11 +99,7 @@ class Tried:
 def main() -> None:
     """Export and print."""
     options = parse_arguments(Options, "python -m fastcifar.export")
-    result = export(options)
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result, Console(soft_wrap=True, highlight=False, markup=False))
+    tell(export(options), show, as_json=options.json)
 
 
 def export(options: Options) -> dict[str, Any]:

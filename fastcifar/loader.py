@@ -46,32 +46,37 @@ class Loader:
     images: [B, 3, H, W] of `dtype`, channels_last. labels: [B] int64. With mixup or CutMix: (images, labels, partner_labels,
     lam), where image i is mixed with the next of its batch and the loss is lam loss(labels) + (1 - lam) loss(partner_labels).
 
-    source: a `.beton` file that data_prep/write_beton.py or FFCV wrote, with its manifest. Images from elsewhere:
-        `from_arrays`, `from_folder`, `from_dataset`.
-    batch_size: images of a batch, in this process.
-    augmentation: what happens to an image, in pixels of the data; None: nothing but normalisation.
-    device: where the images live and the batches are made: "auto", "cpu" or "cuda".
-    seed: of order and augmentation, 0..2^63-1. A sample's pixels depend on (seed, epoch, its number) alone.
-    dtype: torch.float32, torch.bfloat16 or torch.float16.
-    shuffle: a new order every epoch; False: the data's.
-    drop_last: leave out the last, smaller batch of an epoch.
-    stream: True leaves the images in their file; None does where they would take more than half of the free memory.
-    mean, std: of normalisation, R, G, B in 0..1; None: CIFAR-10's own for CIFAR-10, else those of the data, which a loader
-        of test images should be given: `mean=train.mean, std=train.std`.
-    epochs: of the whole training, over which `mixup_alpha_end` is reached; else not needed.
-    rank, world_size: this process and how many there are; each has its own part of every batch of `batch_size * world_size`.
-    verify: compare the file's sha256 with its manifest's.
-
     Raises ValueError for what does not fit, InputError for a file or an augmentation that does not.
 
-    >>> import fastcifar, torch
-    >>> images, labels = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8), torch.arange(100) % 10
-    >>> loader = fastcifar.Loader.from_arrays(images, labels, batch_size=32, augmentation=fastcifar.Augmentation(cutout=8))
-    >>> for images, labels in loader:
-    ...     print(list(images.shape), images.dtype, list(labels.shape))
-    [32, 3, 32, 32] torch.float32 [32]
-    [32, 3, 32, 32] torch.float32 [32]
-    [32, 3, 32, 32] torch.float32 [32]
+    Args:
+        source: a `.beton` file that data_prep/write_beton.py or FFCV wrote, with its manifest. Images from elsewhere:
+            `from_arrays`, `from_folder`, `from_dataset`.
+        batch_size: images of a batch, in this process.
+        augmentation: what happens to an image, in pixels of the data; None: nothing but normalisation.
+        device: where the images live and the batches are made: "auto", "cpu" or "cuda".
+        seed: of order and augmentation, 0..2^63-1. A sample's pixels depend on (seed, epoch, its number) alone.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        shuffle: a new order every epoch; False: the data's.
+        drop_last: leave out the last, smaller batch of an epoch.
+        stream: True leaves the images in their file; None does where they would take more than half of the free memory.
+        mean: of normalisation, R, G, B in 0..1; None: CIFAR-10's own for CIFAR-10, else that of the data. A loader of test
+            images should be given that of the training images: `mean=train.mean, std=train.std`.
+        std: likewise.
+        class_names: in the order of the labels; None: those of the file, else numbers.
+        epochs: of the whole training, over which `mixup_alpha_end` is reached; else not needed.
+        rank: of this process, which has its own part of every batch of `batch_size * world_size`.
+        world_size: how many processes there are.
+        verify: compare the file's sha256 with its manifest's.
+
+    Examples:
+        >>> import fastcifar, torch
+        >>> images, labels = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8), torch.arange(100) % 10
+        >>> loader = fastcifar.Loader.from_arrays(images, labels, batch_size=32, augmentation=fastcifar.Augmentation(cutout=8))
+        >>> for images, labels in loader:
+        ...     print(list(images.shape), images.dtype, list(labels.shape))
+        [32, 3, 32, 32] torch.float32 [32]
+        [32, 3, 32, 32] torch.float32 [32]
+        [32, 3, 32, 32] torch.float32 [32]
     """
 
     def __init__(
@@ -250,13 +255,20 @@ def augment(
 ) -> Tensor:
     """Augment and normalise a batch you already have: uint8 [B, H, W, 3] to `dtype` [B, 3, H, W], channels_last.
 
-    samples: [B] int64, each image's own number, by which, with epoch and seed, its augmentation is drawn. mean, std: R, G, B in
-    0..1. Mixing needs labels and is the `Loader`'s. Raises ValueError for what does not fit.
+    Mixing needs labels and is the `Loader`'s. Raises ValueError for what does not fit.
 
-    >>> import fastcifar, torch
-    >>> images = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8)
-    >>> fastcifar.augment(images, fastcifar.Augmentation(cutout=8), samples=torch.arange(16), epoch=3).shape
-    torch.Size([16, 3, 32, 32])
+    Args:
+        samples: [B] int64, each image's own number, by which its augmentation is drawn.
+        epoch: likewise, from 0.
+        seed: likewise, 0..2^63-1.
+        mean: of normalisation, R, G, B in 0..1.
+        std: likewise.
+
+    Examples:
+        >>> import fastcifar, torch
+        >>> images = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8)
+        >>> fastcifar.augment(images, fastcifar.Augmentation(cutout=8), samples=torch.arange(16), epoch=3).shape
+        torch.Size([16, 3, 32, 32])
     """
     fits = images.ndim == 4 and all(SMALLEST <= side <= LARGEST for side in images.shape[1:3])
     _require(fits, "images", f"uint8 [B, H, W, 3], H and W {SMALLEST}..{LARGEST}", describe(images))

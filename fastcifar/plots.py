@@ -10,10 +10,6 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")  # no display is needed, nor looked for
-
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
@@ -112,7 +108,8 @@ def draw_points(settings: list[tuple[str, list[float]]], out: Path) -> Path:
     """Write sweep.png: a row for each setting, best on top, a dot for each seed's top-1 (0..1), a bar at their mean."""
     ordered = sorted(settings, key=lambda setting: fmean(setting[1]))
     with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(ordered)))
+        figure = Figure(figsize=(8, 1 + 0.3 * len(ordered)))
+        axes = figure.subplots()
         for row, (_, values) in enumerate(ordered):
             axes.plot([100 * value for value in values], [row] * len(values), "o", color=COLOURS[0], alpha=0.7, markersize=5)
             axes.plot([100 * fmean(values)], [row], "|", color=COLOURS[1], markersize=14, markeredgewidth=2)
@@ -180,7 +177,8 @@ def confusion_figure(run: Run) -> Figure:
     names, counts = run.summary["class_names"], np.array(final["confusion"])
     share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     size = max(5.0, 0.55 * len(names)) if len(names) <= 20 else 12.0
-    figure, axes = plt.subplots(figsize=(size + 1, size))
+    figure = Figure(figsize=(size + 1, size))
+    axes = figure.subplots()
     image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
@@ -199,7 +197,8 @@ def confusion_figure(run: Run) -> Figure:
 
 
 def _epoch_axes(runs: list[Run], title: str, unit: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(6.4, 4.0))
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.subplots()
     subject = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     axes.set_title(f"{title}: {subject}\n{', '.join(dict.fromkeys(run.data_name for run in runs))}", fontsize=10)
     axes.set_xlabel("epoch")
@@ -237,10 +236,9 @@ def _marker(epochs: np.ndarray) -> dict[str, Any]:
 
 
 def save(path: Path, figure: Figure) -> Path:
-    """Write a PNG atomically and close the figure."""
+    """Write a PNG atomically."""
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png")
-    plt.close(figure)
     return path
 
 

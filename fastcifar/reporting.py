@@ -109,7 +109,7 @@ class TrainingProgress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
             transient=True,
         )
         self.images_per_epoch = images_per_epoch

@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import pickle
+import runpy
 import shutil
 import struct
 import warnings
 import zlib
 from dataclasses import replace
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,14 @@ def test_predict_writes_the_competitions_csv_and_agrees_with_evaluate(finished, 
     with pytest.raises(InputError, match=r"submission\.csv exists.*--force"):
         call(predict.main, *command)
     assert call(predict.main, *command, "--force") == f"{out}: 50 predictions\n"
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_predict_weighs_the_views_in_place_as_evaluate_does(finished, betons, weight):
+    views = {"tta": "flip_translate", "centre_weight": weight, "precision": "fp32"}
+    labels, _ = predict.predict(predict.Options(finished.last, betons / "test.beton", **views))
+    truth = read_beton(betons / "test.beton").labels
+    assert np.mean(labels == truth) == pytest.approx(measure(finished, betons, **views)["top1"])
 
 
 @pytest.mark.parametrize("layout", ["hwc", "rows", "chw"])
@@ -281,6 +291,18 @@ def test_plots_of_a_run_unfinished_or_not_yet_evaluated_leave_out_what_is_unknow
     early = plots.Run(run.label, run.data_name, rows, None)
     for number, unfinished in enumerate((run, early)):
         assert {path.name for path in plots.draw([unfinished], tmp_path / str(number))} == CURVES
+
+
+def test_plots_leave_a_notebook_its_own(finished, tmp_path):
+    before = mpl.get_backend()
+    mpl.use("svg")
+    try:
+        runpy.run_path(contact_sheet.__file__)
+        fresh = runpy.run_path(plots.__file__)
+        fresh["save"](tmp_path / "loss.png", fresh["loss_figure"]([plots.read_run(finished)]))
+        assert mpl.get_backend() == "svg"
+    finally:
+        mpl.use(before)
 
 
 def test_the_curves_show_what_the_metrics_say(finished):

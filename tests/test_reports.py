@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bench import reports
@@ -164,11 +165,9 @@ def test_tables_figure_and_json_show_theirs_ours_and_the_difference(monkeypatch,
 
 
 def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tmp_path):
-    from matplotlib import pyplot
-
     begin(tmp_path / "resnet42-seed0", "resnet42", [1.8, 1.4], accuracy=0.4)
     figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch()))
     run(monkeypatch, "--out", tmp_path, "--only-draw", "--archs", "resnet42")
     monkeypatch.undo()
     (figure,) = figures
@@ -181,7 +180,6 @@ def test_the_figure_draws_both_curves_and_names_the_training_set(monkeypatch, tm
     assert list(loss.lines[1].get_ydata()) == [1.8, 1.4]
     assert list(accuracy.lines[1].get_ydata()) == [40.0, 40.0]
     assert loss.lines[1].get_linewidth() > loss.lines[0].get_linewidth()
-    pyplot.close(figure)
 
 
 def test_a_folder_of_another_architecture_is_refused(monkeypatch, tmp_path):

@@ -4,13 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
 import torch
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from fastcifar.arguments import parse_arguments
 from fastcifar.augmentation import Augmentation, augment, draw
@@ -70,7 +66,8 @@ def seen(
 def sheet(columns: list[np.ndarray], names: list[str], title: str, out: Path) -> None:
     """Write the grid: the first column is the original, the others are epochs 1, 2, ..."""
     rows, width = len(names), len(columns)
-    figure, axes = plt.subplots(rows, width, figsize=(0.72 * width + 0.9, 0.72 * rows + 0.8), squeeze=False)
+    figure = Figure(figsize=(0.72 * width + 0.9, 0.72 * rows + 0.8))
+    axes = figure.subplots(rows, width, squeeze=False)
     for (r, c), axis in np.ndenumerate(axes):
         axis.imshow(columns[c][r], interpolation="nearest")
         axis.set_xticks([])
@@ -85,7 +82,6 @@ def sheet(columns: list[np.ndarray], names: list[str], title: str, out: Path) ->
     figure.subplots_adjust(left=0.09, right=0.995, bottom=0.005, top=1 - 0.75 / (0.72 * rows + 0.8), wspace=0.04, hspace=0.04)
     with atomic_path(out) as partial:
         figure.savefig(partial, format="png", dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -117,11 +117,16 @@ def build_model(
 ) -> ResNet:
     """Build an architecture by name; input [N, 3, H, W], of sizes as `ResNet` says, output logits [N, num_classes].
 
-    block_dropout: probability inside residual branches. head_dropout: before the classifier. stochastic_depth: probability p of
-    dropping the last block's branch, for the others as `ResNet` says of the mode. squeeze_excitation: False leaves it out, for
-    ablations. stem_stride: 1, 2 or 4, how much smaller the stem makes an image. kernels: who computes what stands between
-    convolutions: torch, numba (auto on a CPU), triton or fusable (our algebra in PyTorch operations), or {kind: form}. The
-    probabilities, stem_stride and `kernels` change neither parameters nor `state_dict` names.
+    The probabilities, stem_stride and `kernels` change neither parameters nor `state_dict` names.
+
+    Args:
+        block_dropout: probability inside residual branches.
+        head_dropout: probability before the classifier.
+        stochastic_depth: probability p of dropping the last block's branch, for the others as `ResNet` says of the mode.
+        squeeze_excitation: False leaves it out, for ablations.
+        stem_stride: 1, 2 or 4, how much smaller the stem makes an image.
+        kernels: who computes what stands between convolutions: torch, numba (auto on a CPU), triton or fusable (our algebra in
+            PyTorch operations), or {kind: form}.
     """
     row = architecture(name)
     require_known(kernels)
