@@ -166,9 +166,12 @@ class InThread:
         self._calls.put((epoch, curves))
 
     def close(self, end: str) -> None:
-        """Wait for what is not logged yet, but not for ever."""
+        """Take the end; `wait` waits for it."""
         self._calls.put((end,))
-        self._thread.join(PATIENCE)
+
+    def wait(self, until: float) -> None:
+        """Wait for what is not logged yet, but not beyond a time of the monotonic clock."""
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._say(f"{self._name} has not taken everything within {PATIENCE:.0f} seconds: not waited for any longer")
 
@@ -197,6 +200,10 @@ class Loggers:
         end = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
         for logger in self._loggers:
             logger.close(end)
+        until = time.monotonic() + PATIENCE
+        for logger in self._loggers:
+            if isinstance(logger, InThread):
+                logger.wait(until)
 
     def log(self, record: Metrics) -> None:
         """Add an epoch's record."""
