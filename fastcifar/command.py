@@ -10,7 +10,7 @@ import tyro
 from fastcifar.ahead import option
 from fastcifar.arguments import parse_arguments
 from fastcifar.dataset import Splits, load_splits
-from fastcifar.errors import InputError
+from fastcifar.errors import InputError, require_installed
 from fastcifar.models import architecture
 from fastcifar.recipes import Recipe, RunOptions, reported
 from fastcifar.run_folder import RunFolder
@@ -56,6 +56,12 @@ class Command:
 
 def parse_command(arguments: list[str]) -> Command:
     """Return the command: defaults from the arch's recipe, or from the run folder to go on with. Raises InputError."""
+    command = _parsed(arguments)
+    require_installed(f"--log {' '.join(command.run.log)}", command.run.log, "loggers")
+    return command
+
+
+def _parsed(arguments: list[str]) -> Command:
     arguments = [part for argument in arguments for part in SWITCHES.get(argument, [argument])]
     resume, config = option(arguments, "resume"), option(arguments, "config")
     if resume is not None and config is not None:
@@ -112,7 +118,7 @@ def resumed(path: Path) -> Command:
 
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
     """{name: (in the one, in the other)} of all that would make a resumed run another run."""
-    # Where the data is and how far to go; what checks, traces or replays steps, and what comes after training.
+    # Where the data is and how far to go; what checks, traces or replays or shows steps, and what comes after training.
     free = {
         "data",
         "train_indices",
@@ -124,6 +130,7 @@ def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
         "profile",
         "capture",
         "plots",
+        "log",
     }
     pairs = {"arch": (began.arch, command.arch), "recipe": (began.recipe_name, command.recipe_name)}
     for part in ("settings", "run"):

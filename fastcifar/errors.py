@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -50,6 +51,14 @@ def require(settings: object, condition: bool, field: str, allowed: str) -> None
     """Raise InputError naming `field`, its value in `settings` and what is allowed, unless `condition` holds."""
     if not condition:
         raise InputError(f"{field} must be {allowed}, got {getattr(settings, field)}")
+
+
+def require_installed(what: str, libraries: Iterable[str], extra: str) -> None:
+    """Raise InputError naming those of `libraries` that are not installed, and the extra of this package that has them."""
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"uv sync --extra {extra}, or pip install 'fastcifar[{extra}]'"
+        raise InputError(f"{what} needs {', '.join(missing)}, not installed: {remedy}")
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:

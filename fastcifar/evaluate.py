@@ -154,11 +154,12 @@ def class_probabilities(
     batch_size: int,
     tta: TTA,
     autocast_dtype: torch.dtype | None,
+    centre_weight: float = ALIKE,
 ) -> Iterator[Tensor]:
-    """Yield float32 probabilities [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
+    """Yield `mean_probabilities` [B, C] for uint8 images [N, H, W, 3], batch by batch, in eval mode."""
     for batch in images.split(batch_size):
         with evaluating(model):
-            probabilities = mean_probabilities(model, batch, tta, autocast_dtype)
+            probabilities = mean_probabilities(model, batch, tta, autocast_dtype, centre_weight)
         yield probabilities
 
 
@@ -211,21 +212,6 @@ class Evaluator:
         self._tally.add(self._probabilities(images), labels)
 
 
-def evaluate(
-    model: PixelClassifier,
-    data: ResidentSet,
-    *,
-    batch_size: int = 500,
-    tta: TTA = "none",
-    centre_weight: float = ALIKE,
-    autocast_dtype: torch.dtype | None = None,
-    world: World = ALONE,
-) -> Evaluation:
-    """Measure `model` on a labelled set; waits for the device once, at the end."""
-    how: dict[str, Any] = {"tta": tta, "centre_weight": centre_weight, "autocast_dtype": autocast_dtype, "world": world}
-    return Evaluator(model, data, batch_size=batch_size, **how)()
-
-
 @dataclass(frozen=True)
 class Options:
     """Measure a checkpoint on a split."""
@@ -250,8 +236,12 @@ class Options:
 def main() -> None:
     """Measure and print."""
     options = parse_arguments(Options, "python -m fastcifar.evaluate")
-    result = measure(options)
-    if options.json:
+    tell(measure(options), show, as_json=options.json)
+
+
+def tell(result: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool) -> None:
+    """Print a command's figures as one JSON object, or as `show` prints them."""
+    if as_json:
         print(json.dumps(result, indent=2))
     else:
         show(result, Console(soft_wrap=True, highlight=False, markup=False))
@@ -264,14 +254,14 @@ def measure(options: Options) -> dict[str, Any]:
     model = load(options.checkpoint, device)
     data, manifest = load_resident(options.data / f"{options.split}.beton", device, limit=options.limit)
     require_same_kind(options.checkpoint, model, options.data, data, manifest.class_names)
-    evaluation = evaluate(
+    evaluation = Evaluator(
         model,
         data,
         batch_size=options.batch_size,
         tta=options.tta,
         centre_weight=options.centre_weight,
         autocast_dtype=choose_precision(options.precision, device),
-    )
+    )()
     return {
         "checkpoint": str(options.checkpoint),
         "arch": model.arch,

@@ -7,7 +7,6 @@ those of the data; float32 logits [N, classes] out. Normalisation is inside, bat
 safetensors holds the weights alone, as trained, under the names of `fastcifar.create_model`.
 """
 
-import importlib.util
 import io
 import json
 import logging
@@ -33,8 +32,8 @@ from fastcifar.arguments import parse_arguments
 from fastcifar.checkpoint import Trained, load
 from fastcifar.dataset import ResidentSet, epoch_order, load_resident
 from fastcifar.device import device_name, set_up_process
-from fastcifar.errors import InputError, require, run_command
-from fastcifar.evaluate import require_same_kind, warn_synthetic
+from fastcifar.errors import InputError, require, require_installed, run_command
+from fastcifar.evaluate import require_same_kind, tell, warn_synthetic
 from fastcifar.files import atomic_path
 from fastcifar.models import build_model, place
 from fastcifar.models.layers import BatchNorm2d
@@ -72,10 +71,7 @@ class Options:
             raise InputError(f"--int8 is for --to onnx, got --to {self.to}: choose onnx, or leave --int8 out")
         if self.bf16 and self.to not in ("pt2", "torchscript"):
             raise InputError(f"--bf16 is for --to pt2 and torchscript, got --to {self.to}: choose one of these")
-        missing = [name for name in LIBRARIES.get(self.to, ()) if importlib.util.find_spec(name) is None]
-        if missing:
-            remedy = "uv sync --extra export, or pip install 'fastcifar[export]'"
-            raise InputError(f"--to {self.to} needs {', '.join(missing)}, not installed: {remedy}")
+        require_installed(f"--to {self.to}", LIBRARIES.get(self.to, ()), "export")
 
     @property
     def precision(self) -> str:
@@ -103,11 +99,7 @@ class Tried:
 def main() -> None:
     """Export and print."""
     options = parse_arguments(Options, "python -m fastcifar.export")
-    result = export(options)
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        show(result, Console(soft_wrap=True, highlight=False, markup=False))
+    tell(export(options), show, as_json=options.json)
 
 
 def export(options: Options) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastcifar.beton import SIDE, Size, read_beton
 from fastcifar.checkpoint import load
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
-from fastcifar.evaluate import TTA, class_probabilities
+from fastcifar.evaluate import ALIKE, TTA, class_probabilities
 from fastcifar.files import write_bytes
 from fastcifar.pictures import MOST_BYTES, SUFFIXES, decode, fitted
 from fastcifar.safe_pickle import decode_name, load_pickle
@@ -37,6 +37,7 @@ class Options:
     input: Path  # pickle (dict with data, and ids or none), .beton file, or folder of pictures
     out: Path = Path("submission.csv")  # CSV with the columns ID,Labels
     tta: TTA = "flip"  # test-time augmentation: views whose softmax outputs are averaged
+    centre_weight: float = ALIKE  # flip_translate: weight of the two views in place together, 0..1; 1/3: all six count alike
     resize: bool = False  # pictures of another size than the model's: crop them about their centre and resize them to it
     batch_size: int = 500  # images per batch
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -44,6 +45,7 @@ class Options:
     force: bool = False  # replace --out when it exists
 
     def __post_init__(self) -> None:
+        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
         require(self, self.batch_size >= 1, "batch_size", "at least 1")
 
 
@@ -81,6 +83,7 @@ def predict(options: Options) -> tuple[list[int], Unlabelled]:
         torch.from_numpy(unlabelled.images).to(device),
         batch_size=options.batch_size,
         tta=options.tta,
+        centre_weight=options.centre_weight,
         autocast_dtype=choose_precision(options.precision, device),
     )
     labels: list[int] = []

@@ -1,7 +1,5 @@
-"""What people see of a run: its first and last lines, the bar, a line an epoch, TensorBoard's curves, and `summary.json`."""
+"""What people see of a run: its first and last lines, the bar, a line an epoch, and `summary.json`."""
 
-import time
-from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any
@@ -161,45 +159,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class Curves:
-    """TensorBoard events in a run folder; opened by the first epoch, so that TensorBoard's import delays no first step."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: Any = None
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Add an epoch; what an interrupted run wrote for it and later ones is purged."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._put_before_now()
-            self._writer = SummaryWriter(str(self.folder), purge_step=record["epoch"])
-        curves = {
-            "loss/train": record["train_loss"],
-            "loss/eval": record["eval_loss"],
-            "accuracy/train": record["train_accuracy"],
-            "accuracy/eval": record["eval_accuracy"],
-            "accuracy/best": record["best_accuracy"],
-            "speed/images_per_second": record["images_per_second"],
-            "learning_rate": record["learning_rates"][-1],
-        }
-        for tag, value in curves.items():
-            if value is not None:
-                self._writer.add_scalar(tag, value, record["epoch"])
-        self._writer.flush()
-
-    def _put_before_now(self) -> None:
-        """Rename event files of a clock since set back: TensorBoard reads them in the order of the times in their names."""
-        earlier = sorted(self.folder.glob("events.out.tfevents.*"))
-        for age, file in enumerate(reversed(earlier), start=1):
-            stamp, *rest = file.name.removeprefix("events.out.tfevents.").split(".")
-            if stamp.isdecimal() and int(stamp) > (latest := int(time.time()) - age):
-                file.rename(file.with_name(".".join(["events.out.tfevents", f"{latest:010d}", *rest])))
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._writer is not None:
-            self._writer.close()

@@ -3,6 +3,7 @@
 config.json   arch, recipe, options, versions, hardware, command      metrics.jsonl   one object an epoch
 last.pt       the state training goes on from                         best.pt         the best by the selection split
 summary.json  the figures of the whole run                            *.png, events.* plots and TensorBoard
+wandb.id, mlflow.id  what --log's services call the run
 """
 
 import fcntl

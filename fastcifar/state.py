@@ -16,7 +16,7 @@ from fastcifar.device import choose_precision, generator_states
 from fastcifar.distributed import ALONE, World
 from fastcifar.epoch_tables import EpochTally
 from fastcifar.errors import InputError
-from fastcifar.evaluate import TTA, Evaluation, Evaluator, evaluate
+from fastcifar.evaluate import TTA, Evaluation, Evaluator
 from fastcifar.models import (
     architecture,
     build_model,
@@ -127,7 +127,8 @@ class TrainingState:
         self, data: Splits, split: ResidentSet, batch_size: int, dtype: torch.dtype | None, tta: TTA = "none"
     ) -> Evaluation:
         """Evaluate the weights that count on a split; waits for the device once."""
-        return evaluate(self._classifier(data), split, batch_size=batch_size, tta=tta, autocast_dtype=dtype, world=self.world)
+        model = self._classifier(data)
+        return Evaluator(model, split, batch_size=batch_size, tta=tta, autocast_dtype=dtype, world=self.world)()
 
     def evaluator(self, data: Splits, recipe: Recipe, run: RunOptions, say: Callable[[str], object] = print) -> Evaluator:
         """What measures the weights that count, as they are when it is called, on the split that best.pt is chosen on."""

@@ -36,6 +36,7 @@ from fastcifar.device import (
 from fastcifar.distributed import ALONE, LostRankError, World, joined
 from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
+from fastcifar.loggers import Loggers
 from fastcifar.measuring import Meter, compile_seconds
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.models.summary import training_flops
@@ -43,7 +44,7 @@ from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rate
 from fastcifar.plan import choose
 from fastcifar.profiling import profiled
 from fastcifar.recipes import Recipe, RunOptions
-from fastcifar.reporting import Curves, TrainingProgress, announce, report_end, summarise
+from fastcifar.reporting import TrainingProgress, announce, report_end, summarise
 from fastcifar.run_folder import Metrics, RunFolder, environment_facts
 from fastcifar.saving import EpochWriter
 from fastcifar.signals import StopRequest
@@ -140,8 +141,9 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
             kind = profiled(TrainStep, run.profile, folder.path / "trace.json", console, available=available)
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
         evaluator = state.evaluator(data, recipe, run, say=console.print)
-        curves, meter = Curves(folder.path), Meter(device)
+        meter = Meter(device)
         with (
+            Loggers(run.log if world.leads else (), folder.path, console.print) as curves,
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
             TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress,
         ):
@@ -164,7 +166,6 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
                     writer.save(rows, snapshot(state, recipe, data))
                 progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
                 stop.check()
-        curves.close()
 
         with stop.at_once():  # a resume does this again
             summary = summarise(command, data, state, rows, dtype) | facts

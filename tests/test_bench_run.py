@@ -328,7 +328,7 @@ def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
         if not study.flags:
             assert all(command.settings.epochs == options.epochs for command in commands)
     arm = Arm("other recipe", "--recipe light_resnet18 --arch se_resnet18")
-    command = ablate.trainings_of(options, betons, study, arm, CPU)[0].command
+    command = ablate.trainings_of(options, betons, STUDIES["report_d"], arm, CPU)[0].command
     assert (command.arch, command.recipe_name) == ("se_resnet18", "light_resnet18")
 
 

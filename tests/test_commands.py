@@ -100,6 +100,14 @@ def test_predict_writes_the_competitions_csv_and_agrees_with_evaluate(finished, 
     assert call(predict.main, *command, "--force") == f"{out}: 50 predictions\n"
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_predict_weighs_the_views_in_place_as_evaluate_does(finished, betons, weight):
+    views = {"tta": "flip_translate", "centre_weight": weight, "precision": "fp32"}
+    labels, _ = predict.predict(predict.Options(finished.last, betons / "test.beton", **views))
+    truth = read_beton(betons / "test.beton").labels
+    assert np.mean(labels == truth) == pytest.approx(measure(finished, betons, **views)["top1"])
+
+
 @pytest.mark.parametrize("layout", ["hwc", "rows", "chw"])
 def test_predict_reads_every_form_of_the_competitions_pickle(betons, tmp_path, layout):
     images = read_beton(betons / "test.beton").images

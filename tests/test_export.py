@@ -111,7 +111,7 @@ def test_mistakes_are_one_line(options, fragment, betons, tmp_path, refused, mon
 
 
 def test_a_missing_library_names_the_extra(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refused(export.main, "--checkpoint", tmp_path / "x.pt", "--to", "onnx")
     assert "--to onnx needs onnx, onnxruntime, onnxscript, not installed: uv sync --extra export" in line
 

@@ -18,7 +18,7 @@ from fastcifar.checkpoint import Checkpoint, load, load_checkpoint, save_checkpo
 from fastcifar.dataset import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, ResidentSet, hold_out, normalisation
 from fastcifar.device import computes_bf16
 from fastcifar.errors import InputError
-from fastcifar.evaluate import EvaluationTally, class_probabilities, evaluate, evaluating, mean_probabilities, views
+from fastcifar.evaluate import EvaluationTally, Evaluator, class_probabilities, evaluating, mean_probabilities, views
 from fastcifar.models import ARCHITECTURES, REVISED, build_model
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.muon import orthogonal
@@ -319,7 +319,7 @@ def test_probabilities_are_the_mean_of_the_views_whatever_the_batch_size():
         expected = (network.eval()(x).softmax(1) + network(x.flip(3)).softmax(1)) / 2
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
     data = ResidentSet(images, whole.argmax(1), torch.arange(10))
-    assert evaluate(model, data, batch_size=4, tta="flip").top1 == 1.0
+    assert Evaluator(model, data, batch_size=4, tta="flip")().top1 == 1.0
     with evaluating(network):
         each = torch.stack([model(view).softmax(1) for view in views(images, "flip_translate")])
         for centre, moved in ((1 / 3, 1 / 6), (0.5, 1 / 8), (1.0, 0.0)):

@@ -20,9 +20,9 @@ from fastcifar.checkpoint import load_checkpoint
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
 from fastcifar.evaluate import Evaluator, Options, measure
+from fastcifar.loggers import TensorBoard
 from fastcifar.models import ARCHITECTURES, build_model
 from fastcifar.recipes import RECIPES
-from fastcifar.reporting import Curves
 from fastcifar.run_folder import RunFolder
 from fastcifar.step import TrainStep
 from fastcifar.train import count_spikes, main, train
@@ -288,10 +288,10 @@ def test_one_process_at_a_time_and_only_while_the_folder_is_there(betons, tmp_pa
     with folder.held(new=False), pytest.raises(InputError, match="in use: another process"):
         run(betons, folder.path, "--epochs", "1")
 
-    def removed(self, record):
+    def removed(self, epoch, curves):
         shutil.rmtree(folder.path)
 
-    monkeypatch.setattr(Curves, "log", removed)
+    monkeypatch.setattr(TensorBoard, "log", removed)
     with pytest.raises(InputError, match="was removed or emptied while its run went on"):
         train(parse_command(["--resume", str(folder.path)]), Console(quiet=True))
     assert not folder.path.exists()
