@@ -10,9 +10,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastcifar import loggers
+from fastcifar.arguments import require_typed
 from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
 from fastcifar.loggers import Loggers
+from fastcifar.recipes import RunOptions
 from fastcifar.train import main, train
 
 RECORD = {
@@ -130,6 +132,8 @@ def test_what_is_missing_is_named_before_anything_is_trained(betons, tmp_path, r
     assert not (tmp_path / "run").exists()
     assert "--log 'neptune' is none of its choices" in refused(main, "--log", "neptune")
     assert parse_command(["--log"]).run.log == ()
+    with pytest.raises(InputError, match=r"log must be a list of names, got \('neptune',\)"):
+        require_typed(RunOptions(log=("neptune",)))
 
 
 @pytest.mark.slow
