@@ -12,7 +12,6 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 SHOWN = ("*.md", "kernels/README.md", "docs/**/*.md", "docs/**/*.png", "docs/*.css", "bench/results/**/*.md")
 NOTEBOOKS = "docs/*.ipynb"
-WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, which no page can show
 
 
 class Notebook(File):
@@ -37,8 +36,6 @@ def run(path: Path, config: MkDocsConfig) -> Iterator[File]:
     """Run a notebook in its folder; its page and the pictures on it. Raises CellExecutionError with the cell that failed."""
     name, notebook = path.relative_to(ROOT).as_posix(), nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(path.parent)}}).execute()
-    for cell in notebook.cells:
-        cell.outputs = [output for output in cell.get("outputs", []) if WIDGET not in output.get("data", {})]
     page, resources = MarkdownExporter().from_notebook_node(notebook, resources={"unique_key": path.stem})
     yield Notebook.generated(config, name, content=page)
     for picture, content in resources["outputs"].items():

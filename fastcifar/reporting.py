@@ -1,5 +1,7 @@
 """What people see of a run: its first and last lines, the bar, a line an epoch, and `summary.json`."""
 
+import math
+import time
 from statistics import median
 from types import TracebackType
 from typing import Any
@@ -97,7 +99,12 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
 
 
 class TrainingProgress:
-    """Shows a run to whoever watches it; use as a context manager around the loop."""
+    """Shows a run to whoever watches it; use as a context manager around the loop.
+
+    In a notebook the bar is drawn by the thread that trains: rich's own thread swallows what is printed meanwhile.
+    """
+
+    REDRAWN_EVERY = 0.5  # seconds, in a notebook
 
     def __init__(self, console: Console, epochs: int, done_epochs: int, images_per_epoch: int) -> None:
         self.console, self.epochs = console, epochs
@@ -109,23 +116,34 @@ class TrainingProgress:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
-            disable=not (console.is_terminal or console.is_jupyter),
+            disable=not console.is_terminal,
             transient=True,
         )
         self.images_per_epoch = images_per_epoch
         total = epochs * images_per_epoch
         self.task = self.bar.add_task("training", total=total, completed=done_epochs * images_per_epoch, rate="")
+        self.cell: Any = None  # of a notebook
+        self.redrawn = -math.inf
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.start()
+        if self.console.is_jupyter:
+            from IPython.display import display
+
+            self.cell = display(self.bar, display_id=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
+        if self.cell:
+            self.cell.update(self.bar)
 
     def advance(self, images: int) -> None:
         """Count trained images; steps are counted when they are launched, so a GPU is never waited for."""
         self.bar.advance(self.task, images)
+        if self.cell and time.monotonic() - self.redrawn > self.REDRAWN_EVERY:
+            self.redrawn = time.monotonic()
+            self.cell.update(self.bar)
 
     def epoch(self, record: dict[str, Any], seconds_left: float) -> None:
         """Print an epoch's line, which stays."""

@@ -1,8 +1,9 @@
 """The site has every page and every public name, and the notebook runs on it."""
 
-import io
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -31,10 +32,15 @@ def test_the_notebook_is_committed_without_outputs():
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
-def test_training_shows_its_bar_in_a_notebook():
-    consoles = {True: Console(force_jupyter=True), False: Console(file=io.StringIO())}
-    for shown, console in consoles.items():
-        assert TrainingProgress(console, epochs=1, done_epochs=0, images_per_epoch=100).bar.disable is not shown
+def test_training_moves_its_bar_in_a_notebook(monkeypatch):
+    drawn = []
+    cell = SimpleNamespace(update=lambda bar: drawn.append(bar.tasks[0].completed))
+    for name in ("IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(display=lambda bar, display_id: cell))
+    with TrainingProgress(Console(force_jupyter=True), epochs=1, done_epochs=0, images_per_epoch=100) as progress:
+        progress.advance(40)
+        progress.advance(60)
+    assert drawn == [40, 100]  # not again within half a second, but at the end
 
 
 @pytest.mark.slow
@@ -45,6 +51,8 @@ def test_the_site_is_built_strictly_and_its_notebook_run(betons, tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     notebook = (tmp_path / "docs" / "first_network.html").read_text()
     assert "epoch 1/1" in notebook
+    assert "200/200" in notebook  # the bar at its end
+    assert "test accuracy" in notebook
     assert len(re.findall(r'<img [^>]*src="first_network_\d', notebook)) == 4
     assert 'id="fastcifar.Loader.from_folder"' in (tmp_path / "docs" / "api.html").read_text()
     for page in tmp_path.rglob("*.html"):
