@@ -2,7 +2,7 @@
 """Ablations: the same training with one thing changed at a time, over the same seeds, compared seed by seed.
 
 python bench/ablate.py --study report_d --seeds 0 1 2 --epochs 30
-python bench/ablate.py --study speed_half --seeds 0 1 --arms-only '24 px|32 px for 4'
+python bench/ablate.py --study speed_half --seeds 0 1 --arms-only '24 px|32 px for 2'
 python bench/ablate.py --study speed_half --table docs/speedrun.md
 python bench/ablate.py --arch se_resnet18 --arms 'full:' 'no_se: --no-squeeze-excitation' 'plain: --cutout 0'
 
