@@ -41,7 +41,13 @@ from fastcifar.run_folder import RunFolder, environment_facts
 from fastcifar.state import build_state, build_step
 
 CPU = torch.device("cpu")
-LOADER, FFCV = "torchvision DataLoader", "FFCV"
+LOADER, BATCHES, KORNIA, FFCV = "torchvision DataLoader", "torchvision v2 on batches", "kornia", "FFCV"
+OTHERS = {
+    "times_dataloader": LOADER,
+    "times_v2": BATCHES,
+    "times_kornia": KORNIA,
+    "times_ffcv": FFCV,
+}  # with which all are
 OURS, TORCH, PLAIN = "fastcifar", "torch", "plain"  # of `baselines.LOOPS`
 
 # What is measured: the reports' augmentations, and what FFCV's own pipeline can do.
@@ -87,7 +93,7 @@ def measure(name: str, data: Splits, folder: Path, batch_size: int, rounds: int,
     task = Task("se_resnet18", Recipe(batch_size=batch_size, augmentation=augmentation), data, folder, many)
     loops = pipelines_of(task, replace(task, steps=few))
     console.print(f"input pipeline: {name}; batch {batch_size}, mixing left out")
-    return time_rates(loops, rounds, console, {"times_dataloader": LOADER, "times_ffcv": FFCV})
+    return time_rates(loops, rounds, console, OTHERS)
 
 
 def time_rates(loops: list[Loop], rounds: int, console: Console, others: dict[str, str]) -> dict[str, Any]:
@@ -122,9 +128,9 @@ def pipelines_of(task: Task, slow: Task) -> list[Loop]:
             LOADER, f"PIL transforms, {WORKERS} workers", slow,
             lambda task: partial(deque, baselines.torchvision_loader(task), maxlen=0), True,
         ),
-        ("torchvision v2 on batches", "wrong: draws once for the whole batch", task, _torchvision_batches, True),
+        (BATCHES, "wrong: draws once for the whole batch", task, _torchvision_batches, True),
         (
-            "kornia", "each image its own parameters", task, _kornia,
+            KORNIA, "each image its own parameters", task, _kornia,
             find_spec("kornia") is not None
             and not (recipe.policy != "none" or recipe.rotation or recipe.grayscale or recipe.random_erasing),
         ),
