@@ -82,7 +82,7 @@ endurance: setup  ## an hour of training, resuming and evaluating in one process
 
 audit: setup  ## ask the public advisories about every locked package; needs a network
 	@export PATH="$$PWD/.uv/bin:$$PATH"; list=$$(mktemp); trap 'rm -f "$$list"' EXIT; \
-	uv export --locked --no-emit-project --quiet > "$$list"; \
+	uv export --locked --all-extras --all-groups --no-emit-project --quiet > "$$list"; \
 	uv tool run pip-audit --requirement "$$list" --disable-pip --require-hashes
 
 lint: setup  ## ruff, mypy and the import contracts only

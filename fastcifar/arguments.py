@@ -146,6 +146,8 @@ def _name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if get_origin(hint) is tuple:
+        if get_origin(parts[0]) is Literal:
+            return f"a list of {', '.join(map(str, get_args(parts[0])))}"
         kind = "numbers" if {int, float} & set(parts) else "names"
         return f"a list of {kind}" if parts[-1] is Ellipsis else f"{len(parts)} {kind}"
     return " or ".join(map(_name, parts)) if parts else plain.get(hint, str(hint))

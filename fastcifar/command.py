@@ -118,7 +118,7 @@ def resumed(path: Path) -> Command:
 
 def differences(began: Command, command: Command) -> dict[str, tuple[Any, Any]]:
     """{name: (in the one, in the other)} of all that would make a resumed run another run."""
-    # Where the data is and how far to go; what checks, traces or replays or shows steps, and what comes after training.
+    # Where the data is and how far to go; what checks, traces, replays or logs steps, and what comes after training.
     free = {
         "data",
         "train_indices",

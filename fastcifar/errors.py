@@ -55,7 +55,8 @@ def require(settings: object, condition: bool, field: str, allowed: str) -> None
 
 def require_installed(what: str, libraries: Iterable[str], extra: str) -> None:
     """Raise InputError naming those of `libraries` that are not installed, and the extra of this package that has them."""
-    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    # A folder of a library's name is a package without a loader.
+    missing = [name for name in libraries if getattr(importlib.util.find_spec(name), "loader", None) is None]
     if missing:
         remedy = f"uv sync --extra {extra}, or pip install 'fastcifar[{extra}]'"
         raise InputError(f"{what} needs {', '.join(missing)}, not installed: {remedy}")

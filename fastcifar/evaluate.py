@@ -28,7 +28,7 @@ from fastcifar.models.resnet import PixelClassifier
 from fastcifar.step import autocast
 from kernels.augment.reference import reflected
 
-MOST_CONFUSED = 2000  # classes of a confusion matrix, which has their square: 65,535 would take 34 GB
+MOST_CONFUSED = 2000  # classes of a confusion matrix, which has their square: 65,535 would take 34 GB on the device
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,14 @@ class Evaluator:
         self._tally.add(self._probabilities(images), labels)
 
 
+def require_views(tta: TTA, centre_weight: float) -> None:
+    """Raise InputError unless the weight of the views in place is a share, and of views that there are."""
+    if not 0 <= centre_weight <= 1:
+        raise InputError(f"centre_weight must be 0..1, got {centre_weight}")
+    if centre_weight != ALIKE and tta != "flip_translate":
+        raise InputError(f"--centre-weight is for --tta flip_translate, got --tta {tta}: choose that, or leave it out")
+
+
 @dataclass(frozen=True)
 class Options:
     """Measure a checkpoint on a split."""
@@ -233,7 +241,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self, self.limit >= 0, "limit", "0 or more")
-        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
+        require_views(self.tta, self.centre_weight)
         require(self, self.batch_size >= 1, "batch_size", "at least 1")
 
 
@@ -307,7 +315,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"top-1 {result['top1']:.2%}, {figures}")
     names = list(result["per_class"])
     confusion = result["confusion"] if len(names) <= 20 else None
-    caption = "rows: true class; columns: predicted class; images"
+    caption = "rows: true class; columns: predicted class; images" if confusion else None
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("class", no_wrap=True)
     table.add_column("accuracy", justify="right")

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,14 +21,15 @@ from fastcifar.recipes import LoggerName
 from fastcifar.run_folder import NOT_A_RUN, Metrics
 
 EXIT_CODES = {"FINISHED": 0, "FAILED": 1, "KILLED": 255}  # how a run ends: MLflow's word, and wandb's number
-PATIENCE = 60.0  # seconds in which a server has to take the last figures
-Curves = dict[str, float]
+# Seconds in which all servers together have to take the last figures: of a run that ended, of one that did not.
+PATIENCE, HASTE = 60.0, 5.0
+Values = dict[str, float]  # of an epoch, by curve
 
 
 class Logger(Protocol):
     """What shows a run's curves."""
 
-    def log(self, epoch: int, curves: Curves) -> None:
+    def log(self, epoch: int, values: Values) -> None:
         """Add an epoch, from 1 on."""
 
     def close(self, end: str) -> None:
@@ -41,14 +43,14 @@ class TensorBoard:
         self.folder = folder
         self._writer: Any = None
 
-    def log(self, epoch: int, curves: Curves) -> None:
+    def log(self, epoch: int, values: Values) -> None:
         """Add an epoch; what an interrupted run wrote for it and later ones is purged."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._put_before_now()
             self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
-        for tag, value in curves.items():
+        for tag, value in values.items():
             self._writer.add_scalar(tag, value, epoch)
         self._writer.flush()
 
@@ -82,9 +84,9 @@ class Wandb:
         )
         keep_id(folder, "wandb", self._run.id)
 
-    def log(self, epoch: int, curves: Curves) -> None:
+    def log(self, epoch: int, values: Values) -> None:
         """Add an epoch; one that an interrupted run has sent already is ignored."""
-        self._run.log(curves, step=epoch)
+        self._run.log(values, step=epoch)
 
     def close(self, end: str) -> None:
         """Send the rest."""
@@ -95,24 +97,37 @@ class MLflow:
     """A run of MLflow, in mlflow.db beside the run folder unless MLFLOW_TRACKING_URI says otherwise."""
 
     def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         import mlflow
 
         self._mlflow, self._is_local = mlflow, "MLFLOW_TRACKING_URI" not in os.environ
         if self._is_local:
             mlflow.set_tracking_uri(f"sqlite:///{folder.resolve().parent / 'mlflow.db'}")
+        try:
+            self._start(folder)
+        except Exception:
+            self._forget()
+            raise
+
+    def _start(self, folder: Path) -> None:
         before = known_id(folder, "mlflow")
-        run = mlflow.start_run(run_id=before, run_name=None if before else folder.resolve().name)
+        run = self._mlflow.start_run(run_id=before, run_name=None if before else folder.resolve().name)
         if before is None:
-            mlflow.log_params(flat(config_of(folder)))
+            self._mlflow.log_params(flat(config_of(folder)))
             keep_id(folder, "mlflow", run.info.run_id)
 
-    def log(self, epoch: int, curves: Curves) -> None:
+    def log(self, epoch: int, values: Values) -> None:
         """Add an epoch."""
-        self._mlflow.log_metrics(curves, step=epoch)
+        self._mlflow.log_metrics(values, step=epoch)
 
     def close(self, end: str) -> None:
         """Say how the run ended."""
-        self._mlflow.end_run(end)
+        try:
+            self._mlflow.end_run(end)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
         if self._is_local:
             self._mlflow.set_tracking_uri(None)  # MLflow keeps it in the environment, where the next run would find it
 
@@ -147,33 +162,45 @@ class InThread:
 
     def __init__(self, kind: Callable[[Path], Logger], name: LoggerName, folder: Path, say: Callable[[str], object]) -> None:
         self._kind, self._name, self._folder, self._say = kind, name, folder, say
-        self._calls: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self._epochs: SimpleQueue[tuple[int, Values] | None] = SimpleQueue()  # None: the run ended
+        self._end, self._is_left = "", False
         self._thread = Thread(target=self._work, daemon=True, name=name)
         self._thread.start()
 
     def _work(self) -> None:
+        logger: Logger | None = None
         try:
             logger = self._kind(self._folder)
-            while len(call := self._calls.get()) > 1:
-                logger.log(*call)
-            logger.close(*call)
+            while (epoch := self._epochs.get()) is not None:
+                logger.log(*epoch)
+            logger.close(self._end)
         except Exception as error:  # of a network, a server, a disk: training does not depend on them
-            why = " ".join(shortened(error, 300).split()) or type(error).__name__
-            self._say(f"{self._name} logs no more, training goes on: {why}")
+            if not self._is_left:
+                why = " ".join(shortened(error, 300).split()) or type(error).__name__
+                self._say(f"{self._name} logs no more, training goes on: {why}")
+            if logger is not None:
+                with suppress(Exception):
+                    logger.close("FAILED")
 
-    def log(self, epoch: int, curves: Curves) -> None:
+    def log(self, epoch: int, values: Values) -> None:
         """Take an epoch to be logged."""
-        self._calls.put((epoch, curves))
+        self._epochs.put((epoch, values))
 
     def close(self, end: str) -> None:
         """Take the end; `wait` waits for it."""
-        self._calls.put((end,))
+        self._end = end
+        self._epochs.put(None)
 
     def wait(self, until: float) -> None:
-        """Wait for what is not logged yet, but not beyond a time of the monotonic clock."""
-        self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
-            self._say(f"{self._name} has not taken everything within {PATIENCE:.0f} seconds: not waited for any longer")
+        """Wait for what is not logged yet, but not beyond a time of the monotonic clock, nor beyond Ctrl-C."""
+        with suppress(KeyboardInterrupt):
+            self._thread.join(min(1.0, max(0.0, until - time.monotonic())))
+            if self._thread.is_alive() and (seconds := until - time.monotonic()) > 0:
+                self._say(f"waiting for {self._name}, {seconds:.0f} seconds at most (Ctrl-C: no longer)")
+                self._thread.join(seconds)
+        self._is_left = self._thread.is_alive()
+        if self._is_left:
+            self._say(f"{self._name} has not taken everything: not waited for any longer")
 
 
 # Makes the logger of a run folder; the function is told in a line what the user should know. TensorBoard writes an epoch before
@@ -186,21 +213,30 @@ LOGGERS: dict[LoggerName, Callable[[Path, Callable[[str], object]], Logger]] = {
 
 
 class Loggers:
-    """Those of a run, by name; use as a context manager, whose end they take as the run's."""
+    """Those of a run; use as a context manager, whose end they take as the run's. say: told what the user should know."""
 
-    def __init__(self, names: tuple[LoggerName, ...], folder: Path, say: Callable[[str], object]) -> None:
-        self._loggers = [LOGGERS[name](folder, say) for name in dict.fromkeys(names)]
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._loggers: list[Logger] = []
+
+    def open(self, names: tuple[LoggerName, ...], folder: Path) -> None:
+        """Begin to log the run in `folder`, whose config.json is written."""
+        self._loggers = [LOGGERS[name](folder, self._say) for name in dict.fromkeys(names)]
 
     def __enter__(self) -> "Loggers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):  # at once
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped):  # a second Ctrl-C: nothing is waited for
             return
         end = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
-        for logger in self._loggers:
-            logger.close(end)
-        until = time.monotonic() + PATIENCE
+        with ExitStack() as every:  # also when one fails, as TensorBoard does on a full disk
+            every.callback(self._wait, PATIENCE if error is None else HASTE)  # the last of all
+            for logger in self._loggers:
+                every.callback(logger.close, end)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         for logger in self._loggers:
             if isinstance(logger, InThread):
                 logger.wait(until)

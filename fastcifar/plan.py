@@ -191,7 +191,7 @@ def least_seconds(command: Command, images: int, device: torch.device, size: Siz
     """What a run takes at least, by the arithmetic of its network; nothing is timed. images: in an epoch, each of `size`."""
     epochs = command.run.stop_after or command.settings.epochs
     return (
-        training_flops(command.arch, size, command.settings.stem_stride or suited_stride(size))
+        training_flops(command.arch, size, suited_stride(size, command.settings.stem_stride))
         * images
         * epochs
         / (RATES[device.type] * (torch.get_num_threads() if device.type == "cpu" else 1))
@@ -235,9 +235,8 @@ def cache_path() -> Path:
 def key_of(command: Command, device: torch.device, threads: int = 0, size: Size = CIFAR) -> Record:
     """All that a measurement holds for. threads: to which they are limited, 0 = not. size: of the images."""
     recipe, run = command.settings, command.run
-    stem_stride = recipe.stem_stride or suited_stride(size)
-    # CIFAR's are not written, as in manifests, so that what was kept before there were others is found. Grey images have three
-    # channels too.
+    stem_stride = suited_stride(size, recipe.stem_stride)
+    # CIFAR's are not written, as in manifests, so that what was kept before there were others is found.
     other = {} if (size, stem_stride) == (CIFAR, 1) else {"size": list(size), "stem_stride": stem_stride}
     return {
         "device": hardware_name(device),

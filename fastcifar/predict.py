@@ -19,7 +19,7 @@ from fastcifar.beton import SIDE, Size, read_beton
 from fastcifar.checkpoint import load
 from fastcifar.device import choose_device, choose_precision, set_up_process
 from fastcifar.errors import InputError, require, run_command, shortened
-from fastcifar.evaluate import ALIKE, TTA, class_probabilities
+from fastcifar.evaluate import ALIKE, TTA, class_probabilities, require_views
 from fastcifar.files import write_bytes
 from fastcifar.pictures import MOST_BYTES, SUFFIXES, decode, fitted
 from fastcifar.safe_pickle import decode_name, load_pickle
@@ -45,7 +45,7 @@ class Options:
     force: bool = False  # replace --out when it exists
 
     def __post_init__(self) -> None:
-        require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
+        require_views(self.tta, self.centre_weight)
         require(self, self.batch_size >= 1, "batch_size", "at least 1")
 
 

@@ -95,7 +95,7 @@ def report_end(console: Console, summary: dict[str, Any], folder: RunFolder) -> 
             f"stopped after epoch {summary['epochs_trained']} of {summary['epochs']}; go on with: "
             f"python -m fastcifar.train --resume {folder.path}"
         )
-    console.print(f"curves, confusion matrix and checkpoints: {folder.path}")
+    console.print(f"checkpoints, figures and plots: {folder.path}")
 
 
 class TrainingProgress:
@@ -122,7 +122,7 @@ class TrainingProgress:
         self.images_per_epoch = images_per_epoch
         total = epochs * images_per_epoch
         self.task = self.bar.add_task("training", total=total, completed=done_epochs * images_per_epoch, rate="")
-        self.cell: Any = None  # of a notebook
+        self.display_handle: Any = None  # of a notebook
         self.redrawn = -math.inf
 
     def __enter__(self) -> "TrainingProgress":
@@ -130,20 +130,20 @@ class TrainingProgress:
         if self.console.is_jupyter:
             from IPython.display import display
 
-            self.cell = display(self.bar, display_id=True)
+            self.display_handle = display(self.bar, display_id=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
-        if self.cell:
-            self.cell.update(self.bar)
+        if self.display_handle:
+            self.display_handle.update(self.bar)
 
     def advance(self, images: int) -> None:
         """Count trained images; steps are counted when they are launched, so a GPU is never waited for."""
         self.bar.advance(self.task, images)
-        if self.cell and time.monotonic() - self.redrawn > self.REDRAWN_EVERY:
+        if self.display_handle and time.monotonic() - self.redrawn > self.REDRAWN_EVERY:
             self.redrawn = time.monotonic()
-            self.cell.update(self.bar)
+            self.display_handle.update(self.bar)
 
     def epoch(self, record: dict[str, Any], seconds_left: float) -> None:
         """Print an epoch's line, which stays."""

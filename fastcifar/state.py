@@ -157,7 +157,7 @@ def build_state(
     torch.manual_seed(run.seed_of("init"))
     size = data.train.size
     recipe.augmentation.require_fits(size)
-    stem_stride = recipe.stem_stride or suited_stride(size)
+    stem_stride = suited_stride(size, recipe.stem_stride)
     require_size(arch, recipe.phases.smallest(size), stem_stride)
     model = build_model(
         arch,

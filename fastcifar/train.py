@@ -38,6 +38,7 @@ from fastcifar.errors import InputError, Stopped, is_broken_pipe, run_command
 from fastcifar.evaluate import Evaluator
 from fastcifar.loggers import Loggers
 from fastcifar.measuring import Meter, compile_seconds
+from fastcifar.models import require_size, suited_stride
 from fastcifar.models.resnet import PixelClassifier
 from fastcifar.models.summary import training_flops
 from fastcifar.optimization import epoch_mean_weights, epoch_momenta, epoch_rates
@@ -100,6 +101,11 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
     world: the processes that train it together, of which the first writes. Raises InputError, LostRankError, and Stopped when a
     signal ended it, with the state saved inside the epoch.
     """
+    with Loggers(console.print) as loggers:  # around all else, for it may wait for a server
+        return _train(command, console, world, loggers)
+
+
+def _train(command: Command, console: Console, world: World, loggers: Loggers) -> RunFolder:
     recipe, run = command.settings, command.run
     device = choose_device(run.device)
     world.take(device)
@@ -109,6 +115,7 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
     world.require_divides(recipe.batch_size, len(data.train))
     steps = steps_per_epoch(data, recipe.batch_size)
     images = steps * recipe.batch_size
+    require_size(command.arch, recipe.phases.smallest(data.train.size), suited_stride(data.train.size, recipe.stem_stride))
     choice = choose(command, images, device, console.print, size=data.train.size, measures=world.size == 1)
     require_kernels(choice.run.kernels, device)
     state = build_state(command.arch, recipe, choice.run, data, device, world)
@@ -143,8 +150,8 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
         train_step = build_step(state, recipe, run, data, kind, say=console.print)
         evaluator = state.evaluator(data, recipe, run, say=console.print)
         meter = Meter(device)
+        loggers.open(run.log if world.leads else (), folder.path)
         with (
-            Loggers(run.log if world.leads else (), folder.path, console.print) as curves,
             EpochWriter(folder, device, background=device.type == "cuda") as writer,
             TrainingProgress(console, recipe.epochs, state.epoch, steps * recipe.batch_size) as progress,
         ):
@@ -163,7 +170,7 @@ def train(command: Command, console: Console, world: World = ALONE) -> RunFolder
                 record |= {"best_accuracy": state.best_accuracy if state.best_epoch else None, "eval_split": data.select_name}
                 rows.append(record)
                 if world.leads:
-                    curves.log(record)  # first: a resume writes it again, and what was logged twice is purged
+                    loggers.log(record)  # first: a resume logs it again, which TensorBoard and wandb show once
                     writer.save(rows, snapshot(state, recipe, data))
                 progress.epoch(record, seconds_left=(last - state.epoch) * median(map(epoch_seconds, rows)))
                 stop.check()

@@ -126,20 +126,8 @@ def test_images_that_would_vanish_are_refused():
 @pytest.mark.slow
 def test_too_many_classes_for_a_confusion_matrix_have_their_accuracies(betons, tmp_path, call, monkeypatch):
     monkeypatch.setattr("fastcifar.evaluate.MOST_CONFUSED", 9)
-    options = (
-        "--epochs",
-        "1",
-        "--batch-size",
-        "20",
-        "--limit-train",
-        "20",
-        "--plan",
-        "default",
-        "--log",
-        "--arch",
-        "speed94_half",
-    )
-    call(train.main, "--data", betons, "--out", tmp_path / "run", *options)
+    options = "--epochs 1 --batch-size 20 --limit-train 20 --plan default --log --arch speed94_half"
+    call(train.main, "--data", betons, "--out", tmp_path / "run", *options.split())
     final = RunFolder(tmp_path / "run").read_summary()["final"]
     assert final["confusion"] is None
     assert len(final["per_class"]) == 10

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from threading import Event
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -60,7 +61,9 @@ def calls(monkeypatch, tmp_path):
 
 
 def opened(calls, tmp_path, names=SERVICES):
-    return Loggers(names, tmp_path / "run", calls["said"].append)
+    made = Loggers(calls["said"].append)
+    made.open(names, tmp_path / "run")
+    return made
 
 
 def test_every_service_gets_the_curves_and_the_configuration_and_a_resume_goes_on(calls, tmp_path):
@@ -103,17 +106,34 @@ def test_a_run_that_does_not_finish_is_ended_as_what_it_is(calls, tmp_path, erro
 
 
 def test_a_service_that_fails_is_a_line_and_one_that_hangs_is_left(calls, tmp_path, monkeypatch):
-    refused, waits = ConnectionError("no route\nto host"), []
+    refused, hang = ConnectionError("no route\nto host"), Event()
     monkeypatch.setattr(sys.modules["mlflow"], "log_metrics", lambda *args, **options: (_ for _ in ()).throw(refused))
-    monkeypatch.setattr(loggers, "PATIENCE", 0.05)
-    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: waits.append(loggers.time.sleep(1)))
+    monkeypatch.setattr(loggers, "PATIENCE", 2.0)
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: hang.wait(60))
     with opened(calls, tmp_path) as curves:
         for epoch in (1, 2):
             curves.log(RECORD | {"epoch": epoch})
+    hang.set()
     assert sorted(calls["said"]) == [
         "mlflow logs no more, training goes on: no route to host",
-        "wandb has not taken everything within 0 seconds: not waited for any longer",
+        "waiting for wandb, 1 seconds at most (Ctrl-C: no longer)",
+        "wandb has not taken everything: not waited for any longer",
     ]
+    assert calls["mlflow"][-2:] == [
+        ("end_run", "FAILED", {}),
+        ("set_tracking_uri", None, {}),
+    ]  # nothing for a next run to find
+
+
+def test_one_that_cannot_be_closed_keeps_no_other_from_its_end(calls, tmp_path, monkeypatch):
+    class Full(loggers.TensorBoard):
+        def close(self, end):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(loggers.LOGGERS, "tensorboard", lambda folder, say: Full(folder))
+    with pytest.raises(OSError, match="No space"), opened(calls, tmp_path, ("tensorboard", "mlflow")):
+        pass
+    assert ("end_run", "FINISHED", {}) in calls["mlflow"]
 
 
 def test_without_a_key_nobody_is_asked_for_one(calls, tmp_path, monkeypatch):
@@ -126,13 +146,13 @@ def test_without_a_key_nobody_is_asked_for_one(calls, tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named_before_anything_is_trained(betons, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in SERVICES else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(loader=None if name in SERVICES else 1))
     line = refused(main, "--data", betons, "--out", tmp_path / "run", "--log", "tensorboard", "mlflow")
     assert "--log tensorboard mlflow needs mlflow, not installed: uv sync --extra loggers, or pip install" in line
     assert not (tmp_path / "run").exists()
     assert "--log 'neptune' is none of its choices" in refused(main, "--log", "neptune")
     assert parse_command(["--log"]).run.log == ()
-    with pytest.raises(InputError, match=r"log must be a list of names, got \('neptune',\)"):
+    with pytest.raises(InputError, match=r"log must be a list of tensorboard, wandb, mlflow, got \('neptune',\)"):
         require_typed(RunOptions(log=("neptune",)))
 
 

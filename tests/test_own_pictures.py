@@ -234,6 +234,14 @@ def test_what_was_left_out_is_said(tmp_path, call):
     assert Manifest.load(tmp_path / "out" / "test.beton").size == (16, 24)
 
 
+def test_images_too_small_for_a_network_are_refused_before_anything_is_measured(tmp_path, call, refused):
+    images, labels = np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "small.npz", images=images + np.arange(40, dtype=np.uint8)[:, None, None, None], labels=labels)
+    call(write_beton.main, "--source", tmp_path / "small.npz", "--out", tmp_path / "betons", "--test-fraction", "0.2")
+    options = ("--arch", "speed94_half", "--batch-size", "10", "--data", tmp_path / "betons", "--out", tmp_path / "run")
+    assert "speed94_half needs images of at least 16 pixels a side" in refused(train.main, *options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "channels", "arch"),

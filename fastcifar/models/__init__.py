@@ -14,7 +14,7 @@ from fastcifar.beton import SMALLEST
 from fastcifar.errors import InputError, unknown
 from fastcifar.models.blocks import BasicBlock, Block, ConvBlock, PreActivationBlock
 from fastcifar.models.layers import PYTORCHS, Kernels, Norm, StochasticDepthMode, require_known
-from fastcifar.models.resnet import Downsampling, Initialisation, Pooling, ResNet, Stem, StemStride
+from fastcifar.models.resnet import Downsampling, Initialisation, Pooling, ResNet, Stem
 
 BUDGET = 5_000_000  # trainable parameters a report was allowed
 
@@ -158,9 +158,12 @@ def build_model(
     )
 
 
-def suited_stride(size: tuple[int, int]) -> StemStride:
-    """The stem_stride with which images of `size` (height, width) become maps of 32 to 64 rows and columns; below 64, 1."""
-    return 4 if min(size) >= 128 else 2 if min(size) >= 64 else 1
+def suited_stride(size: tuple[int, int], wanted: int = 0) -> int:
+    """The stem_stride that is wanted; 0: that with which images of `size` (height, width) become maps of 32 to 64 a side.
+
+    Below 64 pixels it is 1.
+    """
+    return wanted or (4 if min(size) >= 128 else 2 if min(size) >= 64 else 1)
 
 
 def require_size(name: str, size: tuple[int, int], stem_stride: int) -> None:
