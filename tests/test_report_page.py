@@ -79,7 +79,8 @@ def test_it_renders_at_every_width_without_errors_or_requests(browser, pages, na
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert {url for url in asked if not url.startswith("data:")} == {pages[name].as_uri()}
+    own = ("data:", "chrome://")  # pictures of the page; what the browser's start page still loads on a busy machine
+    assert {url for url in asked if not url.startswith(own)} == {pages[name].as_uri()}
 
 
 def test_a_phone_shows_minutes_and_accuracy_first_and_texts_large_enough_to_read(browser, pages):
