@@ -16,7 +16,7 @@ _AIRBENCH = (
     "--batch-size 1000 --optimizer muon --peak-lr 0.24 --momentum 0.6 --muon-steps 3 --vector-lr-factor 0.221 "
     "--head-lr-factor 2.79 --vector-momentum 0.85 --weight-decay 0.00833 --scale-decay --loss-reduction sum "
     "--label-smoothing 0.2 --schedule linear --schedule-epochs 8 --crop-padding 2 --crop-mode reflect --flip alternating "
-    "--sizes --size-epochs --frozen stem.0.bias --frozen-from 3 --eval-tta flip_translate --centre-weight 0.5"
+    "--sizes --size-epochs --frozen stem.0.bias --frozen-from 3 --eval-tta flip"
 )
 # airbench94's before Muon: 0.0014 for a sum of losses, 64 times that for biases, a decay of 0.002 for a step of 1,024 images.
 _NESTEROV = "--optimizer nesterov --momentum 0.85 --vector-lr-factor 64 --head-lr-factor 1 --weight-decay 1.4"
@@ -25,7 +25,7 @@ _ADAMW = "--optimizer adamw --momentum 0.9 --vector-lr-factor 1 --head-lr-factor
 _PHASES = RECIPES["speed94"].recipe.phases
 _SPEED94_FLAGS = (
     f"--schedule-epochs {RECIPES['speed94'].recipe.epochs} --size-epochs {' '.join(map(str, _PHASES.size_epochs))} "
-    "--eval-tta flip_translate --centre-weight 0.5 --eval-every 99"
+    "--eval-tta flip --eval-every 99"
 )
 
 
@@ -116,8 +116,9 @@ STUDIES: dict[str, Ablation] = {
             Arm("mean of the last half epoch", "--average-from 7"),
             Arm("mean of the last epoch", "--average-from 6"),
             Arm("mean of the last epoch, rates to a tenth", "--average-from 6 --final-lr 0.024"),
-            Arm("all six views alike", "--centre-weight 0.33333"),
-            Arm("two views", "--eval-tta flip"),
+            Arm("one view", "--eval-tta none"),
+            Arm("six views", "--eval-tta flip_translate --centre-weight 0.5"),
+            Arm("all six views alike", "--eval-tta flip_translate"),
         ]),
         # A third of its epochs at half width, since three seeds of it at full width are seven hours of two cores.
         Ablation("speed94_parts", "speed94 without each part", "speed94_half", flags=f"--epochs 3 {_SPEED94_FLAGS}", arms=[
@@ -135,6 +136,7 @@ STUDIES: dict[str, Ablation] = {
             Arm("stem's bias never trained", "--frozen-from 0"),
             Arm("stem's bias always trained", "--frozen --frozen-from 0"),
             Arm("one view", "--eval-tta none"),
+            Arm("six views", "--eval-tta flip_translate --centre-weight 0.5"),
         ]),
     )
 }  # fmt: skip
