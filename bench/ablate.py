@@ -27,7 +27,7 @@ from bench.results import Ablation, Arm, read_results
 from bench.run import Common, current_names, finish, new_console, open_bench, resumable, training
 from bench.studies import STUDIES
 from fastcifar import files
-from fastcifar.arguments import parse_arguments
+from fastcifar.arguments import parse_arguments, split_flags
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.launch import Job
 from fastcifar.models import architecture
@@ -129,7 +129,7 @@ def ablate(options: Options, study: Ablation, out: Path, console: Console) -> li
 
 def trainings_of(options: Options, out: Path, study: Ablation, arm: Arm, device: torch.device) -> list[Job]:
     """An arm's trainings, one for each seed. Raises InputError for flags that training does not take."""
-    flags, seeds = shlex.split(f"{study.flags} {arm.flags}"), dict.fromkeys(options.seeds)
+    flags, seeds = split_flags(f"{study.flags} {arm.flags}"), dict.fromkeys(options.seeds)
     return [training(options, out, run_name(study, arm, seed), study.arch, seed, device, flags) for seed in seeds]
 
 

@@ -23,8 +23,6 @@ from bench.results import Run, Timing, check_run, from_json
 from fastcifar.dataset import ResidentSet, Splits
 from fastcifar.errors import InputError, shortened
 
-PATIENCE = 2 * 3600.0  # seconds a script may take
-
 
 def outside_scripts(named: Iterable[str]) -> dict[str, list[str]]:
     """{name: path and arguments} of `NAME=PATH ARGUMENTS`. Raises InputError for anything else, or a script that is not there.
@@ -45,7 +43,9 @@ def outside_scripts(named: Iterable[str]) -> dict[str, list[str]]:
     return scripts
 
 
-def run_script(name: str, command: list[str], task: Task, *, epochs: int, logs: Path, target: float = 0.0) -> Timing:
+def run_script(
+    name: str, command: list[str], task: Task, *, epochs: int, logs: Path, target: float = 0.0, hours: float = 2.0
+) -> Timing:
     """Run an outside script in a process and a temporary folder of its own; what it states on its last line is its rate.
 
     It is run by this Python, with the arguments given and these variables
@@ -69,7 +69,7 @@ def run_script(name: str, command: list[str], task: Task, *, epochs: int, logs: 
     with "images" (trained on, in all) and "seconds" (of that training); "top1" (test accuracy, 0..1), "seconds_to_accuracy" and
     "runs" (a list of objects with fields of `Run` in bench/results.py: the curves of its trainings) are kept where they are
     given. Without such a line it has no rate: how long its process ran proves nothing. NAME.stdout.log and NAME.stderr.log in
-    the results keep what it printed. A script that fails leaves one line, one that takes longer than two hours is ended with
+    the results keep what it printed. A script that fails leaves one line, one that takes more than `hours` is ended with
     its workers, and the others go on. It is not timed in turns with the other loops.
     """
     timing = Timing(name, name, f"{' '.join(command)}, by its own clock", in_turns=False)
@@ -88,12 +88,12 @@ def run_script(name: str, command: list[str], task: Task, *, epochs: int, logs: 
             stderr=stderr, start_new_session=True,
         ) as process:  # fmt: skip
             try:
-                process.wait(timeout=PATIENCE)
+                process.wait(timeout=3600 * hours)
             except BaseException as stopped:  # too late, or Ctrl-C, which a session of its own does not hear
                 with suppress(ProcessLookupError):  # it had just ended
                     os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
                 if isinstance(stopped, subprocess.TimeoutExpired):
-                    return replace(timing, error=f"not done after {PATIENCE / 3600:.0f} hours")
+                    return replace(timing, error=f"not done after {hours:g} hours: give it more with --baseline-hours")
                 raise
     if process.returncode:
         said = _last_line(err) or _last_line(out) or "no output"

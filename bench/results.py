@@ -74,8 +74,14 @@ class Run:
 
     @property
     def steady_seconds(self) -> list[float]:
-        """Of each epoch but the first, which holds compiling and warming up (unless it is the only one)."""
-        return self.train_seconds[1:] or self.train_seconds
+        """Of each epoch but the first, which holds compiling and warming up (unless it is the only one).
+
+        Epochs at a smaller size of the images are left out: they tell no rate that another variant's can stand beside.
+        """
+        flops = self.epoch_flops if total(self.epoch_flops) else [0.0] * len(self.train_seconds)
+        most = max(flops[1:], default=None)
+        later = zip(self.train_seconds[1:], flops[1:], strict=True)
+        return [seconds for seconds, count in later if count == most] or self.train_seconds
 
     @property
     def rates(self) -> list[float]:

@@ -12,6 +12,7 @@ same command again repeats no finished one, goes on with an interrupted one from
 
 import argparse
 import contextlib
+import math
 import shlex
 import sys
 from collections import deque
@@ -31,7 +32,7 @@ from rich.text import Text
 
 from bench.results import Comparison, Results, Run, Variant, environment, load, read_results, read_run, write_results
 from bench.roofline import Rates, cost_of_arch, measure_rates
-from fastcifar.arguments import parse_arguments
+from fastcifar.arguments import parse_arguments, split_flags
 from fastcifar.beton import SIDE
 from fastcifar.dataset import Splits, load_splits
 from fastcifar.device import choose_device, device_name, set_up_process
@@ -99,6 +100,7 @@ class Options(Common):
     steps: int = 0  # training steps of a turn, 0 = 4 on a CPU, 50 on CUDA
     # 'NAME=PATH ARGUMENTS' of an outside script to run beside ours: bench/outside.py; of airbench's: bench/airbench.py
     baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    baseline_hours: float = 2.0  # an outside script that takes longer is ended
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +110,7 @@ class Options(Common):
         require(self, self.rounds >= 2, "rounds", "at least 2")
         require(self, 0 <= self.target < 100, "target", "0 to below 100 percent")
         require(self, self.steps >= 0, "steps", "0 or more")
+        require(self, 0 < self.baseline_hours < math.inf, "baseline_hours", "above 0")
 
 
 # One image of every architecture costs 19.7 GFLOP, forward and backward, and two cores train at about 300 GFLOP/s. So 3 x 1,024
@@ -254,7 +257,7 @@ def training(
     options: Common, out: Path, name: str, arch: str, seed: int, device: torch.device, flags: Sequence[str] = ()
 ) -> Job:
     """One training; `flags` are its own, which count instead of those given to all. Raises InputError for what it refuses."""
-    given = shlex.split(options.flags)
+    given = split_flags(options.flags)
     require_free(given, "--epochs")
     own = [*given, *flags]
     require_free(own, *OWN_FLAGS, "--device")
@@ -375,7 +378,8 @@ def measure(options: Options, out: Path, console: Console) -> list[str]:
         failed += compare(bench, "baselines", timed, lambda: baselines.baselines(task))
     for name, script in scripts.items():
         failed += run_outside(bench, name, partial(
-            outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100
+            outside.run_script, name, script, task, epochs=options.epochs, logs=out / "scripts", target=options.target / 100,
+            hours=options.baseline_hours,
         ))  # fmt: skip
     return failed
 

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -65,6 +66,14 @@ def parse_arguments(
             os.environ["COLUMNS"] = columns
     require_typed(options)
     return options
+
+
+def split_flags(text: str) -> list[str]:
+    """The words of flags given as one text, as a shell splits them. Raises InputError where a quotation is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"flags {text!r}: {str(error).lower()}: close the quotation") from None
 
 
 def _require_plain(arguments: list[str], repeatable: str) -> None:

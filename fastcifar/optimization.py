@@ -74,10 +74,10 @@ def epoch_rates(schedule: Schedule, epoch: int, steps: int, epochs: int) -> list
     return [learning_rate(schedule, epoch * steps + step, epochs * steps) for step in range(steps)]
 
 
-def epoch_momenta(schedule: Schedule, momentum: float, epoch: int, steps: int, epochs: int) -> list[float]:
-    """The same of the momentum, which is `momentum` throughout unless the schedule cycles it."""
+def epoch_momenta(schedule: Schedule, momentum: float, epoch: int, steps: int, epochs: int) -> list[float] | None:
+    """The same of the momentum, or None: the schedule does not cycle it, and every group of the optimizer keeps its own."""
     if schedule.min_momentum is None:
-        return [momentum] * steps
+        return None
     low, every = schedule.min_momentum, schedule.schedule_step == "epoch"
     points = [epoch] * steps if every else range(epoch * steps, (epoch + 1) * steps)
     total = epochs if every else epochs * steps
@@ -192,7 +192,7 @@ def build_optimizer(
         decay = weight_decay / (factor if factors.scale_decay else 1.0)
         own: dict[str, Any] = {"weight_decay": decay if decay_norm_and_bias or not vector else 0.0}
         own |= {"lr_factor": factor} if factor != 1 else {}
-        own |= {"orthogonal": not (head or vector)} if kind == "muon" else {}
+        own |= {"orthogonal": parameter.ndim == 4 and not head} if kind == "muon" else {}
         groups.setdefault(tuple(own.items()), own | {"params": []})["params"].append(parameter)
     rows = list(groups.values())
     if kind == "muon":

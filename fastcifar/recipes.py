@@ -90,6 +90,8 @@ class Recipe:
             require(self, 0 <= getattr(self, name) < 1, name, "0 to below 1")
         require(self, self.eval_tta in get_args(TTA), "eval_tta", f"one of {', '.join(get_args(TTA))}")
         require(self, 0 <= self.centre_weight <= 1, "centre_weight", "0..1")
+        moves = self.eval_tta == "flip_translate"
+        require(self, moves or self.centre_weight == ALIKE, "centre_weight", "left out unless eval_tta is flip_translate")
         reductions = get_args(LossReduction)
         require(self, self.loss_reduction in reductions, "loss_reduction", f"one of {', '.join(reductions)}")
         require(self, self.optimizer != "nesterov" or self.momentum > 0, "momentum", "above 0 for nesterov")
@@ -104,6 +106,8 @@ class Recipe:
         require(self, 0 <= self.average_from < end, "average_from", f"0 to below schedule_epochs ({end})")
         require(self, not (self.average_from and self.ema_decay), "average_from", "0 beside an ema_decay")
         require(self.phases, self.phases.frozen_from <= end, "frozen_from", f"at most schedule_epochs ({end})")
+        alone = self.factors.vector_momentum is None or self.schedule.min_momentum is None
+        require(self.factors, alone, "vector_momentum", "left out beside min_momentum")
         require(self.phases, all(x < end for x in self.phases.size_epochs), "size_epochs", f"below schedule_epochs ({end})")
 
     def phase(self, epoch: int) -> Phase:
@@ -251,7 +255,8 @@ _TEXT_E = Recipe(
     schedule=Schedule("cosine", schedule_step="epoch", schedule_epochs=200, peak_lr=0.05),
 )
 
-# airbench94_muon's training, whose rates are for the sum of a batch's losses.
+# airbench94_muon's training, whose rates are for the sum of a batch's losses; but biases and head have the filters' momentum
+# (there 0.85), and the bias of the stem stops at its rate then (there 0).
 _MUON_LR = 0.24
 _AIRBENCH = Recipe(
     epochs=8,
@@ -262,7 +267,7 @@ _AIRBENCH = Recipe(
     loss_reduction="sum",
     label_smoothing=0.2,
     std=_STD_C,
-    factors=Factors(head_lr_factor=0.67 / _MUON_LR, vector_lr_factor=0.053 / _MUON_LR, vector_momentum=0.85, scale_decay=True),
+    factors=Factors(head_lr_factor=0.67 / _MUON_LR, vector_lr_factor=0.053 / _MUON_LR, scale_decay=True),
     schedule=Schedule("linear", schedule_epochs=8, peak_lr=_MUON_LR),
     phases=Phases(frozen=("stem.0.bias",), frozen_from=3),
     augmentation=Augmentation(crop_padding=2, crop_mode="reflect", flip="alternating"),

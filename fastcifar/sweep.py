@@ -12,7 +12,6 @@ import csv
 import io
 import itertools
 import random
-import shlex
 import sys
 import time
 from collections import deque
@@ -30,7 +29,7 @@ from rich.text import Text
 from scipy import stats
 
 from fastcifar import files
-from fastcifar.arguments import parse_arguments
+from fastcifar.arguments import parse_arguments, split_flags
 from fastcifar.errors import InputError, require, run_command
 from fastcifar.launch import Event, Job, Workers, latest, opened
 from fastcifar.models import architecture
@@ -268,7 +267,7 @@ def values_of(text: str) -> list[tuple[str, str]]:
 
 def point_of(options: Options, arch: str, setting: dict[str, str], seed: int) -> Point:
     """One training of the grid. Raises InputError for flags that are the sweep's own."""
-    given = [*shlex.split(options.flags), *(part for name, value in setting.items() for part in (f"--{name}", *value.split()))]
+    given = [*split_flags(options.flags), *(part for name, value in setting.items() for part in (f"--{name}", *value.split()))]
     for flag in given:
         if flag.split("=")[0].replace("_", "-") in OWN_FLAGS:
             raise InputError(f"{flag.split('=')[0]} is the sweep's to set: give it to the sweep itself")

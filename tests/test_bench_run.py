@@ -28,6 +28,7 @@ from fastcifar.errors import InputError
 from fastcifar.launch import Event, Job
 from fastcifar.models import ARCHITECTURES
 from fastcifar.models.summary import training_flops
+from fastcifar.phases import Phases
 from fastcifar.run_folder import RunFolder
 from fastcifar.train import train
 from tests.bench_results import write_run
@@ -319,11 +320,17 @@ def test_an_arm_is_a_name_and_flags(text, name, flags):
 
 
 @pytest.mark.slow  # a hundred command lines are parsed
+def what_trains(command):
+    """Its architecture and settings, the phases as they fall on its epochs."""
+    recipe = command.settings
+    return command.arch, str(replace(recipe, phases=Phases())), str([recipe.phase(epoch) for epoch in range(recipe.epochs)])
+
+
 def test_every_study_is_a_list_of_commands_that_train_something_else(betons):
     for name, study in STUDIES.items():
         options = ablate.Options(study=name, data=betons, device="cpu")
         commands = [ablate.trainings_of(options, betons, study, arm, CPU)[0].command for arm in study.arms]
-        assert len({(command.arch, str(command.settings)) for command in commands}) == len(commands)
+        assert len({what_trains(command) for command in commands}) == len(commands)
         assert len({ablate.file_name(arm.name) for arm in study.arms}) == len(study.arms)
         if not study.flags:
             assert all(command.settings.epochs == options.epochs for command in commands)

@@ -36,6 +36,7 @@ RECIPES = {
     "sizes and frozen": (
         "--recipe", "light_resnet18", "--held-out", "0", "--schedule-epochs", "3", "--sizes", "24", "32", "--size-epochs", "1",
         "--frozen", "stem.0.weight", "*.bias", "--frozen-from", "2", "--precision", "bf16",
+        "--optimizer", "muon", "--momentum", "0.6", "--vector-momentum", "0.85",
     ),
     "streamed, bf16": ("--recipe", "resnet18", "--stream", "--cutout", "8", "--precision", "bf16"),
 }  # fmt: skip

@@ -115,15 +115,14 @@ def test_a_statement_is_evidence_or_refused(line, found):
 
 
 @pytest.mark.slow
-def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path, monkeypatch):
+def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path):
     path = script(tmp_path, """
         import subprocess, sys, time
         worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
         print(worker.pid, flush=True)
         time.sleep(60)
     """)  # fmt: skip
-    monkeypatch.setattr(outside, "PATIENCE", 2.0)
-    timing = run_script("mine", path, task, epochs=1, logs=tmp_path)
+    timing = run_script("mine", path, task, epochs=1, logs=tmp_path, hours=5 / 3600)
     assert timing.error.startswith("not done after")
     worker = int((tmp_path / "mine.stdout.log").read_text())
     waited = time.time() + 20

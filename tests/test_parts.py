@@ -147,18 +147,31 @@ def test_muons_directions_are_orthogonal_and_those_of_the_singular_vectors():
         assert (aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))).max() < 1e-9
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_of_newton_and_schulz_is_a_quintic_of_each_singular_value(steps):
+    torch.manual_seed(0)
+    matrices = torch.randn(2, 16, 40, dtype=torch.float64)
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / values.square().sum(1, keepdim=True).sqrt()
+    for _ in range(steps):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonal(matrices, steps), u @ torch.diag_embed(values) @ v, atol=1e-6, rtol=0)
+
+
 def test_muon_is_its_formula_step_by_step():
-    """Against one written out for a single filter bank in float64, with momentum, scaling and a classifier moved by SGD."""
+    """Against one written out a filter bank at a time in float64; what is not four-dimensional moves by SGD, with decay."""
     torch.manual_seed(0)
     model = nn.Module()
-    model.conv, model.classifier = nn.Conv2d(3, 8, 3, bias=True), nn.Linear(8, 2)
+    model.conv, model.twin, model.wide = nn.Conv2d(3, 8, 3, bias=True), nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 1)
+    model.gate, model.classifier = nn.Linear(4, 3), nn.Linear(8, 2)
     model.double()
     factors = Factors(head_lr_factor=3.0, vector_lr_factor=0.5, vector_momentum=0.85, muon_steps=3)
-    built = build_optimizer(model, "muon", momentum=0.6, weight_decay=0.0, decay_norm_and_bias=True, factors=factors)
+    built = build_optimizer(model, "muon", momentum=0.6, weight_decay=0.3, decay_norm_and_bias=True, factors=factors)
     named = dict(model.named_parameters())
     theirs = {name: parameter.detach().clone() for name, parameter in named.items()}
     buffers = {name: torch.zeros_like(x) for name, x in theirs.items()}
-    rates = {"conv.bias": 0.5, "classifier.weight": 3.0, "classifier.bias": 1.5}
+    rates = {name: (3.0 if name.startswith("classifier") else 1.0) * (0.5 if x.ndim < 2 else 1.0) for name, x in theirs.items()}
+    dtype = torch.bfloat16 if computes_bf16(torch.device("cpu")) else torch.float32
     for step in range(4):
         rate = 0.2 / (step + 1)
         for parameter in named.values():
@@ -166,17 +179,17 @@ def test_muon_is_its_formula_step_by_step():
         set_step(built, torch.tensor(rate, dtype=torch.float64), None)
         built.step()
         for name, x in theirs.items():
-            gradient, m = torch.cos(3 * x), 0.6 if name == "conv.weight" else 0.85
+            m = 0.6 if x.ndim == 4 else 0.85
+            gradient = torch.cos(3 * x) + (0 if x.ndim == 4 else 0.3 * x)
             buffers[name] = m * buffers[name] + gradient
             direction = gradient + m * buffers[name]
-            if name == "conv.weight":
-                dtype = torch.bfloat16 if computes_bf16(torch.device("cpu")) else torch.float32
-                direction = orthogonal(direction.reshape(1, 8, 27).to(dtype), 3)[0].double().view_as(x)
-                theirs[name] = x * 8**0.5 / x.norm() - rate * direction
+            if x.ndim == 4:
+                direction = orthogonal(direction.flatten(1)[None].to(dtype), 3)[0].double().view_as(x)
+                theirs[name] = x * len(x) ** 0.5 / x.norm() - rate * direction
             else:
                 theirs[name] = x - rate * rates[name] * direction
     for name, parameter in named.items():
-        torch.testing.assert_close(parameter.detach(), theirs[name])
+        torch.testing.assert_close(parameter.detach(), theirs[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_factors_change_the_rates_of_their_parameters_alone():
@@ -242,7 +255,7 @@ def test_recipes_and_options_survive_json(name):
     ("field", "value"),
     [
         ("batch_size", 1), ("label_smoothing", 1.0), ("head_dropout", -0.1), ("epochs", 0), ("loss_reduction", "max"),
-        ("eval_tta", "twice"), ("centre_weight", 1.5), ("average_from", 200),
+        ("eval_tta", "twice"), ("centre_weight", 1.5), ("centre_weight", 0.5), ("average_from", 200),
     ],
 )  # fmt: skip
 def test_bad_recipe_values_are_refused_by_name(field, value):

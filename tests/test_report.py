@@ -116,6 +116,13 @@ def test_time_to_an_accuracy_says_who_did_not_reach_it():
     assert (texts["TFLOP"], texts["Energy"]) == ("2.50", "0.350 kJ")
 
 
+def test_a_rate_is_that_of_the_largest_images_after_the_first_epoch():
+    run = replace(known_results().runs[0], train_seconds=[9.0, 1.0, 4.0, 5.0], images_per_epoch=100)
+    assert run.rates == [100.0, 25.0, 20.0]
+    assert replace(run, epoch_flops=[1e12, 1e12, 2e12, 2e12]).rates == [25.0, 20.0]
+    assert replace(run, epoch_flops=[2e12], train_seconds=[9.0]).rates == [100 / 9]
+
+
 def test_outside_scripts_runs_stand_beside_ours_and_are_the_reference():
     ours = known_results()
     runs = [replace(run, arch="airbench", train_seconds=[2 * s for s in run.train_seconds]) for run in ours.runs]

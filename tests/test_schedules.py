@@ -98,8 +98,8 @@ def test_one_cycle_equals_pytorchs_with_its_cycled_beta(steps):
         assert [pair[column] for pair in ours] == pytest.approx([pair[column] for pair in expected], rel=1e-6)
 
 
-def test_momentum_is_constant_unless_cycled():
-    assert epoch_momenta(Schedule(), 0.9, 3, 4, 10) == [0.9] * 4
+def test_momentum_is_each_groups_own_unless_cycled():
+    assert epoch_momenta(Schedule(), 0.9, 3, 4, 10) is None
     once = Schedule("one_cycle", schedule_step="epoch", schedule_epochs=10, warmup_epochs=3, min_momentum=0.8)
     drawn = [epoch_momenta(once, 0.9, epoch, 2, 10) for epoch in range(10)]
     assert [pair[0] for pair in drawn] == [pair[1] for pair in drawn]

@@ -85,6 +85,7 @@ def test_drawn_settings_are_the_same_every_time_and_others_with_another_seed(opt
         ({"set": ("peak_lr=0.1,0.1",)}, "each value once"),
         ({"set": ("seed=1",)}, "--seed is the sweep's to set"),
         ({"flags": "--out x"}, "--out is the sweep's to set"),
+        ({"flags": "--std '0.2"}, "no closing quotation: close the quotation"),
         ({"points": 3}, "more than the grid's 2 settings"),
         ({"set": ("epochs=2,4",), "seeds": (0,), "rungs": (2,)}, "rungs must be below the 2 epochs"),
         ({"flags": "--eval-every 2", "seeds": (0,), "rungs": (1,)}, r"rungs must be multiples of eval_every \(2\)"),

@@ -38,6 +38,7 @@ TIMELESS = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "learn
 
 # Everything a resume has to bring back besides weights and momentum.
 WITH_AVERAGE = ["--ema-decay", "0.9", "--optimizer", "adamw"]
+WITH_MUON = ["--average-from", "1", "--optimizer", "muon", "--vector-momentum", "0.5"]
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,13 @@ def test_each_phase_is_compiled_for_its_own_shapes(betons, tmp_path, monkeypatch
         torch.testing.assert_close(weights(compiled.path)[name], weight)
 
 
+def test_filters_biases_and_head_each_train_by_their_own_momentum(betons, tmp_path):
+    muon = ("--optimizer", "muon", "--momentum", "0.6", "--vector-momentum", "0.85")
+    folder = run(betons, tmp_path / "run", "--epochs", "1", *muon)
+    groups = load_checkpoint(folder.last, CPU).optimizer["param_groups"]
+    assert {(group["orthogonal"], group["momentum"]) for group in groups} == {(True, 0.6), (False, 0.85)}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_path, precision):
     frozen = ("--schedule-epochs", "2", "--warmup-epochs", "0", "--frozen", "stem.0.*", "stages.1.*", "--frozen-from", "1")
@@ -193,7 +201,7 @@ def test_epochs_are_evaluated_by_the_views_that_the_recipe_names(betons, tmp_pat
     assert folder.read_summary()["eval_tta"] == "flip_translate"
 
 
-@pytest.mark.parametrize("arguments", sample([WITH_AVERAGE, []], every=2, gpu=False))
+@pytest.mark.parametrize("arguments", sample([WITH_AVERAGE, [], WITH_MUON], every=3, gpu=False))
 def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(betons, tmp_path, monkeypatch, arguments):
     options = ["--epochs", "4", *arguments]
     whole = run(betons, tmp_path / "whole", *options)
