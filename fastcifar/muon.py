@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they move the weights, and SGD for everything that is no matrix.
+"""Muon: momentum whose matrices are made orthogonal before they move the weights, and SGD for everything else.
 
 Of a weight W [n, ...], seen as a matrix of n rows, with gradient G, momentum m, rate r (Jordan et al., "Muon: An optimizer for
 hidden layers in neural networks", 2024; weights scaled as in airbench94_muon):
@@ -6,7 +6,8 @@ hidden layers in neural networks", 2024; weights scaled as in airbench94_muon):
     M = m M + G        U = orthogonal(G + m M)        W = sqrt(n) W / |W| - r U
 
 `orthogonal` brings all singular values of a matrix near 1 by a few Newton-Schulz steps; batch norm after a convolution makes
-the weights' own scale meaningless, so it is set to that of orthogonal rows.
+the weights' own scale meaningless, so it is set to that of orthogonal rows. (The last convolutions of report C's residual branches
+have no norm before the sum: Muon fixes their scale.)
 """
 
 from collections.abc import Iterable

@@ -155,7 +155,7 @@ class Factors:
 
     head_lr_factor: float = 1.0  # learning rate of the classifier over that of the other weights, above 0
     vector_lr_factor: float = 1.0  # learning rate of biases and batch norm over that of the weights, above 0
-    # momentum of what muon moves as SGD does: biases, batch norm and the classifier; default: momentum
+    # momentum of what muon moves as SGD does, all but the filters of convolutions; default: momentum
     vector_momentum: float | None = None
     muon_steps: int = 3  # of Newton and Schulz, which make muon's updates orthogonal, 1 to 10
     scale_decay: bool = False  # divide weight_decay by a parameter's learning rate factor: all then shrink by the same share
@@ -178,10 +178,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build SGD, SGD with Nesterov momentum, Adam or AdamW (betas `momentum` and 0.999), one fused kernel a step, or Muon.
 
-    Decay is added to the gradient (`sgd`, `nesterov`, `adam`, and muon's parameters that are no matrices) or decoupled from it
+    Decay is added to the gradient (`sgd`, `nesterov`, `adam`, and what muon moves by SGD) or decoupled from it
     (`adamw`). decay_norm_and_bias: True decays every parameter, as the reports do; False those with two or more dimensions.
-    Learning rate and momentum are set at every step by `set_step`. The classifier's parameters are those named `classifier.*`;
-    all other weights of two or more dimensions are muon's matrices.
+    The learning rate, and a momentum that cycles, are set at every step by `set_step`. The classifier's parameters are those named
+    `classifier.*`; muon's are all others of four dimensions.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
