@@ -47,10 +47,10 @@ class ThreadsWorld(World):
 
     def add(self, tensors):
         self.board[self.rank] = [tensor.clone() for tensor in tensors]
-        self.barrier.wait(10)
+        self.barrier.wait(60)
         for place, tensor in enumerate(tensors):
             tensor.copy_(sum(self.board[rank][place] for rank in range(self.size)))
-        self.barrier.wait(10)
+        self.barrier.wait(60)
 
 
 def worlds_of(size):
@@ -316,7 +316,7 @@ def torchrun(*arguments, processes=2, at=None):
     """Start `processes` ranks of a command; the finished process of torchrun."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | ({"AT": at} if at else {})
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-    return run_cli(*launcher, *arguments, env=environment, timeout=300)
+    return run_cli(*launcher, *arguments, env=environment)
 
 
 def weights(folder):

@@ -33,7 +33,7 @@ def run(betons, out, *more):
 
 def trial(name, *options):
     """The figures of a trial in its own process, whose children must not inherit pytest's threads."""
-    process = run_cli("-m", f"tests.reliability.{name}", *options, timeout=600)
+    process = run_cli("-m", f"tests.reliability.{name}", *options)
     assert process.returncode == 0, process.stdout + process.stderr
     return json.loads(process.stdout)
 
