@@ -23,12 +23,13 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 # What would make a test depend on the machine it runs on.
 for name in (
     "CIFAR_DIR", "FASTCIFAR_TRACEBACK", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE",
-    "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "RAY_ADDRESS", "NUMBA_DISABLE_JIT",
+    "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "RAY_ADDRESS", "NUMBA_DISABLE_JIT", "WANDB_DIR", "WANDB_NAME", "WANDB_CONSOLE",
+    "MLFLOW_TRACKING_URI",
 ):  # fmt: skip
     os.environ.pop(name, None)
 
-# Numba's cache of compiled loops takes no lock: two processes that fill it mix up the entries of a loop of several dtypes. A cold
-# one costs each process of pytest-xdist some 15 seconds, once.
+# Numba's cache of compiled loops takes no lock: two processes that fill it mix up the entries of a loop of several dtypes. Each
+# of pytest-xdist's has its own, which costs some 15 seconds while it is cold.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["NUMBA_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / f"numba-{worker}")
     Path(os.environ["NUMBA_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
