@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import counting_device
+from bench import counting_device, step_cost
 from bench.roofline import Rates, cost_of_arch
 from bench.step_cost import count_epochs, count_steps, main, roofline_share
 from tests.conftest import REPOSITORY
@@ -116,5 +116,9 @@ def test_a_step_of_fewest_bytes_is_at_the_roofline():
 
 def test_what_cannot_be_counted_is_one_line(refused, monkeypatch):
     assert "unknown form 'tunned': did you mean tuned?" in refused(main, "--forms", "tunned")
+    with monkeypatch.context() as patch:
+        patch.setattr(step_cost, "environment", dict)
+        patch.setattr(step_cost, "TIMEOUT", 0.01)
+        assert "se_resnet18 was not counted within 0.01 seconds" in refused(main, "--archs", "se_resnet18", "--forms", "eager")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "the counting device needs g++" in refused(main, "--archs", "se_resnet18", "--forms", "eager")
