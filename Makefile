@@ -16,8 +16,8 @@ CPU_OPTIONS ?= $(if $(filter-out speed94_half,$(ARCH)), \
 # What FFCV builds with.
 DEBIAN := pkg-config libopencv-dev libturbojpeg0-dev build-essential
 BIN := .venv/bin
-# One process a core with one thread each (tests/conftest.py): two threads in each would slow each other twenty-fold.
-PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist worksteal
+# One process a logical core with one thread each (tests/conftest.py): two threads in each would slow each other twenty-fold.
+PARALLEL ?= --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup data train demo test test-slow soak fuzz mistakes endurance audit gpu-check augmentation-grid bench bench-quick bench-pipeline lint format docs clean
 

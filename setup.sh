@@ -21,15 +21,9 @@ for package in ${DEBIAN:-pkg-config libopencv-dev libturbojpeg0-dev build-essent
 done
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
   missing+=(python3-dev)
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "installing ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  else
-    echo "error: FFCV needs packages that are missing: sudo apt-get install ${missing[*]}" >&2
-    exit 2
-  fi
+if [ ${#missing[@]} -gt 0 ] && ! bash apt.sh "${missing[@]}"; then
+  echo "error: FFCV needs packages that are missing: sudo apt-get install ${missing[*]}" >&2
+  exit 2
 fi
 
 # uv: the one on PATH, or our own in .uv. (--target needs no venv module and touches no managed environment.)

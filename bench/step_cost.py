@@ -37,6 +37,7 @@ from fastcifar.plan import PLANS
 # {name: the options of training that make it}: the plans without capture, and the default with it
 FORMS: dict[str, dict[str, Any]] = {name: vars(replace(plan, capture="off")) for name, plan in PLANS["cuda"].items()}
 FORMS["captured"] = vars(PLANS["cuda"]["compiled"])
+TIMEOUT = 1800  # seconds for the forms of one architecture
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,14 @@ def _count(arch: str, forms: tuple[str, ...], **wanted: Any) -> dict[str, dict[s
     wanted |= {"arch": arch, "forms": {form: FORMS[form] for form in forms}}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counts.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.counting_device", str(out)],
-            cwd=Path(__file__).parents[1], env=os.environ | environment(), input=json.dumps(wanted),
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.counting_device", str(out)],
+                cwd=Path(__file__).parents[1], env=os.environ | environment(), input=json.dumps(wanted),
+                capture_output=True, text=True, check=False, timeout=TIMEOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{arch} was not counted within {TIMEOUT} seconds: give fewer --forms") from None
         if not out.exists():
             raise InputError(f"{arch} was not counted: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
         counted = json.loads(out.read_text(encoding="utf-8"))

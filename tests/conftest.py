@@ -21,8 +21,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 # What would make a test depend on the machine it runs on.
-for name in ("CIFAR_DIR", "FASTCIFAR_TRACEBACK"):
+for name in (
+    "CIFAR_DIR", "FASTCIFAR_TRACEBACK", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+    "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "RAY_ADDRESS", "NUMBA_DISABLE_JIT", "WANDB_DIR", "WANDB_NAME", "WANDB_CONSOLE",
+    "MLFLOW_TRACKING_URI",
+):  # fmt: skip
     os.environ.pop(name, None)
+
+# Numba's cache of compiled loops takes no lock: two processes that fill it mix up the entries of a loop of several dtypes. Each
+# of pytest-xdist's has its own, which costs some 15 seconds while it is cold.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["NUMBA_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / f"numba-{worker}")
+    Path(os.environ["NUMBA_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
 
 # Without a GPU, Triton's kernels run under its interpreter, which must be chosen before the first import of Triton.
 if not torch.cuda.is_available():
@@ -82,9 +92,12 @@ def write_cifar100(folder: Path, images: int = 20) -> Path:
 
 
 def run_cli(
-    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 120
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with `arguments` from the repository's root (or `cwd`), `env` added to the environment, without network."""
+    """Run Python with `arguments` from the repository's root (or `cwd`), `env` added to the environment, without network.
+
+    timeout: seconds, against a command that hangs; a busy machine may take long.
+    """
     nowhere = "http://127.0.0.1:9"  # the discard port: a download fails at once instead of leaving this machine
     proxies = {name: nowhere for base in ("http_proxy", "https_proxy", "all_proxy") for name in (base, base.upper())}
     return subprocess.run(

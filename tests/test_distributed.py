@@ -47,10 +47,10 @@ class ThreadsWorld(World):
 
     def add(self, tensors):
         self.board[self.rank] = [tensor.clone() for tensor in tensors]
-        self.barrier.wait(10)
+        self.barrier.wait(60)
         for place, tensor in enumerate(tensors):
             tensor.copy_(sum(self.board[rank][place] for rank in range(self.size)))
-        self.barrier.wait(10)
+        self.barrier.wait(60)
 
 
 def worlds_of(size):
@@ -312,11 +312,11 @@ FLAGS = (
 SCRIPT = "tests/trained_by_torchrun.py"
 
 
-def torchrun(*arguments, processes=2, at=None):
-    """Start `processes` ranks of a command; the finished process of torchrun."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | ({"AT": at} if at else {})
+def torchrun(*arguments, processes=2, **variables):
+    """Start `processes` ranks of a command; the finished process of torchrun. variables: of the environment."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | variables
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-    return run_cli(*launcher, *arguments, env=environment, timeout=300)
+    return run_cli(*launcher, *arguments, env=environment)
 
 
 def weights(folder):
@@ -355,7 +355,7 @@ def test_two_processes_give_one_processs_weights(betons, tmp_path, whole):
 @pytest.mark.slow
 def test_a_killed_rank_is_one_line_and_one_process_goes_on(betons, tmp_path, whole):
     out = tmp_path / "run"
-    result = torchrun(SCRIPT, *FLAGS, "--data", betons, "--out", out, at=f"1 2 3 {signal.SIGKILL:d}")
+    result = torchrun(SCRIPT, *FLAGS, "--data", betons, "--out", out, AT=f"1 2 3 {signal.SIGKILL:d}")
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: rank 1 of 2 is gone (process ")
@@ -378,7 +378,7 @@ def test_one_processs_run_goes_on_in_two(betons, tmp_path, whole):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_a_resume_ends_with_the_same_bits(betons, tmp_path, whole):
     out = tmp_path / "run"
-    result = torchrun(SCRIPT, *FLAGS, "--data", betons, "--out", out, at=f"1 2 3 {signal.SIGTERM:d}")
+    result = torchrun(SCRIPT, *FLAGS, "--data", betons, "--out", out, AT=f"1 2 3 {signal.SIGTERM:d}")
     assert result.returncode != 0
     assert result.stderr.count("interrupted: saved in epoch 2 after step 3 of 6") == 1
     assert torchrun(SCRIPT, "--resume", out).returncode == 0
@@ -389,7 +389,7 @@ def test_a_signal_to_one_rank_stops_all_and_a_resume_ends_with_the_same_bits(bet
 def test_torchruns_restart_ends_with_the_same_bits(betons, tmp_path, whole):
     out = tmp_path / "run"
     restarts = ("--max-restarts", "1", SCRIPT, *FLAGS, "--data", betons, "--out", out)
-    result = torchrun(*restarts, at=f"0 2 3 {signal.SIGKILL:d}")
+    result = torchrun(*restarts, AT=f"0 2 3 {signal.SIGKILL:d}")
     assert result.returncode == 0, result.stderr
     assert "rank 0 of 2 is gone" in result.stderr
     assert "going on after epoch 1" in result.stdout
@@ -407,7 +407,7 @@ REFUSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("message", REFUSED)
 def test_bad_input_is_said_once_and_nothing_is_written(betons, tmp_path, message):
-    result = torchrun(*REFUSED[message], "--data", betons, "--out", tmp_path / "run")
+    result = torchrun(*REFUSED[message], "--data", betons, "--out", tmp_path / "run", PATIENCE="60")
     lines = [line for line in result.stderr.splitlines() if "error: " in line and "torch" not in line]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith(message)

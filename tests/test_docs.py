@@ -48,7 +48,7 @@ def test_training_moves_its_bar_in_a_notebook(monkeypatch):
 def test_the_site_is_built_strictly_and_its_notebook_run(betons, tmp_path):
     pytest.importorskip("mkdocs", reason="uv sync --group docs")
     small = {"DATA": str(betons), "OPTIONS": "--epochs 1 --batch-size 100"}
-    built = run_cli("-m", "mkdocs", "build", "--site-dir", tmp_path, env=small, timeout=600)
+    built = run_cli("-m", "mkdocs", "build", "--site-dir", tmp_path, env=small)
     assert built.returncode == 0, built.stdout + built.stderr
     notebook = (tmp_path / "docs" / "first_network.html").read_text()
     assert "epoch 1/1" in notebook

@@ -50,8 +50,6 @@ def fake_mlflow(calls):
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
     """What a logger asks of its library; what it says stands in calls["said"]."""
-    for variable in ("WANDB_DIR", "WANDB_NAME", "WANDB_CONSOLE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
     found = {"wandb": [], "mlflow": [], "said": []}
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(found["wandb"]))
     monkeypatch.setitem(sys.modules, "mlflow", fake_mlflow(found["mlflow"]))
@@ -108,7 +106,8 @@ def test_a_run_that_does_not_finish_is_ended_as_what_it_is(calls, tmp_path, erro
 def test_a_service_that_fails_is_a_line_and_one_that_hangs_is_left(calls, tmp_path, monkeypatch):
     refused, hang = ConnectionError("no route\nto host"), Event()
     monkeypatch.setattr(sys.modules["mlflow"], "log_metrics", lambda *args, **options: (_ for _ in ()).throw(refused))
-    monkeypatch.setattr(loggers, "PATIENCE", 2.0)
+    monkeypatch.setattr(loggers, "PATIENCE", 1.0)
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(monotonic=lambda: 0.0))  # no stall of the machine is counted
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **options: hang.wait(60))
     with opened(calls, tmp_path) as curves:
         for epoch in (1, 2):
@@ -160,6 +159,7 @@ def test_what_is_missing_is_named_before_anything_is_trained(betons, tmp_path, r
 def test_their_own_libraries_hold_what_tensorboard_shows(betons, tmp_path, monkeypatch):
     mlflow, _ = (pytest.importorskip(name, reason="uv sync --extra loggers") for name in ("mlflow", "wandb"))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds in which its process must have started; 30 by default
     monkeypatch.setattr(loggers, "PATIENCE", 300.0)
     monkeypatch.chdir(tmp_path)
     options = "--epochs 2 --eval-every 2 --batch-size 20 --limit-train 40 --no-plots --log tensorboard wandb mlflow"

@@ -1,5 +1,6 @@
 """Outside scripts: what they are offered, and that they have a rate only with evidence."""
 
+import subprocess
 import time
 from dataclasses import replace
 from textwrap import dedent
@@ -115,17 +116,23 @@ def test_a_statement_is_evidence_or_refused(line, found):
 
 
 @pytest.mark.slow
-def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path):
+def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, tmp_path, monkeypatch):
     path = script(tmp_path, """
         import subprocess, sys, time
         worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
         print(worker.pid, flush=True)
         time.sleep(60)
     """)  # fmt: skip
-    timing = run_script("mine", path, task, epochs=1, logs=tmp_path, hours=5 / 3600)
+    def wait(process, timeout=None, wait=subprocess.Popen.wait):
+        while timeout and not (tmp_path / "mine.stdout.log").read_text():  # however long it takes to start
+            time.sleep(0.05)
+        return wait(process, timeout and 0.1)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    timing = run_script("mine", path, task, epochs=1, logs=tmp_path, hours=1)
     assert timing.error.startswith("not done after")
     worker = int((tmp_path / "mine.stdout.log").read_text())
-    waited = time.time() + 20
+    waited = time.time() + 60
     while running(worker) and time.time() < waited:  # the signal is on its way
         time.sleep(0.05)
     assert not running(worker)

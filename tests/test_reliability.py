@@ -33,7 +33,7 @@ def run(betons, out, *more):
 
 def trial(name, *options):
     """The figures of a trial in its own process, whose children must not inherit pytest's threads."""
-    process = run_cli("-m", f"tests.reliability.{name}", *options, timeout=600)
+    process = run_cli("-m", f"tests.reliability.{name}", *options)
     assert process.returncode == 0, process.stdout + process.stderr
     return json.loads(process.stdout)
 
@@ -69,7 +69,17 @@ def counted(original):
 
 for name in ("fsync", "link", "replace"):
     setattr(os, name, counted(getattr(os, name)))
-train.EpochWriter = lambda folder, device, background: saving.EpochWriter(folder, device, background=True, interval=0.0)
+
+class Writer(saving.EpochWriter):
+    def __init__(self, folder, device, background):
+        super().__init__(folder, device, background=True, interval=0.0)
+
+    def save(self, *epoch):
+        super().save(*epoch)
+        with self._changed:  # until it writes this one, while training goes on: slow writing would pass over epochs
+            self._changed.wait_for(lambda: self._waiting is None)
+
+train.EpochWriter = Writer
 run_command(train.main)
 """
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import counting_device
+from bench import counting_device, step_cost
 from bench.roofline import Rates, cost_of_arch
 from bench.step_cost import count_epochs, count_steps, main, roofline_share
 from tests.conftest import REPOSITORY
@@ -44,7 +44,7 @@ json.dump(counted, sys.stdout)
 def test_the_device_counts_what_it_is_asked_for():
     environment = os.environ | counting_device.environment() | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", KNOWN], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", KNOWN], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout)
@@ -99,7 +99,7 @@ def test_an_epoch_waits_for_the_device_twice_and_once_for_evaluation():
 def test_every_kernel_of_the_default_network_compiles_in_time():
     counts = count_steps("se_resnet18", ("triton",), 128, host_time=True)["triton"]
     assert "error" not in counts, counts
-    assert counts["first_step_seconds"] < 120  # of this machine's CPU; 46 on two Xeon cores
+    assert counts["first_step_seconds"] < 400  # of this machine's CPU; 46 on two Xeon cores
     assert 0 < counts["host_ms"] < 1e3 * counts["first_step_seconds"]
     assert counts["launches"] <= 1.02 * 244
     assert {"tail_kernel", "sums_kernel", "excite_kernel"} <= set(counts["launched"])
@@ -116,5 +116,9 @@ def test_a_step_of_fewest_bytes_is_at_the_roofline():
 
 def test_what_cannot_be_counted_is_one_line(refused, monkeypatch):
     assert "unknown form 'tunned': did you mean tuned?" in refused(main, "--forms", "tunned")
+    with monkeypatch.context() as patch:
+        patch.setattr(step_cost, "environment", dict)
+        patch.setattr(step_cost, "TIMEOUT", 0.01)
+        assert "se_resnet18 was not counted within 0.01 seconds" in refused(main, "--archs", "se_resnet18", "--forms", "eager")
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "the counting device needs g++" in refused(main, "--archs", "se_resnet18", "--forms", "eager")

@@ -96,6 +96,6 @@ def test_compiled_code_is_kept_until_the_loop_changes(tmp_path):
     for number in ("1", "1", "20"):
         file.write_text(MODULE.replace("NUMBER", number))
         command = [sys.executable, "-c", "import loops"]
-        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "NUMBA_CACHE_DIR": ""}
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split())
     assert said == [["10.0", "0"], ["10.0", "1"], ["200.0", "0"]]

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, timeout=900)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -69,7 +69,7 @@ def test_an_installed_wheel_writes_trains_exports_and_predicts_elsewhere(wheel, 
 
     def run(*command):
         return subprocess.run(
-            [*map(str, command)], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=300
+            [*map(str, command)], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=900
         ).stdout
 
     run(uv, "venv", "--python", sys.executable, place)

@@ -56,7 +56,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[...,
 @pytest.fixture
 def out(betons: Path, tmp_path: Path) -> Path:
     """A copy of the session's betons, to be changed."""
-    return Path(shutil.copytree(betons, tmp_path / "out"))
+    folder = Path(shutil.copytree(betons, tmp_path / "out"))
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))  # whatever is written is newer
+    return folder
 
 
 @pytest.fixture(scope="module")

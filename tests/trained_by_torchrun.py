@@ -1,11 +1,13 @@
 """What the tests of many processes start with torchrun: `fastcifar.train` with a narrow architecture, and a signal on request.
 
 AT="RANK EPOCH STEP SIGNAL" in the environment: that rank sends itself the signal after that step, in torchrun's first attempt.
+PATIENCE in the environment: `distributed.PATIENCE`, in seconds.
 """
 
 import os
 from dataclasses import replace
 
+from fastcifar import distributed
 from fastcifar.errors import run_command
 from fastcifar.models import ARCHITECTURES
 from fastcifar.step import TrainStep
@@ -23,6 +25,7 @@ def signalled(self: TrainStep) -> None:
         os.kill(os.getpid(), number)
 
 
+distributed.PATIENCE = float(os.environ.get("PATIENCE", distributed.PATIENCE))
 if "AT" in os.environ:
     TrainStep.__call__ = signalled
 run_command(main)

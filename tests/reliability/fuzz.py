@@ -124,6 +124,7 @@ def run_here(target: str, seed: int, numbers: range, log: Callable[[str], None] 
 
 def run_child(target: str, seed: int, numbers: range, folder: Path) -> int:
     """Run the cases in a child process, which leaves the number of its case, its last words and its tally in `folder`."""
+    faulthandler.cancel_dump_traceback_later()  # pytest's: the child would wait for its thread, which a fork has not
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
