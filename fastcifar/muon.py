@@ -6,8 +6,8 @@ hidden layers in neural networks", 2024; weights scaled as in airbench94_muon):
     M = m M + G        U = orthogonal(G + m M)        W = sqrt(n) W / |W| - r U
 
 `orthogonal` brings all singular values of a matrix near 1 by a few Newton-Schulz steps; batch norm after a convolution makes
-the weights' own scale meaningless, so it is set to that of orthogonal rows. (The last convolutions of report C's residual branches
-have no norm before the sum: Muon fixes their scale.)
+the weights' own scale meaningless, so it is set to that of orthogonal rows. (The last convolutions of report C's residual
+branches have no norm before the sum: Muon fixes their scale.)
 """
 
 from collections.abc import Iterable

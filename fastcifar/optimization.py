@@ -180,8 +180,8 @@ def build_optimizer(
 
     Decay is added to the gradient (`sgd`, `nesterov`, `adam`, and what muon moves by SGD) or decoupled from it
     (`adamw`). decay_norm_and_bias: True decays every parameter, as the reports do; False those with two or more dimensions.
-    The learning rate, and a momentum that cycles, are set at every step by `set_step`. The classifier's parameters are those named
-    `classifier.*`; muon's are all others of four dimensions.
+    The learning rate, and a momentum that cycles, are set at every step by `set_step`. The classifier's parameters are those
+    named `classifier.*`; muon's are all others of four dimensions.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

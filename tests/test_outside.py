@@ -123,6 +123,7 @@ def test_an_outside_script_that_takes_too_long_is_ended_with_its_workers(task, t
         print(worker.pid, flush=True)
         time.sleep(60)
     """)  # fmt: skip
+
     def wait(process, timeout=None, wait=subprocess.Popen.wait):
         while timeout and not (tmp_path / "mine.stdout.log").read_text():  # however long it takes to start
             time.sleep(0.05)
