@@ -78,7 +78,7 @@ class Run:
 
         Epochs at a smaller size of the images are left out: they tell no rate that another variant's can stand beside.
         """
-        flops = self.epoch_flops if total(self.epoch_flops) else [0.0] * len(self.train_seconds)
+        flops = [count or 0.0 for count in self.epoch_flops] or [0.0] * len(self.train_seconds)
         most = max(flops[1:], default=None)
         later = zip(self.train_seconds[1:], flops[1:], strict=True)
         return [seconds for seconds, count in later if count == most] or self.train_seconds

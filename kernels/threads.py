@@ -17,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+from uuid import uuid4
 
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import caching, cgutils
 from numba.extending import intrinsic
 
 
@@ -42,7 +43,13 @@ def _spare_scipy() -> None:
             del sys.modules["scipy.linalg"]
 
 
+def _file_name(cache: Any, number: int) -> str:
+    """Of compiled code on disk. By Numba's numbers, two processes that compile at once can each run what the other has kept."""
+    return str(cache._data_name_pattern.format(number=uuid4().int))
+
+
 _spare_scipy()
+caching.IndexDataCacheFile._data_name = _file_name  # type: ignore[method-assign]
 KEPT: dict[str, Any] = {"nogil": True, "cache": _can_cache(), "error_model": "numpy"}  # how our loops are compiled
 PROCESS = os.getpid()
 WORD, INT, BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()

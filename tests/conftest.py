@@ -28,12 +28,6 @@ for name in (
 ):  # fmt: skip
     os.environ.pop(name, None)
 
-# Numba's cache of compiled loops takes no lock: two processes that fill it mix up the entries of a loop of several dtypes. Each
-# of pytest-xdist's has its own, which costs some 15 seconds while it is cold.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["NUMBA_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / f"numba-{worker}")
-    Path(os.environ["NUMBA_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
-
 # Without a GPU, Triton's kernels run under its interpreter, which must be chosen before the first import of Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

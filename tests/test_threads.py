@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
+from numba.core import caching
 
 from kernels import threads
 from kernels.threads import KEPT, run
@@ -67,6 +68,16 @@ def test_a_forked_process_runs_alone(three):
     assert (turns == 1).all()
 
 
+def test_what_two_processes_compile_at_once_is_kept_apart(tmp_path, monkeypatch):
+    caches = [caching.IndexDataCacheFile(str(tmp_path), "loop", "of the same source") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.IndexDataCacheFile, "_load_index", lambda _: {})  # neither has seen the other's
+        for cache, key in zip(caches, ("float32", "uint8"), strict=True):
+            cache.save(key, f"code for {key}")
+    assert (caches[0].load("float32"), caches[0].load("uint8")) == (None, "code for uint8")
+    assert len(list(tmp_path.glob("*.nbc"))) == 2  # or the index of one could name what the other wrote last
+
+
 def test_threads_of_our_own_call_each_part():
     seen = []
     part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(seen.append)
@@ -77,6 +88,7 @@ def test_threads_of_our_own_call_each_part():
 MODULE = """
 import numpy as np, torch
 from numba import njit
+from numba.core import caching
 from kernels.threads import KEPT, _launcher, run
 torch.set_num_threads(2)
 
