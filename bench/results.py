@@ -78,10 +78,9 @@ class Run:
 
         Epochs at a smaller size of the images are left out: they tell no rate that another variant's can stand beside.
         """
-        flops = [count or 0.0 for count in self.epoch_flops] or [0.0] * len(self.train_seconds)
-        most = max(flops[1:], default=None)
-        later = zip(self.train_seconds[1:], flops[1:], strict=True)
-        return [seconds for seconds, count in later if count == most] or self.train_seconds
+        later, flops = self.train_seconds[1:], [count or 0.0 for count in self.epoch_flops[1:]]
+        largest = [seconds for seconds, count in zip(later, flops, strict=False) if count == max(flops)]
+        return largest or later or self.train_seconds
 
     @property
     def rates(self) -> list[float]:
