@@ -53,9 +53,10 @@ def summarise(
     recipe, row = command.settings, reported(command.recipe_name)
     final = state.measure(data, data.test, command.run.eval_batch_size, dtype)
     flipped = state.measure(data, data.test, command.run.eval_batch_size, dtype, tta="flip")
+    trained = [weight for group in state.optimizer.param_groups for weight in group["params"]]  # also what is frozen since
     return {
         "arch": state.arch,
-        "parameters": count_parameters(state.model),
+        "parameters": sum(weight.numel() for weight in trained),
         "data": data.manifest.name,
         "synthetic": data.manifest.synthetic,
         "data_sha256": list(data.sha256),

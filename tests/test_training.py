@@ -21,7 +21,7 @@ from fastcifar.command import parse_command
 from fastcifar.errors import InputError, Stopped
 from fastcifar.evaluate import Evaluator, Options, measure
 from fastcifar.loggers import TensorBoard
-from fastcifar.models import ARCHITECTURES, build_model
+from fastcifar.models import ARCHITECTURES, build_model, count_parameters
 from fastcifar.recipes import RECIPES
 from fastcifar.run_folder import RunFolder
 from fastcifar.step import TrainStep
@@ -184,8 +184,9 @@ def test_frozen_parameters_stay_as_they_are_and_the_others_do_not(betons, tmp_pa
     options = ("--epochs", "2", "--precision", precision, "--clip-gradient-norm", "1", *frozen)
     before = weights(run(betons, tmp_path / "cut", *options, "--stop-after", "1").path)
     after = weights(train(parse_command(["--resume", str(tmp_path / "cut")]), Console(quiet=True)).path)
-    whole = weights(run(betons, tmp_path / "whole", *options).path)
-    assert_equal_weights(whole, after)
+    folder = run(betons, tmp_path / "whole", *options)
+    assert_equal_weights(weights(folder.path), after)
+    assert folder.read_summary()["parameters"] == count_parameters(build_model("narrow"))
     parameters = [name for name, _ in build_model("narrow").named_parameters() if name.endswith("weight")]
     same = {name for name in parameters if torch.equal(before[name], after[name])}
     assert same == {name for name in parameters if name.startswith(("stem.0.", "stages.1."))}
